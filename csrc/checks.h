@@ -1,0 +1,80 @@
+// Checks of the operators' arguments. Python has checked what users pass and said it in its own words; these guard the
+// kernels' memory against direct calls of torch.ops.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+namespace tversky_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_logits(const Tensor& logits) {
+  const ScalarType t = logits.scalar_type();
+  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16,
+                  "logits: expected float16, bfloat16, float32 or float64, got ", torch::headeronly::toString(t));
+  STD_TORCH_CHECK(logits.dim() >= 2, "logits: expected (N, C, *spatial), got ", logits.dim(), " dimension(s)");
+  STD_TORCH_CHECK(logits.size(1) >= 1, "logits: expected at least one class, got none");
+}
+
+// One value a voxel: (N, *spatial) for logits (N, C, *spatial).
+inline void check_voxelwise(const char* name, const Tensor& x, const Tensor& logits) {
+  STD_TORCH_CHECK(x.dim() == logits.dim() - 1, name, ": expected ", logits.dim() - 1, " dimensions, got ", x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    const int64_t expected = logits.size(d == 0 ? 0 : d + 1);
+    STD_TORCH_CHECK(x.size(d) == expected, name, ": expected size ", expected, " in dimension ", d, ", got ", x.size(d));
+  }
+  STD_TORCH_CHECK(x.is_cpu() == logits.is_cpu() && x.get_device_index() == logits.get_device_index(), name,
+                  ": expected it on the logits' device");
+}
+
+inline void check_target(const Tensor& target, const Tensor& logits) {
+  const ScalarType t = target.scalar_type();
+  STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Byte || t == ScalarType::Char || t == ScalarType::Short ||
+                      t == ScalarType::Int || t == ScalarType::Long,
+                  "target: expected class indices of bool, uint8, int8, int16, int32 or int64, got ",
+                  torch::headeronly::toString(t));
+  check_voxelwise("target", target, logits);
+}
+
+inline void check_voxel_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
+  if (!weight.has_value()) return;
+  const ScalarType t = weight->scalar_type();
+  STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Byte || t == ScalarType::Half || t == ScalarType::BFloat16 ||
+                      t == ScalarType::Float || t == ScalarType::Double,
+                  "voxel_weight: expected bool, uint8 or floating, got ", torch::headeronly::toString(t));
+  check_voxelwise("voxel_weight", *weight, logits);
+}
+
+// The (N, C, 3) counts table: tp, fp, fn.
+inline void check_counts(const Tensor& counts) {
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Double && counts.dim() == 3 && counts.size(2) == 3,
+                  "counts: expected (N, C, 3) of float64");
+}
+
+// (rows, C, 2) for rows = N, or 1 where the batch was summed.
+inline void check_coefficients(const Tensor& coefficients, const Tensor& logits) {
+  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 3 &&
+                      (coefficients.size(0) == logits.size(0) || coefficients.size(0) == 1) &&
+                      coefficients.size(1) == logits.size(1) && coefficients.size(2) == 2,
+                  "coefficients: expected (N or 1, C, 2) of float64");
+}
+
+// The gradient of a loss that is a scalar or has the last C' of the C classes in its last dimension.
+inline void check_grad_loss(const Tensor& grad_loss, const Tensor& coefficients) {
+  const ScalarType t = grad_loss.scalar_type();
+  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double, "grad_loss: expected float32 or float64, got ",
+                  torch::headeronly::toString(t));
+  if (grad_loss.dim() == 0) return;
+  const int64_t classes = grad_loss.size(grad_loss.dim() - 1);
+  const int64_t rows = grad_loss.dim() == 1 ? 1 : grad_loss.size(0);
+  STD_TORCH_CHECK(grad_loss.dim() <= 2 && rows == coefficients.size(0) && classes <= coefficients.size(1) &&
+                      classes + 1 >= coefficients.size(1),
+                  "grad_loss: its shape does not fit the coefficients");
+}
+
+}  // namespace tversky_kernels

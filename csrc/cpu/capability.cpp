@@ -1,0 +1,65 @@
+#include "capability.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+namespace tversky_kernels {
+namespace cpu {
+namespace {
+
+#define TK_KERNELS(CAPABILITY)                                                                                         \
+  Kernels {                                                                                                           \
+    #CAPABILITY, count_pass_##CAPABILITY, gradient_pass_##CAPABILITY, count_scratch_bytes_##CAPABILITY,               \
+        gradient_scratch_bytes_##CAPABILITY                                                                           \
+  }
+
+const Kernels kCompiled[] = {
+    TK_KERNELS(baseline),
+#if defined(TK_WITH_AVX)
+    TK_KERNELS(avx2),
+    TK_KERNELS(avx512),
+#endif
+};
+
+Capability supported_by_processor() {
+#if defined(TK_WITH_AVX)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Capability::kAvx512 : avx2 ? Capability::kAvx2 : Capability::kBaseline;
+#else
+  return Capability::kBaseline;
+#endif
+}
+
+std::atomic<Capability>& current() {
+  static std::atomic<Capability> capability{widest_capability()};
+  return capability;
+}
+
+}  // namespace
+
+Capability widest_capability() {
+  static const Capability widest = [] {
+    const Capability here = supported_by_processor();
+    const char* asked = std::getenv("TVERSKY_KERNELS_CPU_CAPABILITY");
+    for (const Kernels& k : kCompiled) {
+      if (asked != nullptr && std::string(asked) == k.name) {
+        return std::min(here, static_cast<Capability>(&k - kCompiled));
+      }
+    }
+    return here;
+  }();
+  return widest;
+}
+
+Capability current_capability() { return current().load(std::memory_order_relaxed); }
+
+void set_capability(Capability capability) { current().store(std::min(capability, widest_capability())); }
+
+const Kernels& kernels() { return kCompiled[static_cast<int>(current_capability())]; }
+
+}  // namespace cpu
+}  // namespace tversky_kernels

@@ -1,0 +1,21 @@
+// Which of the compiled instruction sets this processor runs.
+#pragma once
+
+#include "kernels.h"
+
+namespace tversky_kernels {
+namespace cpu {
+
+enum class Capability : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The widest that this build, this processor and TVERSKY_KERNELS_CPU_CAPABILITY allow.
+Capability widest_capability();
+
+// The one in use; starts as the widest.
+Capability current_capability();
+void set_capability(Capability);  // at most the widest
+
+const Kernels& kernels();  // of the current capability
+
+}  // namespace cpu
+}  // namespace tversky_kernels

@@ -1,0 +1,259 @@
+// The count pass on the CPU: logits and target in, tp, fp, fn of every class out. Compiled once per instruction set.
+#include "tile.h"
+
+namespace {
+
+enum Count { kTp, kFp, kFn, kCounts };
+
+template <typename A>
+using CountVectors = Vector<A>[kCounts];
+
+// Accumulated in A inside a tile, in double across tiles.
+template <typename A>
+TK_INLINE void add_to_double(DoubleVector& total, Vector<A> v) {
+  if constexpr (sizeof(A) == 8) {
+    total += v;
+  } else {
+    typedef float HalfWidth __attribute__((vector_size(TK_VECTOR_BYTES / 2)));
+    HalfWidth parts[2];
+    memcpy(parts, &v, sizeof(v));
+    total += __builtin_convertvector(parts[0], DoubleVector) + __builtin_convertvector(parts[1], DoubleVector);
+  }
+}
+
+// Softmax over two classes is a sigmoid of the difference: one exponential, and each class's false positives are the
+// other's false negatives.
+template <typename A, bool kMasked>
+TK_INLINE void count_two_classes(const Tile<A>& tile, int padded, CountVectors<A>* counts) {
+  using V = Vector<A>;
+  using I = IntVector<A>;
+  V right0{}, right1{}, missed0{}, missed1{};
+  for (int i = 0; i < padded; i += Lanes<A>::count) {
+    const I label = load<I>(tile.labels + i);
+    const V difference = load<V>(tile.rows + tile.row_stride + i) - load<V>(tile.rows + i);
+    const I negative = difference < V{};
+    const V e = exp_nonpositive<A>(negative ? difference : -difference);
+    Probability<V> p = logistic(negative, e, 1 / (1 + e));
+    if (tile.weights != nullptr) {
+      const V weight = load<V>(tile.weights + i);
+      p.p *= weight;
+      p.complement *= weight;
+    }
+    const I is1 = label == 1;
+    const I is0 = kMasked ? label == 0 : ~is1;
+    right1 += is1 ? p.p : V{};
+    missed1 += is1 ? p.complement : V{};
+    right0 += is0 ? p.complement : V{};
+    missed0 += is0 ? p.p : V{};
+  }
+  counts[0][kTp] += right0;
+  counts[0][kFp] += missed1;
+  counts[0][kFn] += missed0;
+  counts[1][kTp] += right1;
+  counts[1][kFp] += missed0;
+  counts[1][kFn] += missed1;
+}
+
+// kClasses: the number of classes where it is known when this is compiled, else 0.
+template <typename A, int kClasses, int kVectors, bool kMasked>
+TK_INLINE void count_softmax_block(const Tile<A>& tile, int at, int runtime_classes, Vector<A>* exponentials,
+                                   CountVectors<A>* counts) {
+  using V = Vector<A>;
+  using I = IntVector<A>;
+  using Int = typename Lanes<A>::Int;
+  constexpr int kLanes = Lanes<A>::count;
+  const int classes = kClasses > 0 ? kClasses : runtime_classes;
+  const A* rows = tile.rows + at;
+
+  V top[kVectors];
+  I label[kVectors];
+#pragma GCC unroll 4
+  for (int k = 0; k < kVectors; ++k) {
+    top[k] = load<V>(rows + k * kLanes);
+    label[k] = load<I>(tile.labels + at + k * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int c = 1; c < classes; ++c) {
+    const A* row = rows + c * tile.row_stride;
+#pragma GCC unroll 4
+    for (int k = 0; k < kVectors; ++k) top[k] = maximum(top[k], load<V>(row + k * kLanes));
+  }
+
+  SoftmaxSums<V> sums[kVectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < classes; ++c) {
+    const A* row = rows + c * tile.row_stride;
+#pragma GCC unroll 4
+    for (int k = 0; k < kVectors; ++k) {
+      const V e = exp_nonpositive<A>(load<V>(row + k * kLanes) - top[k]);
+      const I is_target = label[k] == static_cast<Int>(c);
+      const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
+      exponentials[c * kVectors + k] = sums[k].add(is_target, is_other, e);
+    }
+  }
+
+  V inverse[kVectors], right[kVectors], missed[kVectors];
+#pragma GCC unroll 4
+  for (int k = 0; k < kVectors; ++k) {
+    inverse[k] = 1 / (sums[k].target + sums[k].others);
+    if (kMasked) inverse[k] = label[k] >= 0 ? inverse[k] : V{};
+    if (tile.weights != nullptr) inverse[k] *= load<V>(tile.weights + at + k * kLanes);
+    right[k] = sums[k].target * inverse[k];
+    missed[k] = sums[k].others * inverse[k];
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < classes; ++c) {
+    V tp = counts[c][kTp], fp = counts[c][kFp], fn = counts[c][kFn];
+#pragma GCC unroll 4
+    for (int k = 0; k < kVectors; ++k) {
+      const I is_target = label[k] == static_cast<Int>(c);
+      fp += exponentials[c * kVectors + k] * inverse[k];
+      tp += is_target ? right[k] : V{};
+      fn += is_target ? missed[k] : V{};
+    }
+    counts[c][kTp] = tp;
+    counts[c][kFp] = fp;
+    counts[c][kFn] = fn;
+  }
+}
+
+template <typename A, int kClasses, bool kMasked>
+TK_INLINE void count_softmax(const Tile<A>& tile, int padded, int classes, Vector<A>* exponentials,
+                             CountVectors<A>* counts) {
+  if constexpr (kClasses == 2) {
+    count_two_classes<A, kMasked>(tile, padded, counts);
+  } else if constexpr (kClasses > 0) {
+    constexpr int kVectors = 1;
+    Vector<A> registers[kClasses * kVectors];
+    CountVectors<A> sums[kClasses] = {};
+    for (int at = 0; at < padded; at += kVectors * Lanes<A>::count) {
+      count_softmax_block<A, kClasses, kVectors, kMasked>(tile, at, kClasses, registers, sums);
+    }
+    for (int c = 0; c < kClasses; ++c) {
+      for (int q = 0; q < kCounts; ++q) counts[c][q] += sums[c][q];
+    }
+  } else {
+    for (int at = 0; at < padded; at += kBlock<A>) {
+      count_softmax_block<A, 0, kBlockVectors, kMasked>(tile, at, classes, exponentials, counts);
+    }
+  }
+}
+
+template <typename A, Activation kActivation>
+TK_INLINE void count_channels(const Tile<A>& tile, int padded, int classes, int first_label, CountVectors<A>* counts) {
+  using V = Vector<A>;
+  using I = IntVector<A>;
+  for (int c = 0; c < classes; ++c) {
+    const A* row = tile.rows + c * tile.row_stride;
+    V tp{}, fp{}, fn{};
+    for (int i = 0; i < padded; i += Lanes<A>::count) {
+      const I label = load<I>(tile.labels + i);
+      const V z = load<V>(row + i);
+      Probability<V> p;
+      if constexpr (kActivation == Activation::kSigmoid) {
+        const I negative = z < V{};
+        const V e = exp_nonpositive<A>(negative ? z : -z);
+        p = logistic(negative, e, 1 / (1 + e));
+      } else {
+        p = {z, 1 - z};
+      }
+      const I is_target = label == static_cast<typename Lanes<A>::Int>(c + first_label);
+      const I is_other = (label >= 0) & ~is_target;
+      if (tile.weights != nullptr) {
+        const V weight = load<V>(tile.weights + i);
+        p.p *= weight;
+        p.complement *= weight;
+      }
+      tp += is_target ? p.p : V{};
+      fn += is_target ? p.complement : V{};
+      fp += is_other ? p.p : V{};
+    }
+    counts[c][kTp] += tp;
+    counts[c][kFp] += fp;
+    counts[c][kFn] += fn;
+  }
+}
+
+template <typename A, bool kMasked>
+TK_INLINE void count_tile(const Volume& v, const Tile<A>& tile, Vector<A>* exponentials, CountVectors<A>* counts) {
+  const int padded = (tile.voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>;
+  const int classes = static_cast<int>(v.classes);
+  switch (v.activation) {
+    case Activation::kSoftmax:
+      switch (classes) {
+        case 2: return count_softmax<A, 2, kMasked>(tile, padded, classes, exponentials, counts);
+        case 3: return count_softmax<A, 3, kMasked>(tile, padded, classes, exponentials, counts);
+        case 4: return count_softmax<A, 4, kMasked>(tile, padded, classes, exponentials, counts);
+        default: return count_softmax<A, 0, kMasked>(tile, padded, classes, exponentials, counts);
+      }
+    case Activation::kSigmoid:
+      return count_channels<A, Activation::kSigmoid>(tile, padded, classes, static_cast<int>(v.first_label), counts);
+    case Activation::kNone:
+      return count_channels<A, Activation::kNone>(tile, padded, classes, static_cast<int>(v.first_label), counts);
+  }
+}
+
+// Scratch: the tile's buffers, then exponentials[C][kBlockVectors], tile sums[C][kCounts], totals[C][kCounts].
+template <typename A>
+int64_t scratch_bytes(const Volume& v) {
+  return TileBuffers<A>::bytes(v) + v.classes * (kBlockVectors + kCounts + kCounts) * kVectorBytes;
+}
+
+template <typename T, typename A>
+void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch, BadInput* bad) {
+  const TileBuffers<A> buffers(v, scratch);
+  Vector<A>* exponentials = reinterpret_cast<Vector<A>*>(buffers.rest);
+  CountVectors<A>* sums = reinterpret_cast<CountVectors<A>*>(exponentials + v.classes * kBlockVectors);
+  auto* totals = reinterpret_cast<DoubleVector(*)[kCounts]>(sums + v.classes);
+  memset(sums, 0, v.classes * sizeof(*sums));
+  memset(totals, 0, v.classes * sizeof(*totals));
+  int since_flush = 0;
+  for (int64_t at = begin; at < end;) {
+    const int voxels = static_cast<int>(smaller(buffers.tile_voxels, end - at));
+    const Tile<A> tile = load_tile<T, A>(v, sample, at, voxels, buffers, *bad);
+    if (tile.masked) {
+      count_tile<A, true>(v, tile, exponentials, sums);
+    } else {
+      count_tile<A, false>(v, tile, exponentials, sums);
+    }
+    at += voxels;
+    since_flush += voxels;
+    if (since_flush >= kTileVoxels || at >= end) {
+      for (int64_t c = 0; c < v.classes; ++c) {
+        for (int q = 0; q < kCounts; ++q) {
+          add_to_double<A>(totals[c][q], sums[c][q]);
+          sums[c][q] = Vector<A>{};
+        }
+      }
+      since_flush = 0;
+    }
+  }
+  for (int64_t c = 0; c < v.classes; ++c) {
+    for (int q = 0; q < kCounts; ++q) counts[c * kCounts + q] += horizontal_sum<double>(totals[c][q]);
+  }
+}
+
+}  // namespace
+
+namespace tversky_kernels {
+namespace cpu {
+
+#define TK_JOIN_(a, b) a##_##b
+#define TK_JOIN(a, b) TK_JOIN_(a, b)
+
+void TK_JOIN(count_pass, TK_CAPABILITY)(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* counts,
+                                        void* scratch, BadInput* bad) {
+  switch (v.logits.type) {
+    case ElementType::kDouble: return count<double, double>(v, sample, begin, end, counts, scratch, bad);
+    case ElementType::kHalf: return count<Half, float>(v, sample, begin, end, counts, scratch, bad);
+    case ElementType::kBFloat16: return count<BFloat16, float>(v, sample, begin, end, counts, scratch, bad);
+    default: return count<float, float>(v, sample, begin, end, counts, scratch, bad);
+  }
+}
+
+int64_t TK_JOIN(count_scratch_bytes, TK_CAPABILITY)(const Volume& v) {
+  return v.logits.type == ElementType::kDouble ? scratch_bytes<double>(v) : scratch_bytes<float>(v);
+}
+
+}  // namespace cpu
+}  // namespace tversky_kernels

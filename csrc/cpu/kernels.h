@@ -1,0 +1,80 @@
+// What the operators (compiled once) and the kernels (compiled once per instruction set) tell each other.
+#pragma once
+
+#include <stdint.h>
+
+#include "../tversky_math.h"
+
+namespace tversky_kernels {
+namespace cpu {
+
+enum class ElementType : int { kFloat, kDouble, kHalf, kBFloat16, kBool, kUint8, kInt8, kInt16, kInt32, kInt64 };
+
+// (N, C, voxels) with any strides, in elements.
+struct LogitsView {
+  const void* data;
+  ElementType type;
+  int64_t sample_stride, class_stride, voxel_stride;
+};
+
+// (N, voxels) with any strides, in elements. data is null where the argument was not given.
+struct VoxelView {
+  const void* data;
+  ElementType type;
+  int64_t sample_stride, voxel_stride;
+};
+
+struct Volume {
+  LogitsView logits;
+  VoxelView target;
+  VoxelView weight;
+  int64_t samples, classes, voxels;
+  Activation activation;
+  int64_t first_label;  // the label of channel 0: 0, or 1 where one sigmoid channel stands for the foreground
+  bool has_ignore_index;
+  int64_t ignore_index;
+};
+
+// What a pass found in the data that no check beforehand could see.
+struct BadInput {
+  bool label = false;   // one that is neither a class nor ignore_index
+  int64_t value = 0;    // that label
+  bool weight = false;  // a voxel weight that is negative or NaN
+};
+
+// Adds the overlap counts of voxels [begin, end) of one sample to counts[C][3] (tp, fp, fn).
+using CountPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch,
+                           BadInput*);
+
+// Writes the gradient of voxels [begin, end) of one sample to a tensor of the logits' type with the given strides.
+// coefficients[C][2]: u_background, u_foreground, as the accumulation type (double for double logits, else float).
+struct GradientView {
+  void* data;
+  int64_t sample_stride, class_stride, voxel_stride;
+  bool stream;  // write around the caches: the gradient is larger than they are and lies elsewhere than the logits
+};
+using GradientPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, const void* coefficients,
+                              const GradientView&, void* scratch);
+
+// Bytes of scratch that one call of either pass needs.
+using ScratchBytes = int64_t (*)(const Volume&);
+
+struct Kernels {
+  const char* name;
+  CountPass count_pass;
+  GradientPass gradient_pass;
+  ScratchBytes count_scratch_bytes, gradient_scratch_bytes;
+};
+
+#define TK_DECLARE_KERNELS(CAPABILITY)                                                                                \
+  void count_pass_##CAPABILITY(const Volume&, int64_t, int64_t, int64_t, double*, void*, BadInput*);                  \
+  void gradient_pass_##CAPABILITY(const Volume&, int64_t, int64_t, int64_t, const void*, const GradientView&, void*); \
+  int64_t count_scratch_bytes_##CAPABILITY(const Volume&);                                                            \
+  int64_t gradient_scratch_bytes_##CAPABILITY(const Volume&);
+
+TK_DECLARE_KERNELS(baseline)
+TK_DECLARE_KERNELS(avx2)
+TK_DECLARE_KERNELS(avx512)
+
+}  // namespace cpu
+}  // namespace tversky_kernels

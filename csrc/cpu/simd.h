@@ -1,0 +1,213 @@
+// Vectors for the CPU kernels: the compiler's own vector types at the width of the instruction set this file is compiled
+// for, so that one source serves SSE2, AVX2, AVX-512 and NEON.
+//
+// Included only by the files that are compiled once per instruction set. Nothing here may have external linkage: the
+// linker keeps one copy of an inline function, and a copy compiled for AVX-512 must never serve an older processor.
+// Everything is therefore always inlined or inside an anonymous namespace (tests/test_build.py looks at the objects).
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define TK_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define TK_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define TK_VECTOR_BYTES 32
+#else
+#define TK_VECTOR_BYTES 16
+#endif
+
+namespace {
+
+constexpr int kVectorBytes = TK_VECTOR_BYTES;
+
+typedef float FloatVector __attribute__((vector_size(TK_VECTOR_BYTES)));
+typedef int32_t Int32Vector __attribute__((vector_size(TK_VECTOR_BYTES)));
+typedef double DoubleVector __attribute__((vector_size(TK_VECTOR_BYTES)));
+typedef int64_t Int64Vector __attribute__((vector_size(TK_VECTOR_BYTES)));
+
+// Accumulation type -> its vector, the integers of the same width, and the constants of exp.
+template <typename A>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Vector = FloatVector;
+  using Int = int32_t;
+  using IntVector = Int32Vector;
+  static constexpr int count = kVectorBytes / 4;
+  static constexpr int mantissa_bits = 23;
+  static constexpr float log2e = 1.44269504f;
+  static constexpr float ln2_high = 0.693359375f;  // 10 bits, so that n * ln2_high is exact
+  static constexpr float ln2_low = -2.12194440e-4f;
+  static constexpr float round_magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: rounds to an integer; 127: exponent bias
+  static constexpr float smallest = -88.02969f;               // -127 ln 2: the scale becomes 2^-127 -> 0
+  // e^r = 1 + r + r^2 q(r) on |r| <= ln2 / 2, minimax in relative error: 3.1e-9.
+  static constexpr int degree = 5;
+  static constexpr float q[degree] = {0.4999999345f, 0.1666652063f, 0.04166838805f, 0.00836871688f, 0.001381459865f};
+};
+
+template <>
+struct Lanes<double> {
+  using Vector = DoubleVector;
+  using Int = int64_t;
+  using IntVector = Int64Vector;
+  static constexpr int count = kVectorBytes / 8;
+  static constexpr int mantissa_bits = 52;
+  static constexpr double log2e = 1.4426950408889634;
+  static constexpr double ln2_high = 0.6931471803691238;  // 32 bits
+  static constexpr double ln2_low = 1.9082149292705877e-10;
+  static constexpr double round_magic = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52
+  static constexpr double smallest = -709.0895657128241;              // -1023 ln 2
+  // As above: 3.6e-18.
+  static constexpr int degree = 10;
+  static constexpr double q[degree] = {0.5000000000000010627,     0.1666666666666641252,    0.04166666666653015859,
+                                       0.008333333333494461664,   0.001388888894363011295,  0.0001984126950657868765,
+                                       0.00002480149309890655066, 2.755758637384016369e-6, 2.763024837921144398e-7,
+                                       2.50000616028356667e-8};
+};
+constexpr float Lanes<float>::q[];
+constexpr double Lanes<double>::q[];
+
+template <typename A>
+using Vector = typename Lanes<A>::Vector;
+template <typename A>
+using IntVector = typename Lanes<A>::IntVector;
+
+template <typename A>
+TK_INLINE Vector<A> broadcast(A x) {
+  return x - Vector<A>{};
+}
+
+template <typename V, typename T>
+TK_INLINE V load(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename T, typename V>
+TK_INLINE void store(T* p, V v) {
+  memcpy(p, &v, sizeof(V));
+}
+
+template <typename V>
+TK_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+// e^x for x <= 0 (and for small positive x), error below 1 ulp; below 2^-126 it is 0, NaN stays NaN.
+template <typename A>
+TK_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
+  using L = Lanes<A>;
+  using V = Vector<A>;
+  using I = IntVector<A>;
+  x = x < broadcast<A>(L::smallest) ? broadcast<A>(L::smallest) : x;  // in this order NaN passes
+  const V shifted = x * L::log2e + L::round_magic;                    // its low bits are n + bias
+  const V n = shifted - L::round_magic;
+  const V r = (x - n * L::ln2_high) - n * L::ln2_low;
+  V q = broadcast<A>(L::q[L::degree - 1]);
+#pragma GCC unroll 16
+  for (int i = L::degree - 2; i >= 0; --i) q = q * r + L::q[i];
+  const V exponential_minus_1 = (r * r) * q + r;
+  const V scale = (V)((I)shifted << L::mantissa_bits);  // 2^n
+  return exponential_minus_1 * scale + scale;
+}
+
+template <typename A>
+TK_INLINE double horizontal_sum(Vector<A> v) {
+  double sum = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < Lanes<A>::count; ++i) sum += static_cast<double>(v[i]);
+  return sum;
+}
+
+template <typename I>
+TK_INLINE bool any(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  const Int64Vector m = (Int64Vector)mask;
+  return (m[0] | m[1]) != 0;
+#endif
+}
+
+// ---- 16-bit storage types --------------------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+constexpr int kHalfLanes = kVectorBytes / 4;
+typedef uint16_t HalfVector __attribute__((vector_size(TK_VECTOR_BYTES / 2)));
+typedef uint32_t Uint32Vector __attribute__((vector_size(TK_VECTOR_BYTES)));
+
+TK_INLINE Uint32Vector broadcast_bits(uint32_t x) {
+  return x - Uint32Vector{};
+}
+
+TK_INLINE FloatVector widen(HalfVector bits, BFloat16) {
+  return (FloatVector)(__builtin_convertvector(bits, Uint32Vector) << 16);
+}
+
+TK_INLINE HalfVector narrow(FloatVector x, BFloat16) {
+  const Uint32Vector b = (Uint32Vector)x;
+  const Uint32Vector rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const Uint32Vector quiet_nan = (b >> 16) | 0x40u;
+  return __builtin_convertvector(x != x ? quiet_nan : rounded, HalfVector);
+}
+
+TK_INLINE FloatVector widen(HalfVector bits, Half) {
+#if defined(__AVX512F__)
+  return (FloatVector)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);  // unmasked, gcc 12 warns of its own header
+#elif defined(__F16C__)
+  return (FloatVector)_mm256_cvtph_ps((__m128i)bits);
+#elif defined(__aarch64__)
+  typedef __fp16 NativeHalf __attribute__((vector_size(8)));
+  return __builtin_convertvector((NativeHalf)bits, FloatVector);
+#else
+  const Uint32Vector w = __builtin_convertvector(bits, Uint32Vector);
+  const Uint32Vector sign = (w & 0x8000u) << 16;
+  const Uint32Vector magnitude = (w & 0x7fffu) << 13;
+  // Scaling by 2^112 rebiases the exponent and normalises subnormals in one exact multiplication.
+  const Uint32Vector finite = (Uint32Vector)((FloatVector)magnitude * 5.192296858534828e33f);
+  const Uint32Vector special = magnitude | 0x7f800000u;
+  return (FloatVector)(sign | (magnitude >= 0x0f800000u ? special : finite));
+#endif
+}
+
+TK_INLINE HalfVector narrow(FloatVector x, Half) {
+#if defined(__AVX512F__)
+  return (HalfVector)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (HalfVector)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  typedef __fp16 NativeHalf __attribute__((vector_size(8)));
+  return (HalfVector)__builtin_convertvector(x, NativeHalf);
+#else
+  const Uint32Vector b = (Uint32Vector)x;
+  const Uint32Vector sign = (b >> 16) & 0x8000u;
+  const Uint32Vector magnitude = b & 0x7fffffffu;
+  // Adding 0.5 leaves a result below 2^-14 in the low bits, rounded to multiples of 2^-24: the subnormals of float16.
+  const Uint32Vector subnormal = (Uint32Vector)((FloatVector)magnitude + 0.5f) - 0x3f000000u;
+  const Uint32Vector normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  Uint32Vector h = magnitude < 0x38800000u ? subnormal : normal;
+  const Uint32Vector infinity = broadcast_bits(0x7c00u);
+  h = magnitude >= 0x477ff000u ? infinity : h;  // 65520 and above round to infinity
+  h = magnitude > 0x7f800000u ? broadcast_bits(0x7e00u) : h;
+  return __builtin_convertvector(h | sign, HalfVector);
+#endif
+}
+
+}  // namespace

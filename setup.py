@@ -1,0 +1,136 @@
+"""Builds the compiled kernels. What the package is called and needs stands in pyproject.toml.
+
+``tversky_kernels/_C.so`` holds the CPU operators. It uses LibTorch's stable ABI and no Python C API, so that one wheel
+(``py3-none-<platform>``) serves every Python >= 3.10 and every torch >= 2.11. Switches, all environment variables:
+
+TVERSKY_KERNELS_SKIP_EXT=1      build nothing: pure Python
+TVERSKY_KERNELS_WITH_CUDA       auto (default), 0, or 1 (required)
+TORCH_CUDA_ARCH_LIST            as torch reads it, for example "8.0;9.0+PTX"
+MAX_JOBS                        compiler processes at a time (default: the processors there are)
+CXX, CXXFLAGS                   the compiler (default g++, then c++) and further flags for it
+"""
+
+import concurrent.futures
+import importlib.util
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent
+OLDEST_TORCH = "2.11"
+TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of that torch
+
+KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+X86_CAPABILITIES = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
+
+
+def switch(name, default, allowed):
+    value = os.environ.get(name, default)
+    if value not in allowed:
+        raise SystemExit(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def torch_directory():
+    """Where torch is installed; found without importing it, for an import takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            "Building tversky_kernels needs torch, which this Python does not find.\n"
+            "In an isolated build it never does: a build environment's own torch would be gigabytes of the wrong one.\n"
+            f"Install torch >= {OLDEST_TORCH}, then: pip install --no-build-isolation tversky_kernels\n"
+            "(from a checkout: pip install --no-build-isolation .)\n"
+            "Without compiled kernels: TVERSKY_KERNELS_SKIP_EXT=1 pip install --no-build-isolation ."
+        )
+    return pathlib.Path(spec.origin).parent
+
+
+def compiler():
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "c++", "clang++"]:
+        if shutil.which(shlex.split(name)[0]):
+            return shlex.split(name)
+    raise SystemExit(
+        f"Building tversky_kernels needs a C++17 compiler; {asked or 'g++, c++ and clang++'} not found.\n"
+        "Install one (Debian: apt install g++), name one in CXX, or build none: TVERSKY_KERNELS_SKIP_EXT=1"
+    )
+
+
+class BuildExt(build_ext):
+    def get_ext_filename(self, name):
+        return os.path.join(*name.split(".")) + ".so"  # no Python tag: it is not a Python module
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def compile_commands(self, ext, objects):
+        torch = torch_directory()
+        base = [*compiler(), "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        base += shlex.split(os.environ.get("CXXFLAGS", ""))
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        capabilities = X86_CAPABILITIES if x86 else {"baseline": []}
+        for source in ext.sources:
+            stem = pathlib.Path(source).stem
+            if stem.endswith("_pass"):
+                for capability, flags in capabilities.items():
+                    out = objects / f"{stem}_{capability}.o"
+                    yield out, [*base, *KERNEL_FLAGS, *flags, f"-DTK_CAPABILITY={capability}", "-c", source, "-o", out]
+            else:
+                flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-isystem{torch / 'include'}"]
+                if x86:
+                    flags.append("-DTK_WITH_AVX")
+                out = objects / f"{stem}.o"
+                yield out, [*base, *flags, "-c", source, "-o", out]
+
+    def build_extension(self, ext):
+        library = torch_directory() / "lib"
+        out = pathlib.Path(self.get_ext_fullpath(ext.name))
+        objects = pathlib.Path(self.build_temp) / ext.name
+        out.parent.mkdir(parents=True, exist_ok=True)
+        objects.mkdir(parents=True, exist_ok=True)
+        commands = list(self.compile_commands(ext, objects))
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(run, (command for _, command in commands)))
+        # Without --no-as-needed the loader does not find the shims of a torch that splits its libraries otherwise.
+        link = ["-Wl,--no-as-needed"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
+        run([*compiler(), "-shared", "-o", out, *(o for o, _ in commands), f"-L{library}", *link, "-ltorch", "-ltorch_cpu"])
+
+
+def run(command):
+    command = [str(part) for part in command]
+    print(shlex.join(command), flush=True)
+    result = subprocess.run(command, cwd=ROOT)
+    if result.returncode:
+        raise SystemExit(f"tversky_kernels: this failed with exit code {result.returncode}:\n  {shlex.join(command)}")
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        plat = super().get_tag()[2]
+        return ("py3", "none", plat) if self.distribution.has_ext_modules() else super().get_tag()
+
+
+def extensions():
+    if switch("TVERSKY_KERNELS_SKIP_EXT", "0", ("0", "1")) == "1":
+        return []
+    if switch("TVERSKY_KERNELS_WITH_CUDA", "auto", ("auto", "0", "1")) == "1":
+        raise SystemExit("TVERSKY_KERNELS_WITH_CUDA=1: this version has no CUDA kernels yet")
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+    return [Extension("tversky_kernels._C", sources, depends=headers)]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel})

@@ -1,0 +1,246 @@
+"""Checks what users pass, before anything is launched, and brings it into one form."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ._ops import ABSENT, ACTIVATIONS, REDUCTIONS
+
+LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INDEX_DTYPES = (torch.uint8, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool)
+WEIGHT_DTYPES = (torch.float32, torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Options(NamedTuple):
+    """The arguments of the loss that are not volumes, checked."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    smooth_nr: float
+    smooth_dr: float
+    activation: str
+    include_background: bool
+    ignore_index: int | None
+    batch: bool
+    absent: str
+    soft_label: bool
+    reduction: str
+
+
+class Volumes(NamedTuple):
+    """The volumes, checked: the target as (N, *spatial) indices or, where dense, as (N, C, *spatial)."""
+
+    target: torch.Tensor
+    voxel_weight: torch.Tensor | None
+    dense: bool
+
+
+class Checked(NamedTuple):
+    """What `check_arguments` returns. class_parameters: (3, C) rows alpha, beta, class weight; None: all are alike."""
+
+    volumes: Volumes
+    options: Options
+    class_parameters: torch.Tensor | None
+
+
+def _shape(x) -> str:
+    sizes = x.shape if isinstance(x, torch.Tensor) else x
+    return f"({', '.join(str(s) for s in sizes)})"
+
+
+def _number(name: str, value, *, positive: bool = False) -> float:
+    bound = "> 0" if positive else ">= 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
+    return float(value)
+
+
+def _one_of(name: str, value, allowed) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def _flag(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def check_arguments(
+    logits,
+    target,
+    voxel_weight,
+    *,
+    alpha,
+    beta,
+    class_weight,
+    gamma,
+    smooth_nr,
+    smooth_dr,
+    activation,
+    include_background,
+    ignore_index,
+    batch,
+    absent,
+    soft_label,
+    reduction,
+    check_target,
+) -> Checked:
+    """Checks every argument that describes the loss; the labels' range is left to whoever reads the labels."""
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
+    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
+    if check_target not in (None, True, False):
+        raise TypeError(f"check_target: expected None, True or False, got {check_target!r}")
+    _one_of("activation", activation, ACTIVATIONS)
+    _check_logits(logits, activation)
+    alpha, beta, class_parameters = _check_class_parameters(alpha, beta, class_weight, logits)
+    options = Options(
+        alpha,
+        beta,
+        _number("gamma", gamma, positive=True),
+        _number("smooth_nr", smooth_nr),
+        _number("smooth_dr", smooth_dr),
+        activation,
+        _flag("include_background", include_background),
+        ignore_index,
+        _flag("batch", batch),
+        _one_of("absent", absent, ABSENT),
+        _flag("soft_label", soft_label),
+        _one_of("reduction", reduction, REDUCTIONS),
+    )
+    return Checked(_check_volumes(logits, target, voxel_weight), options, class_parameters)
+
+
+def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Tensor:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.full((classes,), _number(name, value), dtype=torch.float64, device=device)
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected constants, got a tensor that requires a gradient")
+        if value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(f"{name}: expected real numbers, got a tensor of {value.dtype}")
+        values = value.to(device=device, dtype=torch.float64)
+    elif isinstance(value, (list, tuple)):
+        values = torch.tensor([_number(f"{name}[{i}]", v) for i, v in enumerate(value)], dtype=torch.float64)
+        values = values.to(device)
+    else:
+        raise TypeError(f"{name}: expected a number or one number a class, got {type(value).__name__}")
+    if values.dim() == 0:
+        values = values.expand(classes)
+    if values.shape != (classes,):
+        raise ValueError(f"{name}: expected a number or {classes} numbers, one a class, got the shape {_shape(values)}")
+    # Values on an accelerator are not read back: that would wait for it.
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~(torch.isfinite(values) & (values >= 0))
+        if bool(bad.any()):
+            raise ValueError(f"{name}: expected finite numbers >= 0, got {values[bad][0].item()}")
+    return values
+
+
+def _check_class_parameters(alpha, beta, class_weight, logits: torch.Tensor):
+    # -> alpha, beta and no table, or a (3, C) table of alpha, beta and class_weight that stands for all three.
+    if class_weight is None and isinstance(alpha, (int, float)) and isinstance(beta, (int, float)):
+        return _number("alpha", alpha), _number("beta", beta), None
+    classes, device = logits.size(1), logits.device
+    rows = (
+        _per_class("alpha", alpha, classes, device),
+        _per_class("beta", beta, classes, device),
+        _per_class("class_weight", 1.0 if class_weight is None else class_weight, classes, device),
+    )
+    return math.nan, math.nan, torch.stack(rows)
+
+
+def _check_logits(logits, activation: str) -> None:
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"logits: expected float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if logits.dim() < 2:
+        raise ValueError(f"logits: expected the shape (N, C, *spatial), got {_shape(logits)}")
+    if logits.size(1) == 0:
+        raise ValueError(f"logits: expected at least one class in dimension 1, got the shape {_shape(logits)}")
+    if logits.size(1) == 1 and activation == "softmax":
+        raise ValueError(
+            "logits: softmax over one class is 1 everywhere; for a binary problem expected two classes, or one with "
+            f"activation='sigmoid', got the shape {_shape(logits)}"
+        )
+
+
+def _check_volumes(logits: torch.Tensor, target, voxel_weight) -> Volumes:
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    if target.device != logits.device:
+        raise ValueError(f"target: expected it on the logits' device {logits.device}, got {target.device}")
+    samples, classes, spatial = logits.shape[0], logits.shape[1], logits.shape[2:]
+    index_shape, channel_shape = (samples, *spatial), (samples, 1, *spatial)
+    integral = not (target.dtype.is_floating_point or target.dtype.is_complex)
+    if target.shape == index_shape or (target.shape == channel_shape and (integral or classes > 1)):
+        if target.dtype not in INDEX_DTYPES:
+            raise TypeError(
+                f"target: class indices of shape {_shape(target)} are expected as bool, uint8, int8, int16, int32 or "
+                f"int64, got {target.dtype}; convert them, for example with target.long()"
+            )
+        dense = False
+        if target.dim() == logits.dim():
+            target = target.squeeze(1)
+    elif target.shape == logits.shape:
+        if target.dtype.is_complex:
+            raise TypeError(f"target: expected bool, integers or floating numbers, got {target.dtype}")
+        dense = True
+    else:
+        raise ValueError(
+            f"target: for logits {_shape(logits)} expected class indices {_shape(index_shape)} or "
+            f"{_shape(channel_shape)}, or a dense target {_shape(logits)}, got {_shape(target)}"
+        )
+    if voxel_weight is not None:
+        voxel_weight = _check_voxel_weight(voxel_weight, logits, index_shape, channel_shape)
+    return Volumes(target, voxel_weight, dense)
+
+
+def _check_voxel_weight(weight, logits, index_shape, channel_shape) -> torch.Tensor:
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"voxel_weight: expected a tensor, got {type(weight).__name__}")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"voxel_weight: expected bool, uint8 or a floating type, got {weight.dtype}")
+    if weight.device != logits.device:
+        raise ValueError(f"voxel_weight: expected it on the logits' device {logits.device}, got {weight.device}")
+    if weight.requires_grad:
+        raise ValueError("voxel_weight: expected constants, got a tensor that requires a gradient")
+    if weight.shape == channel_shape and weight.dim() == logits.dim():
+        return weight.squeeze(1)
+    if weight.shape != index_shape:
+        raise ValueError(
+            f"voxel_weight: for logits {_shape(logits)} expected {_shape(index_shape)} or "
+            f"{_shape(channel_shape)}, got {_shape(weight)}"
+        )
+    return weight
+
+
+def label_count(logits: torch.Tensor) -> int:
+    """How many labels an index target may have: C, or 2 where one channel stands for the foreground."""
+    return 2 if logits.size(1) == 1 else logits.size(1)
+
+
+def raise_for_bad_values(logits: torch.Tensor, volumes: Volumes, ignore_index: int | None) -> None:
+    """Reads the labels and voxel weights and raises where one is out of range. Waits for the device."""
+    target, weight, dense = volumes
+    if weight is not None and weight.dtype.is_floating_point and weight.numel() and not bool((weight >= 0).all()):
+        raise ValueError(f"voxel_weight: expected values >= 0, got {weight[~(weight >= 0)][0].item()}")
+    if dense or target.dtype == torch.bool or target.numel() == 0:
+        return
+    labels = label_count(logits)
+    unknown = (target < 0) | (target.to(torch.int64) >= labels)
+    if ignore_index is not None:
+        unknown &= target.to(torch.int64) != ignore_index
+    if bool(unknown.any()):
+        ignored = "" if ignore_index is None else f" or the ignore_index {ignore_index}"
+        raise ValueError(f"target: expected labels in [0, {labels}){ignored}, got {target[unknown][0].item()}")

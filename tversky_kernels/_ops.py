@@ -1,0 +1,106 @@
+"""Registers the operators with torch.library: their schemas and what they return without running (fake kernels).
+
+The compiled libraries only add implementations, so that the operators exist, and say what is missing, without them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+
+NAMESPACE = "tversky_kernels"
+ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}  # as in csrc/tversky_math.h
+ABSENT = {"keep": 0, "zero": 1, "skip": 2}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+
+_VOLUME = "Tensor logits, Tensor target, Tensor? voxel_weight"
+_TABLE = (
+    "Tensor? class_parameters, float alpha, float beta, float gamma, float smooth_nr, float smooth_dr, "
+    "bool include_background, bool batch, int absent, int reduction"
+)
+_SCHEMAS = (
+    # -> (N, C, 3) float64: tp, fp, fn
+    f"count_pass({_VOLUME}, int activation, int? ignore_index, bool raise_bad_input) -> Tensor",
+    # -> loss (float64), coefficients (N or 1, C, 2): dL/dp where g = 0 and where g = 1
+    f"table(Tensor counts, {_TABLE}) -> (Tensor, Tensor)",
+    # both of them in one call
+    f"tversky_loss({_VOLUME}, int activation, int? ignore_index, bool raise_bad_input, {_TABLE}) -> (Tensor, Tensor)",
+    "gradient_pass(Tensor grad_loss, Tensor logits, Tensor target, Tensor? voxel_weight, Tensor coefficients, "
+    "int activation, int? ignore_index) -> Tensor",
+    "gradient_pass_(Tensor(a!) logits, Tensor grad_loss, Tensor target, Tensor? voxel_weight, Tensor coefficients, "
+    "int activation, int? ignore_index) -> ()",
+    "cpu_capability(int? force) -> int",
+)
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+
+
+def _load(name: str) -> str | None:
+    """Loads a compiled library of this package; returns why that failed, or None."""
+    path = pathlib.Path(__file__).with_name(name)
+    if not path.exists():
+        return f"the package was built without compiled kernels ({name} is not there)"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+#: Why the CPU kernels are missing; None where they are there.
+CPU_MISSING = _load("_C.so")
+
+ops = torch.ops.tversky_kernels
+
+
+def _loss_shape(samples, classes, include_background, batch, reduction):
+    if reduction != REDUCTIONS["none"]:
+        return []
+    kept = classes if include_background or classes == 1 else classes - 1
+    return [kept] if batch else [samples, kept]
+
+
+@torch.library.register_fake(f"{NAMESPACE}::count_pass")
+def _(logits, target, voxel_weight, activation, ignore_index, raise_bad_input):
+    return logits.new_empty([logits.size(0), logits.size(1), 3], dtype=torch.float64)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::table")
+def _(
+    counts,
+    class_parameters,
+    alpha,
+    beta,
+    gamma,
+    smooth_nr,
+    smooth_dr,
+    include_background,
+    batch,
+    absent,
+    reduction,
+):
+    samples, classes = counts.size(0), counts.size(1)
+    loss = counts.new_empty(_loss_shape(samples, classes, include_background, batch, reduction))
+    return loss, counts.new_empty([1 if batch else samples, classes, 2])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::tversky_loss")
+def _(logits, target, voxel_weight, activation, ignore_index, raise_bad_input, *table):
+    include_background, batch, _, reduction = table[-4:]
+    samples, classes = logits.size(0), logits.size(1)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss = logits.new_empty(_loss_shape(samples, classes, include_background, batch, reduction), dtype=dtype)
+    return loss, logits.new_empty([1 if batch else samples, classes, 2], dtype=torch.float64)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gradient_pass")
+def _(grad_loss, logits, target, voxel_weight, coefficients, activation, ignore_index):
+    return torch.empty_like(logits)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gradient_pass_")
+def _(logits, grad_loss, target, voxel_weight, coefficients, activation, ignore_index):
+    return None
