@@ -1,0 +1,79 @@
+"""What a loss costs inside a training step: seconds, and memory beyond the logits and the target."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler otherwise announces itself at every start
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most memory that torch's allocator held at once during the call, beyond what it held before."""
+    if device.type == "cuda":
+        _synchronise(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        _synchronise(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def loss_cost(
+    losses: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
+    forward: Callable[[], torch.Tensor],
+    target: torch.Tensor,
+    repeats: int = 5,
+) -> dict[str, dict[str, float]]:
+    """Times each loss, forward and backward, in a whole training step; the losses take turns, and medians are given.
+
+    ``forward`` runs the network and returns logits that carry its graph. Returns per loss: seconds, its share of the
+    step, and MiB.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in losses}
+    steps: dict[str, list[float]] = {name: [] for name in losses}
+    memory: dict[str, float] = {}
+    for _ in range(repeats + 1):  # the first is a warm-up
+        for name, loss in losses.items():
+            started = time.perf_counter()
+            logits = forward()
+            _synchronise(logits.device)
+            z = logits.detach().requires_grad_()
+            before = time.perf_counter()
+            loss(z, target).backward()
+            _synchronise(logits.device)
+            after = time.perf_counter()
+            logits.backward(z.grad)
+            _synchronise(logits.device)
+            spent[name].append(after - before)
+            steps[name].append(time.perf_counter() - started)
+    for name, loss in losses.items():
+        logits = forward()
+        z = logits.detach().clone().requires_grad_()
+        memory[name] = peak_bytes(lambda z=z, loss=loss: loss(z, target).backward(), z.device) / 2**20
+    return {
+        name: {
+            "seconds": statistics.median(spent[name][1:]),
+            "share": statistics.median(s / w for s, w in zip(spent[name][1:], steps[name][1:], strict=True)),
+            "MiB": memory[name],
+        }
+        for name in losses
+    }
