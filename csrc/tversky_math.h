@@ -30,6 +30,14 @@ struct Probability {
   V p, complement;
 };
 
+// Softmax over two classes is the sigmoid of z_1 - z_0; but +inf gives NaN, as any softmax does, so that an overflow of
+// half precision is seen.
+template <typename V>
+TK_MATH V two_class_logit(V z0, V z1) {
+  const V top = z0 > z1 ? z0 : z1;
+  return (z1 - z0) - (top - top);
+}
+
 // sigmoid(x) from e = exp(-|x|) and inverse = 1 / (1 + e).
 template <typename V, typename M>
 TK_MATH Probability<V> logistic(M x_is_negative, V e, V inverse) {
@@ -37,8 +45,8 @@ TK_MATH Probability<V> logistic(M x_is_negative, V e, V inverse) {
   return {x_is_negative ? small : inverse, x_is_negative ? inverse : small};
 }
 
-// dz = p (1 - p) u of a sigmoid, from e = exp(-|z|) and inverse = 1 / (1 + e). Softmax over two classes is the sigmoid of
-// z_1 - z_0: dz_1 = p_0 p_1 (u_1 - u_0) = -dz_0.
+// dz = p (1 - p) u of a sigmoid, from e = exp(-|z|) and inverse = 1 / (1 + e). For softmax over two
+// classes, the sigmoid of z_1 - z_0: dz_1 = p_0 p_1 (u_1 - u_0) = -dz_0.
 template <typename V>
 TK_MATH V logistic_gradient(V e, V inverse, V u) {
   return ((e * inverse) * inverse) * u;
@@ -60,14 +68,14 @@ struct SoftmaxSums {
   }
 };
 
-// dz of a softmax with an index target. With u_t the target's coefficient and sums over the other classes only,
-//   sum_k p_k u_k - u_t = sum_{k != t} p_k (u_k - u_t) =: excess
-//   dz_t = -p_t excess,   dz_c = p_c (u_c - u_t - excess)
-// which, unlike the usual form, does not cancel when p_t -> 1.
+// dz of a softmax with an index target t. A constant may be taken off every u without changing the gradient:
+//   excess = sum_k p_k (u_k - shift),   dz_c = p_c (u_c - shift - excess)
+// With shift = u_t the target's term drops out and nothing cancels as p_t -> 1; with shift = 0 nothing cancels where p_t
+// is small. So the larger half of the probability decides.
 template <typename V>
 struct SoftmaxGradient {
   V scale;      // voxel weight / sum of exponentials: turns an exponential into a weighted probability
-  V offset;     // -(u_t + excess)
+  V offset;     // -(shift + excess)
   V at_target;  // dz_t
 
   TK_MATH V other(V e, V u_background) const { return (e * scale) * (u_background + offset); }
@@ -77,9 +85,11 @@ struct SoftmaxGradient {
 template <typename V>
 TK_MATH SoftmaxGradient<V> softmax_gradient(const SoftmaxSums<V>& sums, V weighted_others, V u_target, V inverse,
                                             V weight) {
-  const V excess = (weighted_others - u_target * sums.others) * inverse;
+  const V shift = sums.target > sums.others ? u_target : V{};
+  const V above = u_target - shift;
+  const V excess = (weighted_others + above * sums.target - shift * sums.others) * inverse;
   const V scale = inverse * weight;
-  return {scale, -u_target - excess, -(sums.target * scale) * excess};
+  return {scale, -shift - excess, (sums.target * scale) * (above - excess)};
 }
 
 // ---- One row of the (N, C) table -------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def overlap_counts(
         p = z.softmax(1)
     else:
         p = z.sigmoid() if options.activation == "sigmoid" else z
-    p, g, w = p.flatten(2), g.flatten(2), w.flatten(2)
+    p, g, w = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (p, g, w))
     if options.soft_label:
         predicted, wanted = (w * p).sum(-1), (w * g).sum(-1)
         tp = (predicted + wanted - (w * (p - g).abs()).sum(-1)) / 2

@@ -30,7 +30,7 @@ TK_INLINE void count_two_classes(const Tile<A>& tile, int padded, CountVectors<A
   V right0{}, right1{}, missed0{}, missed1{};
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = load<I>(tile.labels + i);
-    const V difference = load<V>(tile.rows + tile.row_stride + i) - load<V>(tile.rows + i);
+    const V difference = two_class_logit(load<V>(tile.rows + i), load<V>(tile.rows + tile.row_stride + i));
     const I negative = difference < V{};
     const V e = exp_nonpositive<A>(negative ? difference : -difference);
     Probability<V> p = logistic(negative, e, 1 / (1 + e));

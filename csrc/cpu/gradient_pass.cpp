@@ -20,7 +20,7 @@ TK_INLINE void two_classes_gradient(const Tile<A>& tile, int padded, const A* u,
   const A difference1 = u[kCoefficients + kForeground] - u[kBackground];  // where it is 1
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = load<I>(tile.labels + i);
-    const V d = load<V>(tile.rows + tile.row_stride + i) - load<V>(tile.rows + i);
+    const V d = two_class_logit(load<V>(tile.rows + i), load<V>(tile.rows + tile.row_stride + i));
     const V e = exp_nonpositive<A>(d < V{} ? d : -d);
     const V inverse = 1 / (1 + e);
     V dz1 = logistic_gradient(e, inverse, label == 1 ? broadcast<A>(difference1) : broadcast<A>(difference0));

@@ -1,0 +1,66 @@
+"""What the tests share: inputs, the truth, and how far from it is too far."""
+
+from __future__ import annotations
+
+import torch
+
+import tversky_kernels as tk
+
+LOGITS_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+CPU_CAPABILITIES = {"baseline": 0, "avx2": 1, "avx512": 2}
+
+
+def inputs(samples, classes, spatial, dtype=torch.float32, target_dtype=torch.int64, seed=0, scale=3.0, labels=None):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(samples, classes, *spatial, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    labels = max(classes, 2) if labels is None else labels
+    target = torch.randint(0, labels, (samples, *spatial), generator=generator).to(target_dtype)
+    return logits, target
+
+
+def loss_and_gradient(function, logits, *arguments, upstream=None, **options):
+    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss = function(logits, *arguments, **options)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    (gradient,) = torch.autograd.grad(loss, logits, upstream)
+    return loss.detach(), gradient
+
+
+def truth(logits, target, upstream=None, **options):
+    """Loss and gradient of the reference in float64, from the very values that the logits have in their own type."""
+    options = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    return loss_and_gradient(tk.reference.tversky_loss, logits.double(), target, upstream=upstream, **options)
+
+
+def relative(actual, expected, least_norm=0.0):
+    """‖actual - expected‖ / ‖expected‖, in float64; NaN is never close."""
+    actual, expected = actual.double(), expected.double()
+    norm = max(expected.norm().item(), least_norm)
+    return (actual - expected).norm().item() / norm if norm > 0 else actual.norm().item()
+
+
+def check_against_truth(function, logits, target, upstream=None, loss_tolerance=1e-6, least_norm=0.0, **options):
+    """Loss to 1e-6, float32 gradients to 1e-6, half precision no worse than rounding the true gradient once.
+
+    least_norm: the norm below which a gradient is as good as none, for predictions that are saturated.
+    """
+    true_loss, true_gradient = truth(logits, target, upstream, **options)
+    loss, gradient = loss_and_gradient(function, logits, target, upstream=upstream, **options)
+    assert loss.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    assert loss.shape == true_loss.shape
+    assert gradient.dtype == logits.dtype
+    assert gradient.shape == logits.shape
+    scale = true_loss.abs().max().item() if true_loss.numel() else 0.0
+    small = {torch.float64: 1e-13}.get(logits.dtype, loss_tolerance) * max(scale, 1e-30)
+    assert torch.isfinite(loss).all()
+    assert (loss.double() - true_loss).abs().max().item() <= small if loss.numel() else True
+    if true_gradient.numel() == 0:
+        return
+    assert torch.isfinite(gradient).all()
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        # No worse than rounding the true gradient once, but where that lands on a tie.
+        rounded = relative(true_gradient.to(logits.dtype), true_gradient, least_norm)
+        assert relative(gradient, true_gradient, least_norm) <= 1.02 * rounded + 1e-6
+    else:
+        assert relative(gradient, true_gradient, least_norm) <= {torch.float32: 1e-6, torch.float64: 1e-13}[logits.dtype]

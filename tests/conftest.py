@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tversky_kernels as tk
+from common import CPU_CAPABILITIES
+from tversky_kernels._ops import ops
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty gives NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=list(CPU_CAPABILITIES))
+def capability(request):
+    """Runs the test with each instruction set that this processor has."""
+    assert tk.available_backends()["cpu"] is True
+    before = ops.cpu_capability(None)
+    wanted = CPU_CAPABILITIES[request.param]
+    if ops.cpu_capability(wanted) != wanted:
+        ops.cpu_capability(before)
+        pytest.skip(f"this processor or this build has no {request.param}")
+    yield request.param
+    ops.cpu_capability(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads and puts them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

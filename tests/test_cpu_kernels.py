@@ -1,0 +1,324 @@
+"""The CPU kernels, every instruction set, against the float64 reference."""
+
+from __future__ import annotations
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+import tversky_kernels as tk
+from common import CPU_CAPABILITIES, INDEX_DTYPES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient, truth
+from tversky_kernels._ops import ops
+
+
+def cpu(logits, target, **options):
+    return tk.tversky_loss(logits, target, backend="cpu", **options)
+
+
+@pytest.mark.parametrize("dtype", LOGITS_DTYPES)
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 33, 118])
+def test_classes_and_dtypes(capability, classes, dtype):
+    check_against_truth(cpu, *inputs(2, classes, (7, 11, 13), dtype))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5, 33])
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("dtype", LOGITS_DTYPES)
+def test_other_activations(capability, activation, classes, dtype):
+    logits, target = inputs(2, classes, (5, 7, 11), dtype)
+    check_against_truth(cpu, logits.sigmoid() if activation == "none" else logits, target, activation=activation)
+
+
+@pytest.mark.parametrize("target_dtype", [*INDEX_DTYPES, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_target_dtypes(capability, target_dtype, dtype):
+    logits, target = inputs(1, 2, (9, 10, 11), dtype, target_dtype)
+    check_against_truth(cpu, logits, target)
+    check_against_truth(cpu, logits, target[:, None])
+
+
+@pytest.mark.parametrize("spatial", [(), (1,), (1, 1, 1), (17,), (1, 31, 1), (2, 3, 5, 7), (64,), (4099,), (13, 79, 7)])
+def test_spatial_sizes(capability, spatial):
+    check_against_truth(cpu, *inputs(3, 3, spatial))
+    check_against_truth(cpu, *inputs(3, 7, spatial, torch.bfloat16))
+
+
+def test_a_thousand_classes(capability):
+    check_against_truth(cpu, *inputs(1, 1000, (3, 5, 7), target_dtype=torch.int16))
+    check_against_truth(cpu, *inputs(2, 999, (70,), torch.float16, target_dtype=torch.int32))
+
+
+def test_many_chunks_and_tiles(capability):
+    check_against_truth(cpu, *inputs(1, 2, (61, 62, 63), target_dtype=torch.uint8))
+    check_against_truth(cpu, *inputs(2, 14, (40, 41, 42), target_dtype=torch.uint8))
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last),
+    "sliced classes": lambda x: torch.cat((x, x), 1)[:, : x.size(1)],
+    "sliced batch": lambda x: torch.stack((x, x), 1)[:, 0],
+    "sliced space": lambda x: torch.cat((x, x), -1)[..., : x.size(-1)],
+    "every second voxel": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
+    "permuted": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "flipped classes": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "offset by one": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("spatial", [(6, 7, 9), (12, 17)])
+def test_layouts(capability, layout, dtype, spatial):
+    logits, target = inputs(2, 5, spatial, dtype)
+    strided = LAYOUTS[layout](logits)
+    assert torch.equal(strided, logits)
+    assert layout == "offset by one" or not strided.is_contiguous()
+    for options in ({}, {"activation": "sigmoid"}):
+        expected = loss_and_gradient(cpu, logits, target, **options)
+        loss, gradient = loss_and_gradient(cpu, strided, target, **options)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(gradient, expected[1])
+    if layout == "channels_last":
+        assert gradient.stride() == strided.stride()
+
+
+def test_expanded_inputs(capability):
+    logits, target = inputs(1, 3, (5, 6, 7))
+    many = logits.expand(4, -1, -1, -1, -1)
+    check_against_truth(cpu, many, target.expand(4, -1, -1, -1))
+    one_slice = torch.randint(0, 3, (4, 1, 1, 7)).expand(-1, 5, 6, -1)
+    check_against_truth(cpu, many, one_slice)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 1, -1, 255, -(2**40)])
+@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.int16, torch.int64])
+@pytest.mark.parametrize("classes", [2, 4, 9])
+def test_ignore_index(capability, ignore_index, target_dtype, classes):
+    logits, target = inputs(2, classes, (9, 10, 11), target_dtype=target_dtype)
+    limits = torch.iinfo(target_dtype)
+    if limits.min <= ignore_index <= limits.max:
+        target[:, ::3] = ignore_index
+    check_against_truth(cpu, logits, target, ignore_index=ignore_index)
+    _, gradient = loss_and_gradient(cpu, logits, target, ignore_index=ignore_index)
+    assert (gradient.movedim(1, -1)[target.long() == ignore_index] == 0).all()
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 9])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_what_does_not_count_may_be_nan(capability, classes, activation):
+    if classes == 1 and activation == "softmax":
+        pytest.skip("an error by itself")
+    logits, target = inputs(1, classes, (300,))
+    target[:, 7:200] = 99
+    weight = torch.ones(1, 300)
+    weight[:, 250:] = 0
+    expected = loss_and_gradient(cpu, logits, target, ignore_index=99, voxel_weight=weight, activation=activation)
+    logits[:, :, 7:200] = torch.nan
+    logits[:, :, 250:] = torch.inf
+    loss, gradient = loss_and_gradient(cpu, logits, target, ignore_index=99, voxel_weight=weight, activation=activation)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 9])
+def test_a_nan_that_counts_is_seen(capability, classes):
+    for bad in (torch.nan, torch.inf):
+        for at in range(classes):
+            logits, target = inputs(1, classes, (130,))
+            logits[0, at, 77] = bad
+            assert torch.isnan(cpu(logits, target))
+
+
+def test_minus_infinity_is_probability_zero(capability):
+    for classes in (2, 3, 9):
+        logits, target = inputs(1, classes, (130,))
+        target[target == 1] = 0
+        logits[:, 1] = -torch.inf
+        finite = torch.where(torch.isinf(logits), -1e6, logits)
+        assert torch.equal(cpu(logits, target, reduction="none"), cpu(finite, target, reduction="none"))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8])
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_voxel_weight(capability, weight_dtype, classes):
+    logits, target = inputs(2, classes, (9, 10, 11))
+    weight = (torch.rand(2, 9, 10, 11) * 4).to(weight_dtype)
+    check_against_truth(cpu, logits, target, voxel_weight=weight)
+    check_against_truth(cpu, logits, target, voxel_weight=weight[:, None], ignore_index=1, batch=True)
+    check_against_truth(cpu, logits, target, voxel_weight=weight, activation="sigmoid")
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 9])
+@pytest.mark.parametrize("dtype", LOGITS_DTYPES)
+def test_huge_logits(capability, classes, dtype):
+    logits, target = inputs(1, classes, (500,), dtype)
+    check_against_truth(cpu, (logits.sign() * 1e4).to(dtype), target, least_norm=1e-3)
+    check_against_truth(cpu, (logits * 1e3).to(dtype), target, least_norm=1e-3)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 14])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_nearly_perfect_prediction(capability, classes, dtype):
+    """1 - TI around 1e-6 without smoothing: loss and gradient keep the accuracy that they have everywhere."""
+    logits, target = inputs(1, classes, (40, 40, 40), torch.float64, scale=0.5)
+    logits = (logits + 14 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1)).to(dtype)
+    options = {"smooth_nr": 0.0, "smooth_dr": 0.0}
+    upstream = torch.tensor(2.0**30)  # as a gradient scaler would, or float16 has no number for the gradient
+    expected, _ = truth(logits, target, **options)
+    assert 1e-7 < expected.item() < 2e-5
+    check_against_truth(cpu, logits, target, upstream=upstream, **options)
+
+
+def test_float16_of_the_issues_size(capability):
+    logits, target = inputs(1, 4, (96, 96, 96), torch.float16, torch.uint8)
+    check_against_truth(cpu, logits, target)
+
+
+def test_exponential_to_one_ulp(capability):
+    """One voxel, two classes: fp of class 0 is e^-x / (1 + e^-x), where e^-x decides the error."""
+    for dtype, ulp in ((torch.float32, 2.0**-23), (torch.float64, 2.0**-52)):
+        # Exact in the type, so that the difference of the logits is.
+        x = torch.linspace(0, 80, 20001, dtype=dtype)
+        logits = torch.stack((-x, torch.zeros_like(x)), 1)[..., None]  # (N, 2, 1)
+        counts = ops.count_pass(logits, torch.ones(len(x), 1, dtype=torch.uint8), None, 0, None, True)
+        e = torch.exp(-x.to(torch.float64)) if dtype == torch.float32 else torch.exp(-x)
+        expected = e / (1 + e)
+        error = ((counts[:, 0, 1] - expected).abs() / expected).max().item()
+        assert error <= 2.5 * ulp, error / ulp  # exponential, sum, reciprocal and product each round once
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 0.0, "beta": 1.0},
+        {"alpha": [0.1, 0.2, 0.3], "beta": (0.9, 0.8, 0.7)},
+        {"class_weight": torch.tensor([0.5, 0.0, 2.0])},
+        {"gamma": 0.5},
+        {"gamma": 4 / 3, "smooth_nr": 1.0, "smooth_dr": 1.0},
+        {"smooth_nr": 0.0, "smooth_dr": 0.0},
+        {"smooth_nr": 3.0, "smooth_dr": 1.0},
+        {"include_background": False},
+        {"batch": True},
+        {"batch": True, "include_background": False, "gamma": 2.0},
+        {"absent": "zero", "ignore_index": 2},
+        {"absent": "skip", "ignore_index": 2},
+        {"absent": "skip", "ignore_index": 2, "batch": True},
+    ],
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_table_options(options, reduction):
+    logits, target = inputs(3, 3, (6, 7, 8))
+    shape = tk.reference.tversky_loss(logits, target, reduction=reduction, **options).shape
+    upstream = torch.randn(shape, dtype=torch.float64)
+    check_against_truth(cpu, logits, target, upstream=upstream, reduction=reduction, **options)
+    check_against_truth(cpu, logits.double(), target, upstream=upstream, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1e-5])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_a_perfect_prediction_has_no_infinite_gradient(smooth, gamma):
+    target = torch.arange(12).view(1, 12) % 3
+    logits = 1e4 * torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float()
+    loss, gradient = loss_and_gradient(cpu, logits, target, gamma=gamma, smooth_nr=smooth, smooth_dr=smooth)
+    assert loss.item() == 0
+    assert (gradient == 0).all()
+
+
+def test_nothing(capability):
+    for shape in ((0, 3, 4, 5), (2, 3, 0, 5)):
+        for reduction in ("mean", "sum", "none"):
+            logits = torch.randn(shape)
+            target = torch.zeros(shape[0], *shape[2:], dtype=torch.long)
+            expected, _ = truth(logits, target, reduction=reduction)
+            loss, gradient = loss_and_gradient(cpu, logits, target, reduction=reduction)
+            assert torch.equal(loss.double(), expected)
+            assert gradient.shape == logits.shape
+    logits, target = inputs(2, 3, (100,))
+    loss, gradient = loss_and_gradient(cpu, logits, torch.full_like(target, 7), ignore_index=7)
+    assert loss.item() == 0
+    assert (gradient == 0).all()
+
+
+def test_same_bits_for_any_number_of_threads(capability, threads):
+    logits, target = inputs(2, 5, (40, 50, 60))
+    results = []
+    for count in (1, 2, 3, 8, 1):
+        threads(count)
+        results.append(loss_and_gradient(cpu, logits, target, reduction="none", upstream=torch.ones(2, 5)))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+def test_capability_can_only_be_narrowed():
+    widest = ops.cpu_capability(2)
+    assert ops.cpu_capability(0) == 0
+    assert ops.cpu_capability(2) == widest == ops.cpu_capability(None)
+
+
+def test_loss_on_128_cubed_to_one_in_a_million():
+    logits, target = inputs(1, 2, (128, 128, 128), target_dtype=torch.uint8)
+    expected = tk.reference.tversky_loss(logits.double(), target).item()
+    for capability in CPU_CAPABILITIES.values():
+        ops.cpu_capability(capability)
+        assert cpu(logits, target).item() == pytest.approx(expected, rel=1e-6)
+    ops.cpu_capability(2)
+
+
+@st.composite
+def cases(draw):
+    classes = draw(st.integers(1, 9))
+    activation = draw(st.sampled_from(["softmax", "sigmoid"] if classes > 1 else ["sigmoid"]))
+    per_class = st.lists(st.floats(0, 2), min_size=classes, max_size=classes)
+    return {
+        "shape": (draw(st.integers(1, 3)), classes, *draw(st.lists(st.integers(1, 19), min_size=1, max_size=3))),
+        "dtype": draw(st.sampled_from(LOGITS_DTYPES)),
+        "target_dtype": draw(st.sampled_from(INDEX_DTYPES)),
+        "seed": draw(st.integers(0, 2**31)),
+        "scale": draw(st.sampled_from([0.1, 1.0, 10.0])),
+        "channels_last": draw(st.booleans()),
+        "weighted": draw(st.booleans()),
+        "capability": draw(st.sampled_from(list(CPU_CAPABILITIES.values()))),
+        "options": {
+            "activation": activation,
+            "alpha": draw(st.one_of(st.floats(0, 2), per_class)),
+            "beta": draw(st.one_of(st.floats(0, 2), per_class)),
+            "class_weight": draw(st.one_of(st.none(), per_class)),
+            "gamma": draw(st.sampled_from([0.5, 0.75, 1.0, 2.0])),
+            "smooth_nr": draw(st.sampled_from([0.0, 1e-5, 1.0])),
+            "smooth_dr": draw(st.sampled_from([1e-5, 1.0])),
+            "ignore_index": draw(st.sampled_from([None, 0, 1, 100])),
+            "include_background": draw(st.booleans()),
+            "batch": draw(st.booleans()),
+            "absent": draw(st.sampled_from(["keep", "zero", "skip"])),
+            "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        },
+    }
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(cases())
+def test_any_combination(case):
+    samples, classes, *spatial = case["shape"]
+    logits, target = inputs(
+        samples, classes, spatial, case["dtype"], case["target_dtype"], seed=case["seed"], scale=case["scale"]
+    )
+    options = case["options"]
+    if case["channels_last"]:
+        logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
+    if case["weighted"]:
+        options["voxel_weight"] = torch.rand(target.shape, generator=torch.Generator().manual_seed(case["seed"]))
+    ops.cpu_capability(case["capability"])
+    try:
+        true_loss, true_gradient = truth(logits, target, **options)
+        loss, gradient = loss_and_gradient(cpu, logits, target, **options)
+    finally:
+        ops.cpu_capability(2)
+    scale = max(1.0, true_loss.abs().max().item())
+    assert (loss.double() - true_loss).abs().max().item() <= 2e-6 * scale
+    # Against the largest gradient there is, for one that ought to be 0 has no relative error.
+    largest = true_gradient.abs().max().item()
+    eps = max(torch.finfo(logits.dtype).eps, 2e-6 if logits.dtype != torch.float64 else 1e-11)
+    smallest = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
+    assert (gradient.double() - true_gradient).abs().max().item() <= 2 * eps * largest + smallest + 1e-9
