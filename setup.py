@@ -106,7 +106,19 @@ class BuildExt(build_ext):
             list(pool.map(run, (command for _, command in commands)))
         # Without --no-as-needed the loader does not find the shims of a torch that splits its libraries otherwise.
         link = ["-Wl,--no-as-needed"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
-        run([*compiler(), "-shared", "-o", out, *(o for o, _ in commands), f"-L{library}", *link, "-ltorch", "-ltorch_cpu"])
+        run(
+            [
+                *compiler(),
+                "-shared",
+                "-o",
+                out,
+                *(o for o, _ in commands),
+                f"-L{library}",
+                *link,
+                "-ltorch",
+                "-ltorch_cpu",
+            ]
+        )
 
 
 def run(command):

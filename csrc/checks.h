@@ -15,8 +15,9 @@ using torch::stable::Tensor;
 
 inline void check_logits(const Tensor& logits) {
   const ScalarType t = logits.scalar_type();
-  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16,
-                  "logits: expected float16, bfloat16, float32 or float64, got ", torch::headeronly::toString(t));
+  STD_TORCH_CHECK(
+      t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16,
+      "logits: expected float16, bfloat16, float32 or float64, got ", torch::headeronly::toString(t));
   STD_TORCH_CHECK(logits.dim() >= 2, "logits: expected (N, C, *spatial), got ", logits.dim(), " dimension(s)");
   STD_TORCH_CHECK(logits.size(1) >= 1, "logits: expected at least one class, got none");
 }
@@ -26,7 +27,8 @@ inline void check_voxelwise(const char* name, const Tensor& x, const Tensor& log
   STD_TORCH_CHECK(x.dim() == logits.dim() - 1, name, ": expected ", logits.dim() - 1, " dimensions, got ", x.dim());
   for (int64_t d = 0; d < x.dim(); ++d) {
     const int64_t expected = logits.size(d == 0 ? 0 : d + 1);
-    STD_TORCH_CHECK(x.size(d) == expected, name, ": expected size ", expected, " in dimension ", d, ", got ", x.size(d));
+    STD_TORCH_CHECK(x.size(d) == expected, name, ": expected size ", expected, " in dimension ", d, ", got ",
+                    x.size(d));
   }
   STD_TORCH_CHECK(x.is_cpu() == logits.is_cpu() && x.get_device_index() == logits.get_device_index(), name,
                   ": expected it on the logits' device");
@@ -44,8 +46,8 @@ inline void check_target(const Tensor& target, const Tensor& logits) {
 inline void check_voxel_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
   if (!weight.has_value()) return;
   const ScalarType t = weight->scalar_type();
-  STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Byte || t == ScalarType::Half || t == ScalarType::BFloat16 ||
-                      t == ScalarType::Float || t == ScalarType::Double,
+  STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Byte || t == ScalarType::Half ||
+                      t == ScalarType::BFloat16 || t == ScalarType::Float || t == ScalarType::Double,
                   "voxel_weight: expected bool, uint8 or floating, got ", torch::headeronly::toString(t));
   check_voxelwise("voxel_weight", *weight, logits);
 }

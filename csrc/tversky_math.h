@@ -22,7 +22,8 @@ enum class Activation : int { kSoftmax = 0, kSigmoid = 1, kNone = 2 };
 enum class Absent : int { kKeep = 0, kZero = 1, kSkip = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 
-// ---- One voxel -------------------------------------------------------------------------------------------------------
+// ---- One voxel
+// -------------------------------------------------------------------------------------------------------
 
 // p and 1 - p of a binary outcome, neither by subtraction.
 template <typename V>
@@ -70,8 +71,8 @@ struct SoftmaxSums {
 
 // dz of a softmax with an index target t. A constant may be taken off every u without changing the gradient:
 //   excess = sum_k p_k (u_k - shift),   dz_c = p_c (u_c - shift - excess)
-// With shift = u_t the target's term drops out and nothing cancels as p_t -> 1; with shift = 0 nothing cancels where p_t
-// is small. So the larger half of the probability decides.
+// With shift = u_t the target's term drops out and nothing cancels as p_t -> 1; with shift = 0 nothing cancels where
+// p_t is small. So the larger half of the probability decides.
 template <typename V>
 struct SoftmaxGradient {
   V scale;      // voxel weight / sum of exponentials: turns an exponential into a weighted probability
@@ -92,7 +93,8 @@ TK_MATH SoftmaxGradient<V> softmax_gradient(const SoftmaxSums<V>& sums, V weight
   return {scale, -shift - excess, (sums.target * scale) * (above - excess)};
 }
 
-// ---- One row of the (N, C) table -------------------------------------------------------------------------------------
+// ---- One row of the (N, C) table
+// -------------------------------------------------------------------------------------
 
 struct TverskyParameters {
   double alpha, beta, gamma, smooth_nr, smooth_dr, class_weight;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -31,7 +33,7 @@ class FCN(nn.Module):
         self.down = nn.ModuleList(
             _double_convolution(a, b, norm) for a, b in zip([inputs, *widths[:-1]], widths, strict=True)
         )
-        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in pairwise(widths))
         self.merge = nn.ModuleList(_double_convolution(2 * a, a, norm) for a in widths[:-1])
         self.head = nn.Conv3d(features, classes, 1)
         self.pool = nn.MaxPool3d(2)

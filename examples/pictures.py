@@ -1,4 +1,4 @@
-"""The paper's figures for a run: precision-recall curves, and slices with the truth and the prediction drawn on them."""
+"""The paper's figures for a run: precision-recall curves, and slices with truth and prediction drawn on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ TRUTH, PREDICTION = "#2ca02c", "#d62728"
 def precision_recall(cases: list[tuple[str, np.ndarray, np.ndarray]], path: pathlib.Path) -> pathlib.Path:
     """One curve a patient and one of all voxels pooled; cases are (patient, truth, probability)."""
     figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
-    pooled = ("all, pooled", np.concatenate([t.ravel() for _, t, _ in cases]), np.concatenate([p.ravel() for *_, p in cases]))
+    pooled = (
+        "all, pooled",
+        np.concatenate([t.ravel() for _, t, _ in cases]),
+        np.concatenate([p.ravel() for *_, p in cases]),
+    )
     for patient, truth, probability in [*cases, pooled]:
         if not truth.any():
             continue

@@ -24,34 +24,57 @@ import monai
 import numpy as np
 import pandas as pd
 import torch
-from monai.inferers import sliding_window_inference
-from sklearn.model_selection import KFold
-from tqdm import tqdm
-
-import tversky_kernels as tk
 from evaluate import NAMES, scores
 from fcn import FCN
 from loss_cost import loss_cost
+from monai.inferers import sliding_window_inference
 from pictures import precision_recall, slices
+from sklearn.model_selection import KFold
+from tqdm import tqdm
 from volumes import DataError, Volume, prepare, read_folder
+
+import tversky_kernels as tk
 
 CHECKPOINT_FORMAT = 1
 #: What must be the same for a run to be continued.
-IDENTITY = (
-    "data spacing window folds seed features levels norm patch_size batch_size lr decay_every loss alpha beta gamma "
-    "class_weights backend amp"
-).split()
+IDENTITY = [
+    *(
+        "data",
+        "structure",
+        "spacing",
+        "window",
+        "folds",
+        "features",
+        "levels",
+        "norm",
+        "patch_size",
+        "batch_size",
+        "lr",
+    ),
+    *("decay_every", "seed", "amp", "loss", "alpha", "beta", "gamma", "class_weights", "backend"),
+]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=pathlib.Path, default=pathlib.Path(".data/lung"), metavar="DIR",
-                      help="a sub-folder of DICOM files a patient, or NAME_image.nii.gz and NAME_label.nii.gz (%(default)s)")
+    data.add_argument(
+        "--data",
+        type=pathlib.Path,
+        default=pathlib.Path(".data/lung"),
+        metavar="DIR",
+        help="a sub-folder of DICOM files a patient, or NAME_image.nii.gz and NAME_label.nii.gz (%(default)s)",
+    )
     data.add_argument("--structure", default="GTV-1", help="the RTSTRUCT contour to learn (%(default)s)")
     data.add_argument("--spacing", type=float, default=3.0, metavar="MM", help="isotropic voxel size (%(default)s)")
-    data.add_argument("--window", type=float, nargs=2, default=(-1000.0, 400.0), metavar=("LOW", "HIGH"),
-                      help="CT numbers that become -1 and 1 (-1000 400)")
+    data.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        default=(-1000.0, 400.0),
+        metavar=("LOW", "HIGH"),
+        help="CT numbers that become -1 and 1 (-1000 400)",
+    )
     data.add_argument("--z-score", action="store_true", help="scale to zero mean and unit variance instead, as for MR")
     data.add_argument("--folds", type=int, default=0, help="cross-validation folds; 0: leave one patient out")
     data.add_argument("--fold", type=int, action="append", help="run only this fold, from 0; may be repeated")
@@ -64,11 +87,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=1000, help="optimiser steps a fold (%(default)s)")
     training.add_argument("--batch-size", type=int, default=1, help="patches a step (%(default)s)")
-    training.add_argument("--patch-size", type=int, nargs=3, default=(48, 48, 48), metavar=("D", "H", "W"),
-                          help="of training and sliding window, multiples of 2^(levels-1) (48 48 48)")
+    training.add_argument(
+        "--patch-size",
+        type=int,
+        nargs=3,
+        default=(48, 48, 48),
+        metavar=("D", "H", "W"),
+        help="of training and sliding window, multiples of 2^(levels-1) (48 48 48)",
+    )
     training.add_argument("--lr", type=float, default=1e-4, help="Adam's learning rate (%(default)s)")
-    training.add_argument("--decay-every", type=int, default=1000, metavar="STEPS",
-                          help="multiply the learning rate by 0.9 this often (%(default)s)")
+    training.add_argument(
+        "--decay-every",
+        type=int,
+        default=1000,
+        metavar="STEPS",
+        help="multiply the learning rate by 0.9 this often (%(default)s)",
+    )
     training.add_argument("--seed", type=int, default=0, help="of weights, patches and flips (%(default)s)")
     training.add_argument("--amp", action="store_true", help="bfloat16 autocast (float16 with loss scaling on CUDA)")
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
@@ -79,13 +113,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--alpha", type=float, default=0.3, help="weight of false positives (%(default)s)")
     loss.add_argument("--beta", type=float, default=0.7, help="weight of false negatives (%(default)s)")
     loss.add_argument("--gamma", type=float, default=0.75, help="exponent of the focal loss (%(default)s)")
-    loss.add_argument("--class-weights", type=float, nargs=2, default=(1.0, 20.0), metavar=("BACKGROUND", "LESION"),
-                      help="of the cross-entropy (1 20)")
-    loss.add_argument("--backend", choices=("auto", "cpu", "cuda", "triton", "reference", "monai"), default="auto",
-                      help="of our loss; 'reference' and 'monai' are naive ones to compare with (%(default)s)")
+    loss.add_argument(
+        "--class-weights",
+        type=float,
+        nargs=2,
+        default=(1.0, 20.0),
+        metavar=("BACKGROUND", "LESION"),
+        help="of the cross-entropy (1 20)",
+    )
+    loss.add_argument(
+        "--backend",
+        choices=("auto", "cpu", "cuda", "triton", "reference", "monai"),
+        default="auto",
+        help="of our loss; 'reference' and 'monai' are naive ones to compare with (%(default)s)",
+    )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/fcn"), metavar="DIR", help="(%(default)s)")
+    output.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("runs/fcn"), metavar="DIR", help="(%(default)s)"
+    )
     output.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     output.add_argument("--checkpoint-every", type=int, default=50, metavar="STEPS", help="(%(default)s)")
     output.add_argument("--no-loss-cost", action="store_true", help="do not compare the cost of the losses at the end")
@@ -110,9 +156,14 @@ def make_loss(arguments: argparse.Namespace, backend: str | None = None, inplace
     alpha, beta = (0.5, 0.5) if arguments.loss == "dice" else (arguments.alpha, arguments.beta)
     if backend == "monai":
         # Our smoothing is MONAI's default too.
-        return monai.losses.TverskyLoss(softmax=True, to_onehot_y=True, alpha=alpha, beta=beta)
+        return monai.losses.TverskyLoss(
+            softmax=True, to_onehot_y=True, include_background=False, alpha=alpha, beta=beta
+        )
     gamma = arguments.gamma if arguments.loss == "focal-tversky" else 1.0
-    return tk.TverskyLoss(alpha=alpha, beta=beta, gamma=gamma, backend=backend, inplace_backward=inplace)
+    # The paper's loss is the lesion's alone.
+    return tk.TverskyLoss(
+        alpha=alpha, beta=beta, gamma=gamma, include_background=False, backend=backend, inplace_backward=inplace
+    )
 
 
 class Patches:
@@ -120,7 +171,10 @@ class Patches:
 
     def __init__(self, volumes: list[Volume], arguments: argparse.Namespace, fold: int):
         self.items = [
-            {"image": pad(v.image, arguments.patch_size, v.image.min().item()), "label": pad(v.label, arguments.patch_size)}
+            {
+                "image": pad(v.image, arguments.patch_size, v.image.min().item()),
+                "label": pad(v.label, arguments.patch_size),
+            }
             for v in volumes
         ]
         self.key = (arguments.seed, fold)
@@ -129,7 +183,7 @@ class Patches:
         self.transform = monai.transforms.Compose(
             [
                 monai.transforms.RandCropByPosNegLabeld(
-                    keys, label_key="label", spatial_size=arguments.patch_size, pos=3, neg=1, num_samples=1
+                    keys, label_key="label", spatial_size=arguments.patch_size, pos=1, neg=1, num_samples=1
                 ),
                 *(monai.transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
                 monai.transforms.RandScaleIntensityd("image", factors=0.1, prob=0.5),
@@ -231,7 +285,12 @@ class Trainer:
         self.network.eval()
         image = volume.image[None].to(self.arguments.device)
         probability = sliding_window_inference(
-            image, self.arguments.patch_size, 1, lambda x: self.logits(x).float().softmax(1)[:, 1:], overlap=0.5, mode="gaussian"
+            image,
+            self.arguments.patch_size,
+            1,
+            lambda x: self.logits(x).float().softmax(1)[:, 1:],
+            overlap=0.5,
+            mode="gaussian",
         )
         self.network.train()
         return probability[0, 0].cpu().numpy()
@@ -267,8 +326,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train_fcn: {error}", file=sys.stderr)
         return 2
     for v in volumes:
-        print(f"  {v.patient}: {tuple(v.image.shape[1:])} voxels of {arguments.spacing:g} mm, "
-              f"{100 * v.label.float().mean():.2f} % lesion")
+        print(
+            f"  {v.patient}: {tuple(v.image.shape[1:])} voxels of {arguments.spacing:g} mm, "
+            f"{100 * v.label.float().mean():.2f} % lesion"
+        )
     if len(volumes) < 2:
         print(f"train_fcn: {arguments.data}: cross-validation expects at least two patients, got one", file=sys.stderr)
         return 2
@@ -300,7 +361,9 @@ def main(argv: list[str] | None = None) -> int:
 
     table = pd.DataFrame(rows)
     mean = {"patient": "mean", "fold": "", **table[list(NAMES)].mean().to_dict()}
-    pooled_scores = scores(np.concatenate([t.ravel() for _, t, _ in cases]), np.concatenate([p.ravel() for *_, p in cases]))
+    pooled_scores = scores(
+        np.concatenate([t.ravel() for _, t, _ in cases]), np.concatenate([p.ravel() for *_, p in cases])
+    )
     table = pd.concat([table, pd.DataFrame([mean, {"patient": "pooled", "fold": "", **pooled_scores}])])
     table.to_csv(arguments.out / "results.csv", index=False)
     with open(arguments.out / "log.csv", "w", newline="") as file:
@@ -314,8 +377,11 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "settings": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(arguments).items()},
         "versions": {
-            "tversky_kernels": tk.__version__, "torch": torch.__version__, "monai": monai.__version__,
-            "python": platform.python_version(), "machine": platform.machine(),
+            "tversky_kernels": tk.__version__,
+            "torch": torch.__version__,
+            "monai": monai.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
         },
         "backends": tk.available_backends(),
         "training_seconds": seconds,
@@ -328,16 +394,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_report(arguments, table, costs, seconds, pictures) -> None:
-    name = arguments.loss + (f" (alpha {arguments.alpha:g}, beta {arguments.beta:g})" if "tversky" in arguments.loss else "")
+    name = arguments.loss + (
+        f" (alpha {arguments.alpha:g}, beta {arguments.beta:g})" if "tversky" in arguments.loss else ""
+    )
     print(f"\nHeld-out patients, {name}, {arguments.steps} steps a fold, {seconds:.0f} s of training; percent:\n")
     percent = table.drop(columns="fold").copy()
     percent[list(NAMES)] = (100 * percent[list(NAMES)]).round(1)
     print(percent.to_string(index=False))
     if costs:
-        print(f"\nThe loss inside this training step ({arguments.batch_size} x "
-              f"{' x '.join(map(str, arguments.patch_size))} voxels, 2 classes, {arguments.device}), forward + backward:\n")
+        print(
+            f"\nThe loss inside this training step ({arguments.batch_size} x "
+            f"{' x '.join(map(str, arguments.patch_size))} voxels, 2 classes, {arguments.device}), "
+            "forward + backward:\n"
+        )
         rows = [
-            {"loss": name, "ms": round(1e3 * c["seconds"], 2), "% of the step": round(100 * c["share"], 2), "MiB": round(c["MiB"], 2)}
+            {
+                "loss": name,
+                "ms": round(1e3 * c["seconds"], 2),
+                "% of the step": round(100 * c["share"], 2),
+                "MiB": round(c["MiB"], 2),
+            }
             for name, c in costs.items()
         ]
         print(pd.DataFrame(rows).to_string(index=False))

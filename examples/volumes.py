@@ -63,9 +63,7 @@ def read_dicom(folder: pathlib.Path, structure: str) -> Volume:
     first = slices[0][1]
     if np.abs(np.array(first.ImageOrientationPatient, float) - (1, 0, 0, 0, 1, 0)).max() > 1e-3:
         raise DataError(f"{folder}: only axial slices are read, got the orientation {first.ImageOrientationPatient}")
-    image = np.stack(
-        [p * float(s.RescaleSlope) + float(s.RescaleIntercept) for _, s, p in slices], dtype=np.float32
-    )
+    image = np.stack([p * float(s.RescaleSlope) + float(s.RescaleIntercept) for _, s, p in slices], dtype=np.float32)
     row_mm, column_mm = map(float, first.PixelSpacing)
 
     label = np.zeros(image.shape, np.uint8)
@@ -85,7 +83,9 @@ def read_dicom(folder: pathlib.Path, structure: str) -> Volume:
     if not label.any():
         raise DataError(f"{folder}: the contours of {structure!r} enclose no voxel")
     thickness = float(gaps.mean()) if len(slices) > 1 else float(first.SliceThickness)
-    return Volume(folder.name, torch.from_numpy(image)[None], torch.from_numpy(label)[None], (thickness, row_mm, column_mm))
+    return Volume(
+        folder.name, torch.from_numpy(image)[None], torch.from_numpy(label)[None], (thickness, row_mm, column_mm)
+    )
 
 
 def read_nifti(image_path: pathlib.Path, label_path: pathlib.Path) -> Volume:

@@ -29,7 +29,9 @@ def loss_and_gradient(function, logits, *arguments, upstream=None, **options):
 
 def truth(logits, target, upstream=None, **options):
     """Loss and gradient of the reference in float64, from the very values that the logits have in their own type."""
-    options = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    options = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()
+    }
     return loss_and_gradient(tk.reference.tversky_loss, logits.double(), target, upstream=upstream, **options)
 
 
@@ -63,4 +65,6 @@ def check_against_truth(function, logits, target, upstream=None, loss_tolerance=
         rounded = relative(true_gradient.to(logits.dtype), true_gradient, least_norm)
         assert relative(gradient, true_gradient, least_norm) <= 1.02 * rounded + 1e-6
     else:
-        assert relative(gradient, true_gradient, least_norm) <= {torch.float32: 1e-6, torch.float64: 1e-13}[logits.dtype]
+        assert (
+            relative(gradient, true_gradient, least_norm) <= {torch.float32: 1e-6, torch.float64: 1e-13}[logits.dtype]
+        )

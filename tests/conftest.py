@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from common import CPU_CAPABILITIES
 
 import tversky_kernels as tk
-from common import CPU_CAPABILITIES
 from tversky_kernels._ops import ops
 
 

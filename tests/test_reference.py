@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from common import inputs
 
 import tversky_kernels as tk
-from common import inputs
 
 reference = tk.reference.tversky_loss
 
@@ -24,7 +24,8 @@ def by_hand(p, g, alpha, beta, smooth_nr=0.0, smooth_dr=0.0):
 
 
 def test_two_voxels_on_paper():
-    # p = (3/4, 1/4) and (1/2, 1/2), labels 0 and 1: TP_0 = 3/4, FP_0 = 1/2, FN_0 = 1/4; TP_1 = 1/2, FP_1 = 1/4, FN_1 = 1/2.
+    # p = (3/4, 1/4) and (1/2, 1/2), labels 0 and 1:
+    # TP_0 = 3/4, FP_0 = 1/2, FN_0 = 1/4; TP_1 = 1/2, FP_1 = 1/4, FN_1 = 1/2.
     logits = torch.tensor([[[math.log(3.0), 0.0], [0.0, 0.0]]], dtype=torch.float64)
     target = torch.tensor([[0, 1]])
     loss = reference(logits, target, alpha=0.3, beta=0.7, smooth_nr=0.0, smooth_dr=0.0, reduction="none")

@@ -56,7 +56,7 @@ def _number(name: str, value, *, positive: bool = False) -> float:
     bound = "> 0" if positive else ">= 0"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    if not 0 <= value < math.inf or (positive and value == 0):  # NaN fails too
         raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
     return float(value)
 

@@ -67,7 +67,9 @@ class TverskyLoss(torch.autograd.Function):
     """Count pass and table forward, gradient pass backward. Keeps the inputs and a (N, C, 2) table between them."""
 
     @staticmethod
-    def forward(logits, target, voxel_weight, class_parameters, options, raise_bad_input, inplace_backward, process_group):
+    def forward(
+        logits, target, voxel_weight, class_parameters, options, raise_bad_input, inplace_backward, process_group
+    ):
         """The loss, and the coefficients that the gradient pass needs."""
         volume = (
             logits,

@@ -77,8 +77,8 @@ def tversky_loss(
         backend: "auto", or "cpu", "cuda", "triton", "reference". One that is named never falls back.
 
     Returns:
-        The loss in float32, or float64 for float64 logits. Its gradient has the logits' dtype and layout. The same input
-        gives the same bits, for any number of threads.
+        The loss in float32, or float64 for float64 logits. Its gradient has the logits' dtype and layout. The same
+        input gives the same bits, for any number of threads.
 
     Raises:
         TypeError: An argument of the wrong type or dtype.

@@ -123,10 +123,7 @@ def overlap_counts(
     z = torch.where(counts, z, torch.zeros_like(z))
     g = torch.where(counts, g, torch.zeros_like(g))
     w = torch.where(counts, w, torch.zeros_like(w))
-    if options.activation == "softmax":
-        p = z.softmax(1)
-    else:
-        p = z.sigmoid() if options.activation == "sigmoid" else z
+    p = {"softmax": lambda: z.softmax(1), "sigmoid": z.sigmoid, "none": lambda: z}[options.activation]()
     p, g, w = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (p, g, w))
     if options.soft_label:
         predicted, wanted = (w * p).sum(-1), (w * g).sum(-1)

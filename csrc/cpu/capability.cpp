@@ -9,10 +9,10 @@ namespace tversky_kernels {
 namespace cpu {
 namespace {
 
-#define TK_KERNELS(CAPABILITY)                                                                                         \
-  Kernels {                                                                                                           \
-    #CAPABILITY, count_pass_##CAPABILITY, gradient_pass_##CAPABILITY, count_scratch_bytes_##CAPABILITY,               \
-        gradient_scratch_bytes_##CAPABILITY                                                                           \
+#define TK_KERNELS(CAPABILITY)                                                                          \
+  Kernels {                                                                                             \
+    #CAPABILITY, count_pass_##CAPABILITY, gradient_pass_##CAPABILITY, count_scratch_bytes_##CAPABILITY, \
+        gradient_scratch_bytes_##CAPABILITY                                                             \
   }
 
 const Kernels kCompiled[] = {
@@ -55,11 +55,17 @@ Capability widest_capability() {
   return widest;
 }
 
-Capability current_capability() { return current().load(std::memory_order_relaxed); }
+Capability current_capability() {
+  return current().load(std::memory_order_relaxed);
+}
 
-void set_capability(Capability capability) { current().store(std::min(capability, widest_capability())); }
+void set_capability(Capability capability) {
+  current().store(std::min(capability, widest_capability()));
+}
 
-const Kernels& kernels() { return kCompiled[static_cast<int>(current_capability())]; }
+const Kernels& kernels() {
+  return kCompiled[static_cast<int>(current_capability())];
+}
 
 }  // namespace cpu
 }  // namespace tversky_kernels

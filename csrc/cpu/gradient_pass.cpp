@@ -3,7 +3,8 @@
 
 namespace {
 
-// Where a tile's gradient goes: rows of A, either the gradient itself or a buffer that is narrowed or strided afterwards.
+// Where a tile's gradient goes: rows of A, either the gradient itself or a buffer that is narrowed or strided
+// afterwards.
 template <typename A>
 struct GradientRows {
   A* rows;
@@ -96,7 +97,7 @@ TK_INLINE void softmax_gradient_block(const Tile<A>& tile, int at, int runtime_c
 
 template <typename A, int kClasses, bool kMasked>
 TK_INLINE void softmax_gradient_rows(const Tile<A>& tile, int padded, int classes, const A* u, Vector<A>* exponentials,
-                                const GradientRows<A>& out) {
+                                     const GradientRows<A>& out) {
   if constexpr (kClasses == 2) {
     two_classes_gradient<A, kMasked>(tile, padded, u, out);
   } else if constexpr (kClasses > 0) {
@@ -149,8 +150,7 @@ TK_INLINE void gradient_tile(const Volume& v, const Tile<A>& tile, const A* u, V
       }
     case Activation::kSigmoid:
       return channels_gradient<A, Activation::kSigmoid>(tile, padded, classes, first_label, u, out);
-    case Activation::kNone:
-      return channels_gradient<A, Activation::kNone>(tile, padded, classes, first_label, u, out);
+    case Activation::kNone: return channels_gradient<A, Activation::kNone>(tile, padded, classes, first_label, u, out);
   }
 }
 

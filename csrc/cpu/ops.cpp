@@ -23,8 +23,8 @@ namespace tversky_kernels {
 namespace cpu {
 namespace {
 
-// Calls body(sample, chunk, begin, end, scratch, worker) for every chunk. Workers take the next chunk when they are free,
-// for a fixed share would wait for the slowest core.
+// Calls body(sample, chunk, begin, end, scratch, worker) for every chunk. Workers take the next chunk when they are
+// free, for a fixed share would wait for the slowest core.
 template <typename Body>
 void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes, const Body& body) {
   const int64_t total = v.samples * chunks.per_sample;
@@ -72,8 +72,8 @@ void count(const Volume& v, bool raise, double* counts) {
                    k.count_pass(v, sample, begin, end, &partial[chunk * row], scratch, &first.bad);
                    if (clean && (first.bad.label || first.bad.weight)) first.chunk = chunk;
                  });
-  const First& first = *std::min_element(found.begin(), found.end(),
-                                         [](const First& a, const First& b) { return a.chunk < b.chunk; });
+  const First& first =
+      *std::min_element(found.begin(), found.end(), [](const First& a, const First& b) { return a.chunk < b.chunk; });
   if (first.bad.label || first.bad.weight) {
     STD_TORCH_CHECK(!raise || !first.bad.label, "target: label ", first.bad.value, " is outside [0, ",
                     v.classes + v.first_label, ")", v.has_ignore_index ? " and is not ignore_index" : "");

@@ -1,5 +1,5 @@
-// Vectors for the CPU kernels: the compiler's own vector types at the width of the instruction set this file is compiled
-// for, so that one source serves SSE2, AVX2, AVX-512 and NEON.
+// Vectors for the CPU kernels: the compiler's own vector types at the width of the instruction set this file is
+// compiled for, so that one source serves SSE2, AVX2, AVX-512 and NEON.
 //
 // Included only by the files that are compiled once per instruction set. Nothing here may have external linkage: the
 // linker keeps one copy of an inline function, and a copy compiled for AVX-512 must never serve an older processor.
@@ -67,8 +67,8 @@ struct Lanes<double> {
   static constexpr double smallest = -709.0895657128241;              // -1023 ln 2
   // As above: 3.6e-18.
   static constexpr int degree = 10;
-  static constexpr double q[degree] = {0.5000000000000010627,     0.1666666666666641252,    0.04166666666653015859,
-                                       0.008333333333494461664,   0.001388888894363011295,  0.0001984126950657868765,
+  static constexpr double q[degree] = {0.5000000000000010627,     0.1666666666666641252,   0.04166666666653015859,
+                                       0.008333333333494461664,   0.001388888894363011295, 0.0001984126950657868765,
                                        0.00002480149309890655066, 2.755758637384016369e-6, 2.763024837921144398e-7,
                                        2.50000616028356667e-8};
 };
@@ -140,7 +140,8 @@ TK_INLINE bool any(I mask) {
 #endif
 }
 
-// ---- 16-bit storage types --------------------------------------------------------------------------------------------
+// ---- 16-bit storage types
+// --------------------------------------------------------------------------------------------
 
 struct Half {
   uint16_t bits;
@@ -194,7 +195,7 @@ TK_INLINE HalfVector narrow(FloatVector x, Half) {
   return (HalfVector)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__aarch64__)
   typedef __fp16 NativeHalf __attribute__((vector_size(8)));
-  return (HalfVector)__builtin_convertvector(x, NativeHalf);
+  return (HalfVector) __builtin_convertvector(x, NativeHalf);
 #else
   const Uint32Vector b = (Uint32Vector)x;
   const Uint32Vector sign = (b >> 16) & 0x8000u;

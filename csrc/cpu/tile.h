@@ -11,10 +11,10 @@ namespace {
 using namespace tversky_kernels;       // NOLINT: internal header of two files
 using namespace tversky_kernels::cpu;  // NOLINT
 
-constexpr int kBlockVectors = 4;        // vectors of voxels that a pass works on at once
-constexpr int kTileVoxels = 1024;       // at most
-constexpr int kRowBytes = 48 * 1024;    // of copied rows, so that they stay in the first-level cache
-constexpr int kUncounted = -1;          // label of a voxel that does not count
+constexpr int kBlockVectors = 4;      // vectors of voxels that a pass works on at once
+constexpr int kTileVoxels = 1024;     // at most
+constexpr int kRowBytes = 48 * 1024;  // of copied rows, so that they stay in the first-level cache
+constexpr int kUncounted = -1;        // label of a voxel that does not count
 
 template <typename A>
 constexpr int kBlock = kBlockVectors * Lanes<A>::count;
@@ -29,8 +29,12 @@ struct Tile {
   bool masked;       // some label is kUncounted
 };
 
-TK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-TK_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+TK_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+TK_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 template <typename T, typename A>
 TK_INLINE A to_accumulation(T x) {
@@ -53,7 +57,8 @@ TK_INLINE double to_accumulation<BFloat16, double>(BFloat16 x) {
   return to_accumulation<BFloat16, float>(x);
 }
 
-// ---- Labels and weights ------------------------------------------------------------------------------------------------
+// ---- Labels and weights
+// ------------------------------------------------------------------------------------------------
 
 // Wide is the type that holds every value of T and decides whether a label is in range.
 template <typename T, typename Wide, typename Int>
@@ -131,8 +136,8 @@ TK_INLINE void load_weights_of(const Volume& v, int64_t offset, int count, A* we
 }
 
 template <typename A>
-void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* weights,
-                  typename Lanes<A>::Int* labels, bool& masked, BadInput& bad) {
+void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* weights, typename Lanes<A>::Int* labels,
+                  bool& masked, BadInput& bad) {
   const int64_t offset = sample * v.weight.sample_stride + begin * v.weight.voxel_stride;
   switch (v.weight.type) {
     case ElementType::kBool:
@@ -144,7 +149,8 @@ void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* 
   }
 }
 
-// ---- Rows --------------------------------------------------------------------------------------------------------------
+// ---- Rows
+// --------------------------------------------------------------------------------------------------------------
 
 // One row of `count` elements, `stride` apart.
 template <typename T, typename A>

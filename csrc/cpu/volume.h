@@ -12,7 +12,8 @@
 namespace tversky_kernels {
 namespace cpu {
 
-// The stride from voxel to voxel in row-major order of the dimensions from `first` on; nullopt where there is no single one.
+// The stride from voxel to voxel in row-major order of the dimensions from `first` on; nullopt where there is no single
+// one.
 inline std::optional<int64_t> single_stride(const Tensor& x, int64_t first) {
   int64_t stride = 1, voxels = 1;
   for (int64_t d = x.dim() - 1; d >= first; --d) {
@@ -80,7 +81,7 @@ struct Chunks {
   int64_t voxels_each, per_sample;
 
   explicit Chunks(const Volume& v) {
-    constexpr int64_t kLogits = 32768;         // fewer in a chunk are not worth handing out
+    constexpr int64_t kLogits = 32768;           // fewer in a chunk are not worth handing out
     constexpr int64_t kTableBytes = 640 * 1024;  // of partial counts, all chunks together
     constexpr int64_t kRound = 1024;
     const int64_t row_bytes = v.samples * v.classes * 3 * static_cast<int64_t>(sizeof(double));

@@ -1,0 +1,169 @@
+"""Bad input is told by name, by the public function and the reference alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import inputs
+
+import tversky_kernels as tk
+
+LOGITS, TARGET = inputs(2, 3, (4, 5))
+
+
+def variants():
+    yield "kernels", tk.tversky_loss
+    yield "reference", tk.reference.tversky_loss
+
+
+@pytest.fixture(params=["kernels", "reference"])
+def loss(request):
+    return dict(variants())[request.param]
+
+
+CASES = {
+    "float target of index shape": (
+        {"target": TARGET.float()},
+        TypeError,
+        r"target: class indices .*\(2, 4, 5\).*float32.*long",
+    ),
+    "float target with a channel": ({"target": TARGET[:, None].float()}, TypeError, "target: class indices"),
+    "target that requires a gradient": (
+        {"target": TARGET.float().requires_grad_()},
+        TypeError,
+        "target: class indices",
+    ),
+    "label -1": ({"target": TARGET - 1}, ValueError, r"target: expected labels in \[0, 3\), got -1"),
+    "label C": (
+        {"target": torch.full_like(TARGET, 3)},
+        ValueError,
+        r"target: expected labels in \[0, 3\), got 3",
+    ),
+    "label C and an ignore_index": (
+        {"target": torch.full_like(TARGET, 3), "ignore_index": 255},
+        ValueError,
+        r"or the ignore_index 255, got 3",
+    ),
+    "huge label": ({"target": torch.full_like(TARGET, 2**40)}, ValueError, f"got {2**40}"),
+    "255 in uint8": ({"target": torch.full_like(TARGET, 255).to(torch.uint8)}, ValueError, "got 255"),
+    "-1 in int8": ({"target": torch.full_like(TARGET, -1).to(torch.int8)}, ValueError, "got -1"),
+    "no class": ({"logits": LOGITS[:, :0]}, ValueError, r"logits: expected at least one class.*\(2, 0, 4, 5\)"),
+    "one class and softmax": ({"logits": LOGITS[:, :1]}, ValueError, "logits: softmax over one class.*sigmoid"),
+    "one dimension": ({"logits": LOGITS[0, 0, 0]}, ValueError, r"logits: expected the shape \(N, C, \*spatial\)"),
+    "integer logits": ({"logits": LOGITS.int()}, TypeError, "logits: expected float16.*int32"),
+    "complex logits": ({"logits": LOGITS.cfloat()}, TypeError, "logits: expected float16.*complex64"),
+    "logits are a list": ({"logits": [1.0]}, TypeError, "logits: expected a tensor, got list"),
+    "target is an array": ({"target": TARGET.numpy()}, TypeError, "target: expected a tensor, got ndarray"),
+    "batch mismatch": ({"target": TARGET[:1]}, ValueError, r"target: for logits \(2, 3, 4, 5\) expected.*\(1, 4, 5\)"),
+    "space mismatch": ({"target": TARGET[..., :-1]}, ValueError, r"target: for logits.*got \(2, 4, 4\)"),
+    "uint16 target": ({"target": TARGET.to(torch.uint16)}, TypeError, "target: class indices.*uint16"),
+    "dense with too few channels": ({"target": LOGITS[:, :2]}, ValueError, r"target: for logits.*got \(2, 2, 4, 5\)"),
+    "complex dense target": ({"target": LOGITS.cfloat()}, TypeError, "target: expected bool.*complex64"),
+    "negative alpha": ({"alpha": -0.1}, ValueError, "alpha: expected a finite number >= 0, got -0.1"),
+    "NaN beta": ({"beta": float("nan")}, ValueError, "beta: expected a finite number >= 0, got nan"),
+    "alpha is a string": ({"alpha": "0.3"}, TypeError, "alpha: expected a number or one number a class, got str"),
+    "alpha is a bool": ({"alpha": True}, TypeError, "alpha: expected a number"),
+    "two alphas for three classes": (
+        {"alpha": [0.1, 0.2]},
+        ValueError,
+        r"alpha: expected a number or 3 numbers.*\(2\)",
+    ),
+    "one negative alpha": ({"alpha": [0.1, -0.2, 0.1]}, ValueError, r"alpha\[1\]: expected.*got -0.2"),
+    "negative alpha tensor": ({"alpha": torch.tensor([0.1, -0.5, 0.3])}, ValueError, "alpha: expected.*got -0.5"),
+    "alpha that requires a gradient": (
+        {"alpha": torch.rand(3, requires_grad=True)},
+        ValueError,
+        "alpha: expected constants",
+    ),
+    "negative class_weight": ({"class_weight": [1, 1, -1]}, ValueError, r"class_weight\[2\]: expected.*got -1"),
+    "too many class weights": ({"class_weight": torch.ones(4)}, ValueError, "class_weight: expected.*3 numbers"),
+    "complex class_weight": ({"class_weight": torch.ones(3).cfloat()}, TypeError, "class_weight: expected real"),
+    "gamma 0": ({"gamma": 0}, ValueError, "gamma: expected a finite number > 0, got 0"),
+    "gamma is None": ({"gamma": None}, TypeError, "gamma: expected a number > 0, got NoneType"),
+    "negative smooth_nr": ({"smooth_nr": -1e-5}, ValueError, "smooth_nr: expected"),
+    "infinite smooth_dr": ({"smooth_dr": float("inf")}, ValueError, "smooth_dr: expected"),
+    "unknown activation": ({"activation": "relu"}, ValueError, "activation: expected one of 'softmax'.*'relu'"),
+    "unknown reduction": ({"reduction": "average"}, ValueError, "reduction: expected one of .*'average'"),
+    "unknown absent": ({"absent": None}, ValueError, "absent: expected one of 'keep'"),
+    "batch is a number": ({"batch": 1}, TypeError, "batch: expected True or False, got 1"),
+    "include_background is a string": ({"include_background": "no"}, TypeError, "include_background: expected True"),
+    "soft_label is None": ({"soft_label": None}, TypeError, "soft_label: expected True"),
+    "ignore_index is a float": ({"ignore_index": 1.0}, TypeError, "ignore_index: expected an integer or None, got 1.0"),
+    "ignore_index is too large": ({"ignore_index": 2**63}, ValueError, "ignore_index: expected a 64-bit integer"),
+    "check_target is a string": ({"check_target": "yes"}, TypeError, "check_target: expected None, True or False"),
+    "voxel_weight of another shape": (
+        {"voxel_weight": torch.ones(2, 3, 4, 5)},
+        ValueError,
+        r"voxel_weight: for logits.*expected \(2, 4, 5\) or \(2, 1, 4, 5\), got \(2, 3, 4, 5\)",
+    ),
+    "voxel_weight is int64": ({"voxel_weight": TARGET}, TypeError, "voxel_weight: expected bool, uint8 or"),
+    "negative voxel_weight": ({"voxel_weight": -torch.ones(2, 4, 5)}, ValueError, "voxel_weight: expected values >= 0"),
+    "NaN in voxel_weight": (
+        {"voxel_weight": torch.full((2, 4, 5), torch.nan)},
+        ValueError,
+        "voxel_weight: expected values >= 0, got nan",
+    ),
+    "voxel_weight that requires a gradient": (
+        {"voxel_weight": torch.ones(2, 4, 5, requires_grad=True)},
+        ValueError,
+        "voxel_weight: expected constants",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_bad_input(loss, case):
+    changed, error, message = CASES[case]
+    arguments = {"logits": LOGITS, "target": TARGET, **changed}
+    logits, target = arguments.pop("logits"), arguments.pop("target")
+    with pytest.raises(error, match=message):
+        loss(logits, target, **arguments)
+
+
+def test_bad_label_for_the_binary_case(loss):
+    with pytest.raises(ValueError, match=r"target: expected labels in \[0, 2\), got 2"):
+        loss(LOGITS[:, :1], torch.full((2, 4, 5), 2), activation="sigmoid")
+
+
+def test_unknown_argument(loss):
+    with pytest.raises(TypeError, match="colour"):
+        loss(LOGITS, TARGET, colour="red")
+
+
+def test_inplace_backward_is_a_flag():
+    with pytest.raises(TypeError, match="inplace_backward: expected True or False, got 1"):
+        tk.tversky_loss(LOGITS, TARGET, inplace_backward=1)
+
+
+@pytest.mark.parametrize("bad", [{"target": TARGET + 1}, {"voxel_weight": -torch.ones(2, 4, 5)}])
+def test_check_target_false_gives_nan(loss, bad):
+    logits = LOGITS.clone().requires_grad_()
+    arguments = {"target": TARGET, **bad}
+    value = loss(logits, arguments.pop("target"), check_target=False, **arguments)
+    assert torch.isnan(value)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert torch.isnan(gradient).any()
+
+
+def test_the_first_bad_label_is_named_whatever_the_threads(threads):
+    logits, target = inputs(2, 3, (64, 64, 64))
+    target[1, 63, 63, 63], target[1, 0, 0, 0], target[0, 40, 0, 0] = 77, 66, 55
+    for count in (1, 2, 4):
+        threads(count)
+        with pytest.raises(ValueError, match="got 55"):
+            tk.tversky_loss(logits, target)
+
+
+def test_nothing_is_lost_when_an_error_is_raised():
+    logits = LOGITS.clone().requires_grad_()
+    with pytest.raises(ValueError, match="got 3"):
+        tk.tversky_loss(logits, torch.full_like(TARGET, 3), inplace_backward=True)
+    assert torch.equal(logits, LOGITS)
+    assert logits._version == 0
+
+
+def test_accepted_forms_agree(loss):
+    expected = loss(LOGITS, TARGET, alpha=0.3, beta=0.7, class_weight=[1.0, 1.0, 1.0])
+    for alpha in (0.3, [0.3] * 3, (0.3,) * 3, torch.tensor([0.3] * 3).double(), torch.tensor(0.3).double()):
+        torch.testing.assert_close(loss(LOGITS, TARGET, alpha=alpha, beta=0.7), expected)
+    torch.testing.assert_close(loss(LOGITS, TARGET[:, None], class_weight=1), expected)

@@ -1,0 +1,280 @@
+"""What autograd, torch.compile and the dispatcher see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import inputs, loss_and_gradient
+
+import tversky_kernels as tk
+from tversky_kernels._ops import ops
+
+OPTIONS = [
+    {},
+    {"gamma": 0.75, "batch": True, "reduction": "none"},
+    {"alpha": [0.1, 0.5, 0.9], "class_weight": [1, 2, 0], "ignore_index": 1, "reduction": "none"},
+    {"activation": "sigmoid", "include_background": False, "absent": "skip", "reduction": "sum"},
+    {"activation": "none", "gamma": 2.0},
+]
+
+
+def cpu(logits, target, **options):
+    return tk.tversky_loss(logits, target, backend="cpu", **options)
+
+
+def leaf(*arguments, **options):
+    logits, target = inputs(*arguments, **options)
+    return logits.requires_grad_(), target
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_gradcheck_and_gradgradcheck(options, classes):
+    options = dict(options)
+    for name in ("alpha", "class_weight"):
+        if name in options:
+            options[name] = [0.1 * (c + 1) for c in range(classes)]
+    logits, target = leaf(2, classes, (3,), torch.float64)
+    assert torch.autograd.gradcheck(lambda z: cpu(z, target, **options), logits)
+    assert torch.autograd.gradgradcheck(lambda z: cpu(z, target, **options), logits)
+
+
+def test_gradgradcheck_with_voxel_weight():
+    logits, target = leaf(1, 3, (2, 3), torch.float64)
+    weight = torch.rand(1, 2, 3, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda z: cpu(z, target, voxel_weight=weight), logits)
+
+
+def test_create_graph_gives_the_kernels_gradient():
+    logits, target = leaf(1, 3, (9, 9))
+    plain, differentiable = (
+        torch.autograd.grad(cpu(logits, target), logits, create_graph=create)[0] for create in (False, True)
+    )
+    assert torch.equal(plain, differentiable)
+    assert differentiable.requires_grad
+    (second,) = torch.autograd.grad(differentiable.square().sum(), logits)
+    assert torch.isfinite(second).all()
+    assert second.abs().max() > 0
+
+
+def test_third_derivative():
+    logits, target = leaf(1, 2, (3,), torch.float64)
+    expected = logits.detach().clone().requires_grad_()
+    for z, backend in ((logits, "cpu"), (expected, "reference")):
+        x = tk.tversky_loss(z, target, backend=backend)
+        for _ in range(3):
+            (x,) = torch.autograd.grad(x.sum(), z, create_graph=True)
+        z.third = x
+    torch.testing.assert_close(logits.third, expected.third)
+
+
+def test_upstream_gradient_scales():
+    logits, target = leaf(2, 3, (50,))
+    (one,) = torch.autograd.grad(cpu(logits, target), logits)
+    (many,) = torch.autograd.grad(cpu(logits, target) * -1024, logits)
+    assert torch.equal(many, -1024 * one)
+
+
+def test_no_gradient_asked_no_gradient_made():
+    logits, target = inputs(1, 3, (20,))
+    assert not cpu(logits, target).requires_grad
+    with torch.no_grad():
+        assert not cpu(logits.requires_grad_(), target).requires_grad
+
+
+def test_retain_graph():
+    logits, target = leaf(1, 3, (20,))
+    loss = cpu(logits, target)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_inplace_backward(classes, dtype, channels_last):
+    logits, target = inputs(2, classes, (11, 12, 13), dtype)
+    options = {"activation": "sigmoid"} if classes == 1 else {"ignore_index": 0}
+    _, expected = loss_and_gradient(cpu, logits, target, **options)
+    if channels_last:
+        logits = logits.contiguous(memory_format=torch.channels_last_3d)
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(cpu(logits, target, inplace_backward=True, **options), logits)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert torch.equal(gradient, expected)
+    assert not gradient.requires_grad
+
+
+def test_overwritten_logits_raise_when_used_again():
+    weight = torch.ones(1, 3, 20, requires_grad=True)
+    logits = weight * torch.randn(1, 3, 20)
+    _, target = inputs(1, 3, (20,))
+    loss = cpu(logits, target, inplace_backward=True)
+    other = logits.square().sum()  # keeps the logits for its own gradient
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_inplace_through_a_network_gives_the_same_parameters_gradients():
+    torch.manual_seed(0)
+    network = torch.nn.Conv3d(1, 4, 3, padding=1)
+    image, (_, target) = torch.randn(1, 1, 12, 12, 12), inputs(1, 4, (12, 12, 12))
+    gradients = []
+    for inplace in (False, True):
+        network.zero_grad()
+        cpu(network(image), target, inplace_backward=inplace).backward()
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "sliced"])
+def test_inplace_falls_back_where_memory_is_shared(layout):
+    base = torch.randn(1, 3, 8, 9)
+    logits = base.expand(4, -1, -1, -1) if layout == "expanded" else torch.randn(4, 6, 8, 9)[:, ::2]
+    target = torch.randint(0, 3, (4, 8, 9))
+    _, expected = loss_and_gradient(cpu, logits.contiguous(), target)
+    before = logits.clone()
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(cpu(logits, target, inplace_backward=True), logits)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(logits, before)
+
+
+def test_inplace_keeps_the_logits_for_second_derivatives():
+    logits, target = leaf(1, 3, (20,), torch.float64)
+    before = logits.detach().clone()
+    (gradient,) = torch.autograd.grad(cpu(logits, target, inplace_backward=True), logits, create_graph=True)
+    assert torch.equal(logits, before)
+    torch.autograd.grad(gradient.sum(), logits)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_compile_gives_the_same_numbers(options):
+    torch._dynamo.reset()
+    logits, target = leaf(2, 3, (6, 7))
+
+    def function(z, t):
+        return cpu(z, t, **options).sum()
+
+    expected = loss_and_gradient(function, logits, target)
+    loss, gradient = loss_and_gradient(torch.compile(function, fullgraph=True), logits, target)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
+    assert torch.equal(gradient, expected[1])
+
+
+def test_compile_with_auto_inplace_and_dynamic_shapes():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda z, t: tk.tversky_loss(z, t, inplace_backward=True, backend="auto"), fullgraph=True, dynamic=True
+    )
+    for spatial in ((5, 6), (9, 4), (12, 13)):
+        logits, target = inputs(2, 3, spatial)
+        before = logits.clone()
+        expected = loss_and_gradient(cpu, logits, target)
+        loss, gradient = loss_and_gradient(compiled, logits, target)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(gradient, expected[1])
+        assert torch.equal(logits, before)
+
+
+def test_compiled_module_in_a_network():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network, criterion = torch.nn.Conv3d(1, 3, 3, padding=1), tk.TverskyLoss(class_weight=torch.tensor([1.0, 2.0, 3.0]))
+    image, (_, target) = torch.randn(1, 1, 8, 8, 8), inputs(1, 3, (8, 8, 8))
+    criterion(network(image), target).backward()
+    expected = network.weight.grad.clone()
+    network.zero_grad()
+    torch.compile(lambda x, t: criterion(network(x), t), fullgraph=True)(image, target).backward()
+    torch.testing.assert_close(network.weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_functional_gradient():
+    logits, target = inputs(1, 3, (20,))
+    gradient = torch.func.grad(lambda z: cpu(z, target))(logits)
+    assert torch.equal(gradient, loss_and_gradient(cpu, logits, target)[1])
+
+
+def test_vmap_is_a_clear_error():
+    logits, target = inputs(4, 3, (20,))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda z, t: cpu(z[None], t[None]))(logits, target)
+
+
+def test_activation_checkpointing():
+    weight = torch.randn(1, 3, 20, requires_grad=True)
+    _, target = inputs(1, 3, (20,))
+    cpu(weight * 2, target).backward()
+    expected, weight.grad = weight.grad, None
+    torch.utils.checkpoint.checkpoint(lambda w: cpu(w * 2, target), weight, use_reentrant=False).backward()
+    assert torch.equal(weight.grad, expected)
+
+
+def test_autocast():
+    network, image = torch.nn.Conv2d(1, 3, 1), torch.randn(1, 1, 8, 8)
+    _, target = inputs(1, 3, (8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(image)
+        loss = cpu(logits, target)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert torch.isfinite(network.weight.grad).all()
+
+
+TABLE = (None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2)
+
+
+def op_arguments(name):
+    logits, target = inputs(2, 3, (4, 5))
+    weight = torch.rand(2, 4, 5)
+    loss, coefficients = ops.tversky_loss(logits, target, None, 0, None, True, *TABLE)
+    return {
+        "count_pass": (logits, target, weight, 0, 1, True),
+        "table": (torch.rand(2, 3, 3, dtype=torch.float64), *TABLE),
+        "tversky_loss": (logits, target, None, 0, None, True, *TABLE),
+        "gradient_pass": (torch.ones_like(loss), logits, target, weight, coefficients, 0, 1),
+        "gradient_pass_": (logits, torch.ones_like(loss), target, weight, coefficients, 0, 1),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["count_pass", "table", "tversky_loss", "gradient_pass", "gradient_pass_"])
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name).default, op_arguments(name))
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize(("batch", "background"), [(False, True), (True, False), (True, True), (False, False)])
+def test_opcheck_of_every_shape_of_loss(reduction, batch, background):
+    logits, target = inputs(2, 3, (4, 5))
+    table = (torch.rand(3, 3, dtype=torch.float64), 0.3, 0.7, 0.75, 1e-5, 1e-5, background, batch, 2, reduction)
+    torch.library.opcheck(ops.tversky_loss.default, (logits, target, None, 0, None, True, *table))
+
+
+def test_operators_check_their_arguments():
+    logits, target = inputs(2, 3, (4, 5))
+    loss, coefficients = ops.tversky_loss(logits, target, None, 0, None, True, *TABLE)
+    for arguments, message in (
+        ((logits.int(), target, None, 0, None, True), "logits: expected"),
+        ((logits, target.float(), None, 0, None, True), "target: expected class indices"),
+        ((logits, target[:1], None, 0, None, True), "target: expected size 2 in dimension 0, got 1"),
+        ((logits, target[..., :-1], None, 0, None, True), "target: expected size 5"),
+        ((logits, target, target, 0, None, True), "voxel_weight: expected"),
+        ((logits, target, None, 7, None, True), "activation: expected"),
+        ((logits[:, :0], target, None, 0, None, True), "at least one class"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.count_pass(*arguments)
+    with pytest.raises(RuntimeError, match="coefficients: expected"):
+        ops.gradient_pass(loss, logits, target, None, coefficients[:, :2], 0, None)
+    with pytest.raises(RuntimeError, match="grad_loss: its shape"):
+        ops.gradient_pass(torch.ones(2, 9), logits, target, None, coefficients, 0, None)
+    with pytest.raises(RuntimeError, match="counts: expected"):
+        ops.table(torch.rand(2, 3, 3), *TABLE)
+    with pytest.raises(RuntimeError, match="class_parameters: expected"):
+        ops.table(torch.rand(2, 3, 3).double(), torch.rand(3, 2).double(), *TABLE[1:])

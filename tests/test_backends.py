@@ -1,0 +1,80 @@
+"""Which backend runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import inputs, relative
+
+import tversky_kernels as tk
+from tversky_kernels import _backends
+
+LOGITS, TARGET = inputs(1, 3, (4, 5))
+
+
+def test_available_backends():
+    backends = tk.available_backends()
+    assert list(backends) == ["cpu", "cuda", "triton", "reference"]
+    assert backends["cpu"] is True, "the tests expect the compiled kernels"
+    assert backends["reference"] is True
+    for name in ("cuda", "triton"):
+        assert backends[name] is True or isinstance(backends[name], str)
+
+
+def test_auto_takes_the_kernels_and_falls_back_for_what_they_lack():
+    cpu = torch.device("cpu")
+    assert _backends.choose("auto", cpu, None) == "cpu"
+    assert _backends.choose("auto", cpu, "dense targets") == "reference"
+    assert _backends.choose("auto", torch.device("meta"), None) == "reference"
+
+
+def test_a_named_backend_never_falls_back():
+    dense = torch.nn.functional.one_hot(TARGET, 3).movedim(-1, 1)
+    with pytest.raises(ValueError, match="backend: 'cpu' does not compute dense targets"):
+        tk.tversky_loss(LOGITS, dense, backend="cpu")
+    with pytest.raises(ValueError, match="backend: 'cpu' expects tensors on cpu, got logits on meta"):
+        tk.tversky_loss(LOGITS.to("meta"), TARGET.to("meta"), backend="cpu")
+    for name in ("cuda", "triton"):
+        reason = "is not available" if tk.available_backends()[name] is not True else "expects tensors on"
+        with pytest.raises(ValueError, match=f"backend: '{name}' {reason}"):
+            tk.tversky_loss(LOGITS, TARGET, backend=name)
+    with pytest.raises(ValueError, match=r"backend: expected 'auto' or one of 'cpu'.*got 'gpu'"):
+        tk.tversky_loss(LOGITS, TARGET, backend="gpu")
+
+
+def test_environment_changes_auto_and_nothing_else(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TVERSKY_KERNELS_BACKEND", "reference")
+    assert _backends.choose("auto", cpu, None) == "reference"
+    assert _backends.choose("cpu", cpu, None) == "cpu"
+    monkeypatch.setenv("TVERSKY_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match=r"TVERSKY_KERNELS_BACKEND: expected auto or one of .*'nonsense'"):
+        tk.tversky_loss(LOGITS, TARGET)
+    monkeypatch.setenv("TVERSKY_KERNELS_BACKEND", "")
+    assert _backends.choose("auto", cpu, None) == "cpu"
+
+
+def test_without_the_compiled_library(monkeypatch):
+    monkeypatch.setattr(_backends._ops, "CPU_MISSING", "it was not built")
+    assert tk.available_backends()["cpu"] == "it was not built"
+    assert relative(tk.tversky_loss(LOGITS, TARGET), tk.reference.tversky_loss(LOGITS, TARGET)) == 0
+    with pytest.raises(ValueError, match="backend: 'cpu' is not available: it was not built"):
+        tk.tversky_loss(LOGITS, TARGET, backend="cpu")
+
+
+def test_devices_must_agree():
+    with pytest.raises(ValueError, match="target: expected it on the logits' device cpu, got meta"):
+        tk.tversky_loss(LOGITS, TARGET.to("meta"))
+    with pytest.raises(ValueError, match="voxel_weight: expected it on the logits' device cpu, got meta"):
+        tk.tversky_loss(LOGITS, TARGET, voxel_weight=torch.ones(1, 4, 5, device="meta"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_reference_on_cuda():
+    logits, target = LOGITS.cuda(), TARGET.cuda()
+    expected = tk.reference.tversky_loss(LOGITS, TARGET)
+    torch.testing.assert_close(tk.tversky_loss(logits, target).cpu(), expected)
+    assert torch.isnan(tk.tversky_loss(logits, target + 1))
+    with pytest.raises(ValueError, match="got 3"):
+        tk.tversky_loss(logits, target + 1, check_target=True)
