@@ -23,8 +23,28 @@ namespace tversky_kernels {
 namespace cpu {
 namespace {
 
-// Calls body(sample, chunk, begin, end, scratch, worker) for every chunk. Workers take the next chunk when they are
-// free, for a fixed share would wait for the slowest core.
+// A worker's share of the chunks, [first, last). Its owner takes them from the front, others from the back.
+class Share {
+ public:
+  void set(uint32_t first, uint32_t last) { range_.store(uint64_t{last} << 32 | first, std::memory_order_relaxed); }
+
+  std::optional<uint32_t> take(bool from_front) {
+    uint64_t range = range_.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint32_t first = static_cast<uint32_t>(range), last = static_cast<uint32_t>(range >> 32);
+      if (first >= last) return std::nullopt;
+      const uint64_t rest = from_front ? uint64_t{last} << 32 | (first + 1) : uint64_t{last - 1} << 32 | first;
+      if (range_.compare_exchange_weak(range, rest, std::memory_order_relaxed)) return from_front ? first : last - 1;
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<uint64_t> range_{0};
+};
+
+// Calls body(sample, chunk, begin, end, scratch, worker) for every chunk. Each worker starts on a share of its own, the
+// same in both passes and the one that torch's own operators give it, for what it finds in its caches there; whoever is
+// done helps the others, so that nobody waits for a core that something else has slowed down.
 template <typename Body>
 void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes, const Body& body) {
   const int64_t total = v.samples * chunks.per_sample;
@@ -34,21 +54,27 @@ void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes
   const std::unique_ptr<char, decltype(release)> scratch(
       static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, workers * padded_scratch))), release);
   if (scratch == nullptr) throw std::bad_alloc();
-  std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t worker) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-      const int64_t sample = i / chunks.per_sample, begin = i % chunks.per_sample * chunks.voxels_each;
-      body(sample, i, begin, std::min(v.voxels, begin + chunks.voxels_each), scratch.get() + worker * padded_scratch,
-           worker);
-    }
+  const auto run = [&](int64_t i, int64_t worker) {
+    const int64_t sample = i / chunks.per_sample, begin = i % chunks.per_sample * chunks.voxels_each;
+    body(sample, i, begin, std::min(v.voxels, begin + chunks.voxels_each), scratch.get() + worker * padded_scratch,
+         worker);
   };
   if (workers <= 1) {
-    work(0);
-  } else {
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-      for (int64_t worker = first; worker < last; ++worker) work(worker);
-    });
+    for (int64_t i = 0; i < total; ++i) run(i, 0);
+    return;
   }
+  std::vector<Share> shares(workers);
+  for (int64_t w = 0; w < workers; ++w) {
+    shares[w].set(static_cast<uint32_t>(total * w / workers), static_cast<uint32_t>(total * (w + 1) / workers));
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker) {
+      while (const auto i = shares[worker].take(true)) run(*i, worker);
+      for (int64_t other = 1; other < workers; ++other) {
+        while (const auto i = shares[(worker + other) % workers].take(false)) run(*i, worker);
+      }
+    }
+  });
 }
 
 // counts[N][C][3], in a fixed order whatever the number of threads. NaN where the data are bad and that is not raised.
@@ -67,10 +93,9 @@ void count(const Volume& v, bool raise, double* counts) {
   const Kernels& k = kernels();
   for_each_chunk(v, chunks, k.count_scratch_bytes(v),
                  [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end, void* scratch, int64_t worker) {
-                   First& first = found[worker];
-                   const bool clean = !first.bad.label && !first.bad.weight;
-                   k.count_pass(v, sample, begin, end, &partial[chunk * row], scratch, &first.bad);
-                   if (clean && (first.bad.label || first.bad.weight)) first.chunk = chunk;
+                   BadInput bad;
+                   k.count_pass(v, sample, begin, end, &partial[chunk * row], scratch, &bad);
+                   if ((bad.label || bad.weight) && chunk < found[worker].chunk) found[worker] = {bad, chunk};
                  });
   const First& first =
       *std::min_element(found.begin(), found.end(), [](const First& a, const First& b) { return a.chunk < b.chunk; });
