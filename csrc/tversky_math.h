@@ -23,7 +23,6 @@ enum class Absent : int { kKeep = 0, kZero = 1, kSkip = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 
 // ---- One voxel
-// -------------------------------------------------------------------------------------------------------
 
 // p and 1 - p of a binary outcome, neither by subtraction.
 template <typename V>
@@ -67,6 +66,12 @@ struct SoftmaxSums {
     target = is_target ? e : target;
     return other;
   }
+
+  // The same for a class that is no voxel's target; 0 where the voxel does not count.
+  TK_MATH V add_other(V e) {
+    others += e;
+    return e;
+  }
 };
 
 // dz of a softmax with an index target t. A constant may be taken off every u without changing the gradient:
@@ -94,7 +99,6 @@ TK_MATH SoftmaxGradient<V> softmax_gradient(const SoftmaxSums<V>& sums, V weight
 }
 
 // ---- One row of the (N, C) table
-// -------------------------------------------------------------------------------------
 
 struct TverskyParameters {
   double alpha, beta, gamma, smooth_nr, smooth_dr, class_weight;

@@ -56,13 +56,14 @@ TK_INLINE void count_two_classes(const Tile<A>& tile, int padded, CountVectors<A
 
 // kClasses: the number of classes where it is known when this is compiled, else 0.
 template <typename A, int kClasses, int kVectors, bool kMasked>
-TK_INLINE void count_softmax_block(const Tile<A>& tile, int at, int runtime_classes, Vector<A>* exponentials,
-                                   CountVectors<A>* counts) {
+TK_INLINE void count_softmax_block(const Tile<A>& tile, int at, int runtime_classes, PresentClasses& present,
+                                   Vector<A>* exponentials, CountVectors<A>* counts) {
   using V = Vector<A>;
   using I = IntVector<A>;
   using Int = typename Lanes<A>::Int;
   constexpr int kLanes = Lanes<A>::count;
-  const int classes = kClasses > 0 ? kClasses : runtime_classes;
+  constexpr bool kFew = kClasses > 0;
+  const int classes = kFew ? kClasses : runtime_classes;
   const A* rows = tile.rows + at;
 
   V top[kVectors];
@@ -76,19 +77,28 @@ TK_INLINE void count_softmax_block(const Tile<A>& tile, int at, int runtime_clas
   for (int c = 1; c < classes; ++c) {
     const A* row = rows + c * tile.row_stride;
 #pragma GCC unroll 4
-    for (int k = 0; k < kVectors; ++k) top[k] = maximum(top[k], load<V>(row + k * kLanes));
+    for (int k = 0; k < kVectors; ++k) {
+      top[k] = maximum(top[k], load<V>(row + k * kLanes));
+      if (!kFew) prefetch(row + (kVectors + k) * kLanes);
+    }
   }
+  if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
   SoftmaxSums<V> sums[kVectors];
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
     const A* row = rows + c * tile.row_stride;
+    const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
       const V e = exp_nonpositive<A>(load<V>(row + k * kLanes) - top[k]);
-      const I is_target = label[k] == static_cast<Int>(c);
-      const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
-      exponentials[c * kVectors + k] = sums[k].add(is_target, is_other, e);
+      if (is_present) {
+        const I is_target = label[k] == static_cast<Int>(c);
+        const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
+        exponentials[c * kVectors + k] = sums[k].add(is_target, is_other, e);
+      } else {
+        exponentials[c * kVectors + k] = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
+      }
     }
   }
 
@@ -103,23 +113,28 @@ TK_INLINE void count_softmax_block(const Tile<A>& tile, int at, int runtime_clas
   }
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
-    V tp = counts[c][kTp], fp = counts[c][kFp], fn = counts[c][kFn];
+    V fp = counts[c][kFp];
 #pragma GCC unroll 4
-    for (int k = 0; k < kVectors; ++k) {
-      const I is_target = label[k] == static_cast<Int>(c);
-      fp += exponentials[c * kVectors + k] * inverse[k];
-      tp += is_target ? right[k] : V{};
-      fn += is_target ? missed[k] : V{};
-    }
-    counts[c][kTp] = tp;
+    for (int k = 0; k < kVectors; ++k) fp += exponentials[c * kVectors + k] * inverse[k];
     counts[c][kFp] = fp;
-    counts[c][kFn] = fn;
+    if (kFew || present.has(c)) {
+      V tp = counts[c][kTp], fn = counts[c][kFn];
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k) {
+        const I is_target = label[k] == static_cast<Int>(c);
+        tp += is_target ? right[k] : V{};
+        fn += is_target ? missed[k] : V{};
+      }
+      counts[c][kTp] = tp;
+      counts[c][kFn] = fn;
+    }
   }
+  if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
 template <typename A, int kClasses, bool kMasked>
-TK_INLINE void count_softmax(const Tile<A>& tile, int padded, int classes, Vector<A>* exponentials,
-                             CountVectors<A>* counts) {
+TK_INLINE void count_softmax(const Tile<A>& tile, int padded, int classes, PresentClasses& present,
+                             Vector<A>* exponentials, CountVectors<A>* counts) {
   if constexpr (kClasses == 2) {
     count_two_classes<A, kMasked>(tile, padded, counts);
   } else if constexpr (kClasses > 0) {
@@ -127,14 +142,14 @@ TK_INLINE void count_softmax(const Tile<A>& tile, int padded, int classes, Vecto
     Vector<A> registers[kClasses * kVectors];
     CountVectors<A> sums[kClasses] = {};
     for (int at = 0; at < padded; at += kVectors * Lanes<A>::count) {
-      count_softmax_block<A, kClasses, kVectors, kMasked>(tile, at, kClasses, registers, sums);
+      count_softmax_block<A, kClasses, kVectors, kMasked>(tile, at, kClasses, present, registers, sums);
     }
     for (int c = 0; c < kClasses; ++c) {
       for (int q = 0; q < kCounts; ++q) counts[c][q] += sums[c][q];
     }
   } else {
     for (int at = 0; at < padded; at += kBlock<A>) {
-      count_softmax_block<A, 0, kBlockVectors, kMasked>(tile, at, classes, exponentials, counts);
+      count_softmax_block<A, 0, kBlockVectors, kMasked>(tile, at, classes, present, exponentials, counts);
     }
   }
 }
@@ -175,16 +190,17 @@ TK_INLINE void count_channels(const Tile<A>& tile, int padded, int classes, int 
 }
 
 template <typename A, bool kMasked>
-TK_INLINE void count_tile(const Volume& v, const Tile<A>& tile, Vector<A>* exponentials, CountVectors<A>* counts) {
+TK_INLINE void count_tile(const Volume& v, const Tile<A>& tile, PresentClasses& present, Vector<A>* exponentials,
+                          CountVectors<A>* counts) {
   const int padded = (tile.voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>;
   const int classes = static_cast<int>(v.classes);
   switch (v.activation) {
     case Activation::kSoftmax:
       switch (classes) {
-        case 2: return count_softmax<A, 2, kMasked>(tile, padded, classes, exponentials, counts);
-        case 3: return count_softmax<A, 3, kMasked>(tile, padded, classes, exponentials, counts);
-        case 4: return count_softmax<A, 4, kMasked>(tile, padded, classes, exponentials, counts);
-        default: return count_softmax<A, 0, kMasked>(tile, padded, classes, exponentials, counts);
+        case 2: return count_softmax<A, 2, kMasked>(tile, padded, classes, present, exponentials, counts);
+        case 3: return count_softmax<A, 3, kMasked>(tile, padded, classes, present, exponentials, counts);
+        case 4: return count_softmax<A, 4, kMasked>(tile, padded, classes, present, exponentials, counts);
+        default: return count_softmax<A, 0, kMasked>(tile, padded, classes, present, exponentials, counts);
       }
     case Activation::kSigmoid:
       return count_channels<A, Activation::kSigmoid>(tile, padded, classes, static_cast<int>(v.first_label), counts);
@@ -193,10 +209,12 @@ TK_INLINE void count_tile(const Volume& v, const Tile<A>& tile, Vector<A>* expon
   }
 }
 
-// Scratch: the tile's buffers, then exponentials[C][kBlockVectors], tile sums[C][kCounts], totals[C][kCounts].
+// Scratch: the tile's buffers, exponentials[C][kBlockVectors], tile sums[C][kCounts], totals[C][kCounts], present
+// classes.
 template <typename A>
 int64_t scratch_bytes(const Volume& v) {
-  return TileBuffers<A>::bytes(v) + v.classes * (kBlockVectors + kCounts + kCounts) * kVectorBytes;
+  return TileBuffers<A>::bytes(v) + v.classes * (kBlockVectors + kCounts + kCounts) * kVectorBytes +
+         PresentClasses::bytes(v.classes);
 }
 
 template <typename T, typename A>
@@ -205,6 +223,7 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
   Vector<A>* exponentials = reinterpret_cast<Vector<A>*>(buffers.rest);
   CountVectors<A>* sums = reinterpret_cast<CountVectors<A>*>(exponentials + v.classes * kBlockVectors);
   auto* totals = reinterpret_cast<DoubleVector(*)[kCounts]>(sums + v.classes);
+  PresentClasses present(totals + v.classes, v.classes);
   memset(sums, 0, v.classes * sizeof(*sums));
   memset(totals, 0, v.classes * sizeof(*totals));
   int since_flush = 0;
@@ -212,9 +231,9 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
     const int voxels = static_cast<int>(smaller(buffers.tile_voxels, end - at));
     const Tile<A> tile = load_tile<T, A>(v, sample, at, voxels, buffers, *bad);
     if (tile.masked) {
-      count_tile<A, true>(v, tile, exponentials, sums);
+      count_tile<A, true>(v, tile, present, exponentials, sums);
     } else {
-      count_tile<A, false>(v, tile, exponentials, sums);
+      count_tile<A, false>(v, tile, present, exponentials, sums);
     }
     at += voxels;
     since_flush += voxels;

@@ -34,12 +34,13 @@ TK_INLINE void two_classes_gradient(const Tile<A>& tile, int padded, const A* u,
 
 template <typename A, int kClasses, int kVectors, bool kMasked>
 TK_INLINE void softmax_gradient_block(const Tile<A>& tile, int at, int runtime_classes, const A* u,
-                                      Vector<A>* exponentials, const GradientRows<A>& out) {
+                                      PresentClasses& present, Vector<A>* exponentials, const GradientRows<A>& out) {
   using V = Vector<A>;
   using I = IntVector<A>;
   using Int = typename Lanes<A>::Int;
   constexpr int kLanes = Lanes<A>::count;
-  const int classes = kClasses > 0 ? kClasses : runtime_classes;
+  constexpr bool kFew = kClasses > 0;
+  const int classes = kFew ? kClasses : runtime_classes;
   const A* rows = tile.rows + at;
 
   V top[kVectors];
@@ -53,8 +54,12 @@ TK_INLINE void softmax_gradient_block(const Tile<A>& tile, int at, int runtime_c
   for (int c = 1; c < classes; ++c) {
     const A* row = rows + c * tile.row_stride;
 #pragma GCC unroll 4
-    for (int k = 0; k < kVectors; ++k) top[k] = maximum(top[k], load<V>(row + k * kLanes));
+    for (int k = 0; k < kVectors; ++k) {
+      top[k] = maximum(top[k], load<V>(row + k * kLanes));
+      if (!kFew) prefetch(row + (kVectors + k) * kLanes);
+    }
   }
+  if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
   SoftmaxSums<V> sums[kVectors];
   V weighted_others[kVectors] = {}, u_target[kVectors] = {};
@@ -63,14 +68,20 @@ TK_INLINE void softmax_gradient_block(const Tile<A>& tile, int at, int runtime_c
     const A* row = rows + c * tile.row_stride;
     const V background = broadcast<A>(u[c * kCoefficients + kBackground]);
     const V foreground = broadcast<A>(u[c * kCoefficients + kForeground]);
+    const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
       const V e = exp_nonpositive<A>(load<V>(row + k * kLanes) - top[k]);
-      const I is_target = label[k] == static_cast<Int>(c);
-      const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
-      const V other = sums[k].add(is_target, is_other, e);
+      V other;
+      if (is_present) {
+        const I is_target = label[k] == static_cast<Int>(c);
+        const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
+        other = sums[k].add(is_target, is_other, e);
+        u_target[k] = is_target ? foreground : u_target[k];
+      } else {
+        other = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
+      }
       weighted_others[k] += other * background;
-      u_target[k] = is_target ? foreground : u_target[k];
       exponentials[c * kVectors + k] = other;
     }
   }
@@ -87,27 +98,30 @@ TK_INLINE void softmax_gradient_block(const Tile<A>& tile, int at, int runtime_c
   for (int c = 0; c < classes; ++c) {
     A* row = out.rows + at + c * out.row_stride;
     const V background = broadcast<A>(u[c * kCoefficients + kBackground]);
+    const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      const V other = gradient[k].other(exponentials[c * kVectors + k], background);
-      store(row + k * kLanes, label[k] == static_cast<Int>(c) ? gradient[k].at_target : other);
+      V dz = gradient[k].other(exponentials[c * kVectors + k], background);
+      if (is_present) dz = label[k] == static_cast<Int>(c) ? gradient[k].at_target : dz;
+      store(row + k * kLanes, dz);
     }
   }
+  if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
 template <typename A, int kClasses, bool kMasked>
-TK_INLINE void softmax_gradient_rows(const Tile<A>& tile, int padded, int classes, const A* u, Vector<A>* exponentials,
-                                     const GradientRows<A>& out) {
+TK_INLINE void softmax_gradient_rows(const Tile<A>& tile, int padded, int classes, const A* u, PresentClasses& present,
+                                     Vector<A>* exponentials, const GradientRows<A>& out) {
   if constexpr (kClasses == 2) {
     two_classes_gradient<A, kMasked>(tile, padded, u, out);
   } else if constexpr (kClasses > 0) {
     Vector<A> registers[kClasses];
     for (int at = 0; at < padded; at += Lanes<A>::count) {
-      softmax_gradient_block<A, kClasses, 1, kMasked>(tile, at, kClasses, u, registers, out);
+      softmax_gradient_block<A, kClasses, 1, kMasked>(tile, at, kClasses, u, present, registers, out);
     }
   } else {
     for (int at = 0; at < padded; at += kBlock<A>) {
-      softmax_gradient_block<A, 0, kBlockVectors, kMasked>(tile, at, classes, u, exponentials, out);
+      softmax_gradient_block<A, 0, kBlockVectors, kMasked>(tile, at, classes, u, present, exponentials, out);
     }
   }
 }
@@ -135,18 +149,18 @@ TK_INLINE void channels_gradient(const Tile<A>& tile, int padded, int classes, i
 }
 
 template <typename A, bool kMasked>
-TK_INLINE void gradient_tile(const Volume& v, const Tile<A>& tile, const A* u, Vector<A>* exponentials,
-                             const GradientRows<A>& out) {
+TK_INLINE void gradient_tile(const Volume& v, const Tile<A>& tile, const A* u, PresentClasses& present,
+                             Vector<A>* exponentials, const GradientRows<A>& out) {
   const int padded = (tile.voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>;
   const int classes = static_cast<int>(v.classes);
   const int first_label = static_cast<int>(v.first_label);
   switch (v.activation) {
     case Activation::kSoftmax:
       switch (classes) {
-        case 2: return softmax_gradient_rows<A, 2, kMasked>(tile, padded, classes, u, exponentials, out);
-        case 3: return softmax_gradient_rows<A, 3, kMasked>(tile, padded, classes, u, exponentials, out);
-        case 4: return softmax_gradient_rows<A, 4, kMasked>(tile, padded, classes, u, exponentials, out);
-        default: return softmax_gradient_rows<A, 0, kMasked>(tile, padded, classes, u, exponentials, out);
+        case 2: return softmax_gradient_rows<A, 2, kMasked>(tile, padded, classes, u, present, exponentials, out);
+        case 3: return softmax_gradient_rows<A, 3, kMasked>(tile, padded, classes, u, present, exponentials, out);
+        case 4: return softmax_gradient_rows<A, 4, kMasked>(tile, padded, classes, u, present, exponentials, out);
+        default: return softmax_gradient_rows<A, 0, kMasked>(tile, padded, classes, u, present, exponentials, out);
       }
     case Activation::kSigmoid:
       return channels_gradient<A, Activation::kSigmoid>(tile, padded, classes, first_label, u, out);
@@ -154,11 +168,12 @@ TK_INLINE void gradient_tile(const Volume& v, const Tile<A>& tile, const A* u, V
   }
 }
 
-// Scratch: the tile's buffers, exponentials[C][kBlockVectors], gradient rows[C][tile voxels].
+// Scratch: the tile's buffers, exponentials[C][kBlockVectors], gradient rows[C][tile voxels], present classes.
 template <typename A>
 int64_t scratch_bytes(const Volume& v) {
   return TileBuffers<A>::bytes(v) + v.classes * kBlockVectors * kVectorBytes +
-         v.classes * TileBuffers<A>::voxels_per_tile(v) * static_cast<int64_t>(sizeof(A));
+         v.classes * TileBuffers<A>::voxels_per_tile(v) * static_cast<int64_t>(sizeof(A)) +
+         PresentClasses::bytes(v.classes);
 }
 
 template <typename T, typename A>
@@ -167,6 +182,7 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
   const TileBuffers<A> buffers(v, scratch);
   Vector<A>* exponentials = reinterpret_cast<Vector<A>*>(buffers.rest);
   A* buffer = reinterpret_cast<A*>(exponentials + v.classes * kBlockVectors);
+  PresentClasses present(buffer + v.classes * buffers.tile_voxels, v.classes);
   BadInput bad;  // the count pass has told of it, and its coefficients are NaN then
   for (int64_t at = begin; at < end; at += buffers.tile_voxels) {
     const int voxels = static_cast<int>(smaller(buffers.tile_voxels, end - at));
@@ -176,9 +192,9 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
     const GradientRows<A> out = direct ? GradientRows<A>{reinterpret_cast<A*>(p), view.class_stride}
                                        : GradientRows<A>{buffer, buffers.tile_voxels};
     if (tile.masked) {
-      gradient_tile<A, true>(v, tile, coefficients, exponentials, out);
+      gradient_tile<A, true>(v, tile, coefficients, present, exponentials, out);
     } else {
-      gradient_tile<A, false>(v, tile, coefficients, exponentials, out);
+      gradient_tile<A, false>(v, tile, coefficients, present, exponentials, out);
     }
     if (!direct) {
       for (int64_t c = 0; c < v.classes; ++c) {

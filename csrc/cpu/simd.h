@@ -97,6 +97,11 @@ TK_INLINE void store(T* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
 
+template <typename T>
+TK_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+
 template <typename V>
 TK_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
@@ -140,8 +145,71 @@ TK_INLINE bool any(I mask) {
 #endif
 }
 
+// ---- Integers of other widths
+//
+// __builtin_convertvector says the same, but gcc 12 takes such vectors apart lane by lane. The masked forms of the
+// intrinsics are there because the same compiler warns of the header of the unmasked ones.
+
+template <typename Wide>
+struct Integers {
+  static constexpr int count = kVectorBytes / sizeof(Wide);
+  typedef Wide Vector __attribute__((vector_size(TK_VECTOR_BYTES)));
+};
+
+template <typename Wide, typename T>
+TK_INLINE typename Integers<Wide>::Vector load_widened(const T* p) {
+  using V = typename Integers<Wide>::Vector;
+#if defined(__AVX2__)
+  constexpr bool kUnsigned = T(-1) > T(0);
+  static_assert(!kUnsigned || sizeof(T) == 1, "of the unsigned types only uint8 is a label");
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 1 && sizeof(Wide) == 4) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (V)(kUnsigned ? _mm512_maskz_cvtepu8_epi32(0xffff, x) : _mm512_maskz_cvtepi8_epi32(0xffff, x));
+  } else if constexpr (sizeof(T) == 2 && sizeof(Wide) == 4) {
+    return (V)_mm512_maskz_cvtepi16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  } else if constexpr (sizeof(T) == 1 && sizeof(Wide) == 8) {
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return (V)(kUnsigned ? _mm512_maskz_cvtepu8_epi64(0xff, x) : _mm512_maskz_cvtepi8_epi64(0xff, x));
+  } else if constexpr (sizeof(T) == 2 && sizeof(Wide) == 8) {
+    return (V)_mm512_maskz_cvtepi16_epi64(0xff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  } else if constexpr (sizeof(T) == 4 && sizeof(Wide) == 8) {
+    return (V)_mm512_maskz_cvtepi32_epi64(0xff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 1 && sizeof(Wide) == 4) {
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return (V)(kUnsigned ? _mm256_cvtepu8_epi32(x) : _mm256_cvtepi8_epi32(x));
+  } else if constexpr (sizeof(T) == 2 && sizeof(Wide) == 4) {
+    return (V)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+#endif
+  if constexpr (sizeof(T) == sizeof(Wide)) {
+    return load<V>(p);
+  } else {
+    V v;
+    for (int k = 0; k < Integers<Wide>::count; ++k) v[k] = p[k];
+    return v;
+  }
+}
+
+template <typename Narrow, typename V>
+TK_INLINE void store_narrowed(Narrow* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Narrow) == 4 && sizeof(v[0]) == 8) {
+    store(p, _mm512_maskz_cvtepi64_epi32(0xff, (__m512i)v));
+    return;
+  }
+#endif
+  if constexpr (sizeof(Narrow) == sizeof(v[0])) {
+    store(p, v);
+  } else {
+    for (int k = 0; k < static_cast<int>(sizeof(V) / sizeof(v[0])); ++k) p[k] = static_cast<Narrow>(v[k]);
+  }
+}
+
 // ---- 16-bit storage types
-// --------------------------------------------------------------------------------------------
 
 struct Half {
   uint16_t bits;

@@ -3,6 +3,8 @@
 // Rows that are stored so already are not copied. See simd.h for why all of this has internal linkage.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -58,31 +60,39 @@ TK_INLINE double to_accumulation<BFloat16, double>(BFloat16 x) {
 }
 
 // ---- Labels and weights
-// ------------------------------------------------------------------------------------------------
 
-// Wide is the type that holds every value of T and decides whether a label is in range.
+// Labels of type T become Int, those that do not count kUncounted. Wide is the type in which they are compared.
 template <typename T, typename Wide, typename Int>
 TK_INLINE void load_labels_as(const T* p, int64_t stride, int count, Wide label_count, bool has_ignore_index,
                               Wide ignore_index, Int* out, bool& masked, BadInput& bad) {
-  Int uncounted = 0, unknown = 0;
-  auto one = [&](int i, T raw) __attribute__((always_inline)) {
-    const Wide label = static_cast<Wide>(raw);
-    const bool ignored = has_ignore_index & (label == ignore_index);
-    const bool known = (label >= 0) & (label < label_count);
-    const bool counts = known & !ignored;
-    out[i] = counts ? static_cast<Int>(label) : Int{kUncounted};
-    uncounted |= !counts;
-    unknown |= !known & !ignored;
+  constexpr int kLanes = Integers<Wide>::count;
+  using V = typename Integers<Wide>::Vector;
+  V uncounted{}, unknown{};
+  const auto convert = [&](const T* from, Int* to) __attribute__((always_inline)) {
+    const V label = load_widened<Wide>(from);
+    const V not_known = (label < 0) | (label >= label_count);
+    const V ignored = has_ignore_index ? label == ignore_index : V{};
+    const V not_counted = not_known | ignored;
+    uncounted |= not_counted;
+    unknown |= not_known & ~ignored;
+    store_narrowed(to, label | not_counted);  // kUncounted is all ones
   };
+  int i = 0;
   if (stride == 1) {
-    for (int i = 0; i < count; ++i) one(i, p[i]);
-  } else {
-    for (int i = 0; i < count; ++i) one(i, p[i * stride]);
+    for (; i + kLanes <= count; i += kLanes) convert(p + i, out + i);
   }
-  masked |= uncounted != 0;
-  if (unknown != 0 && !bad.label) {
-    for (int i = 0; i < count; ++i) {
-      const Wide label = static_cast<Wide>(p[i * stride]);
+  for (; i < count; i += kLanes) {
+    const int lanes = static_cast<int>(smaller(kLanes, count - i));
+    T gathered[kLanes];
+    Int converted[kLanes];
+    for (int k = 0; k < kLanes; ++k) gathered[k] = p[(i + smaller(k, lanes - 1)) * stride];
+    convert(gathered, converted);
+    for (int k = 0; k < lanes; ++k) out[i + k] = converted[k];
+  }
+  masked |= any(uncounted);
+  if (any(unknown) && !bad.label) {
+    for (int k = 0; k < count; ++k) {
+      const Wide label = static_cast<Wide>(p[k * stride]);
       if ((label < 0 || label >= label_count) && !(has_ignore_index && label == ignore_index)) {
         bad.label = true;
         bad.value = static_cast<int64_t>(label);
@@ -94,17 +104,12 @@ TK_INLINE void load_labels_as(const T* p, int64_t stride, int count, Wide label_
 
 template <typename T, typename Int>
 TK_INLINE void load_labels_of(const Volume& v, int64_t offset, int count, Int* out, bool& masked, BadInput& bad) {
-  const T* p = static_cast<const T*>(v.target.data) + offset;
-  const int64_t label_count = v.classes + v.first_label;
-  if constexpr (sizeof(T) <= 2 || (sizeof(T) == 4 && sizeof(Int) == 4)) {
-    const bool fits = v.ignore_index >= INT32_MIN && v.ignore_index <= INT32_MAX;
-    load_labels_as<T, int32_t, Int>(p, v.target.voxel_stride, count, static_cast<int32_t>(label_count),
-                                    v.has_ignore_index && fits, static_cast<int32_t>(fits ? v.ignore_index : 0), out,
-                                    masked, bad);
-  } else {
-    load_labels_as<T, int64_t, Int>(p, v.target.voxel_stride, count, label_count, v.has_ignore_index, v.ignore_index,
-                                    out, masked, bad);
-  }
+  using Wide = std::conditional_t<(sizeof(T) > sizeof(Int)), T, Int>;
+  constexpr int64_t kLargest = sizeof(Wide) == 4 ? INT32_MAX : INT64_MAX;
+  const bool ignorable = v.has_ignore_index && v.ignore_index >= -kLargest - 1 && v.ignore_index <= kLargest;
+  load_labels_as<T, Wide, Int>(static_cast<const T*>(v.target.data) + offset, v.target.voxel_stride, count,
+                               static_cast<Wide>(v.classes + v.first_label), ignorable,
+                               static_cast<Wide>(ignorable ? v.ignore_index : 0), out, masked, bad);
 }
 
 template <typename Int>
@@ -150,7 +155,6 @@ void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* 
 }
 
 // ---- Rows
-// --------------------------------------------------------------------------------------------------------------
 
 // One row of `count` elements, `stride` apart.
 template <typename T, typename A>
@@ -184,6 +188,23 @@ TK_INLINE void narrow_row(const A* in, T* p, int64_t stride, int count) {
     for (int i = 0; i < count; ++i) p[i * stride] = in[i];
   }
 }
+
+// Which classes occur among the labels of a block. Most do not, where there are many, and need no masks.
+class PresentClasses {
+ public:
+  static int64_t bytes(int64_t classes) { return (classes + 1 + 63) / 64 * 64; }
+  PresentClasses(void* memory, int64_t classes) : flags_(static_cast<uint8_t*>(memory) - kUncounted) {
+    memset(memory, 0, bytes(classes));
+  }
+  template <typename Int>
+  TK_INLINE void set(const Int* labels, int count, bool present) {
+    for (int i = 0; i < count; ++i) flags_[labels[i]] = present;
+  }
+  TK_INLINE bool has(int c) const { return flags_[c] != 0; }
+
+ private:
+  uint8_t* flags_;  // flags_[kUncounted] is the first byte
+};
 
 // Where and how a pass keeps its working memory; the same arithmetic sizes it and lays it out.
 template <typename A>

@@ -1,0 +1,228 @@
+"""Compares losses: python -m benchmarks.run, or make bench. Rows are appended to benchmarks/results/*.csv.
+
+Every case measures, in one run and taking turns: each provider forward and backward, a copy of the logits (what the
+machine can move), and the first touch of a fresh buffer of their size (what a fresh gradient costs by itself). Before
+each timing the logits are written anew, as a network would have, so that nobody finds them warmer than another. "x floor"
+is in multiples of 3U + 2T bytes at the speed of that copy, the fewest that forward and backward can move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import functools
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import tversky_kernels as tk
+from benchmarks.cases import DTYPES, LABELS, Case, core, quick
+from benchmarks.memory import measure_in_own_process
+from benchmarks.providers import PROVIDERS, Provider
+
+FIELDS = [
+    *("date", "commit", "machine", "cores", "threads", "torch", "case", "provider", "status"),
+    *("milliseconds", "spread", "times_floor", "copy_ms", "first_touch_ms", "loss_error", "gradient_error"),
+    *("forward_allocator_mib", "forward_process_mib", "both_allocator_mib", "both_process_mib"),
+]
+OURS, OURS_INPLACE = "ours", "ours, in place"
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def seconds(function, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def spread(times: list[float]) -> float:
+    """Half the distance of the quartiles, as a fraction of the median."""
+    low, _, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / statistics.median(times)
+
+
+def errors(case: Case, provider: Provider, loss, logits, target) -> tuple[float, float]:
+    """Relative errors of the loss and of the gradient (L2) against the provider's own definition in float64."""
+    z = logits.double().requires_grad_()
+    true = tk.reference.tversky_loss(z, target, **{"alpha": 0.3, "beta": 0.7, **provider.truth}) + provider.offset
+    (true_gradient,) = torch.autograd.grad(true, z)
+    z = logits.clone().requires_grad_()
+    value = loss(z, target)
+    (gradient,) = torch.autograd.grad(value, z)
+    return (
+        abs(value.item() - true.item()) / max(abs(true.item()), 1e-30),
+        ((gradient.double() - true_gradient).norm() / true_gradient.norm()).item(),
+    )
+
+
+def run_case(case: Case, names: list[str], repeats: int, memory: bool, bar: tqdm) -> list[dict]:
+    source, target = case.inputs(seed=0)
+    logits, other = torch.empty_like(source), torch.empty_like(source)
+    limits = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-4)}.get(case.dtype, (2e-2, 2e-2))
+    rows, runners = {}, {}
+    for name in names:
+        provider = PROVIDERS[name]
+        row = rows[name] = {"case": case.name, "provider": name, "status": "ok"}
+        try:
+            loss = provider.make()
+            row["loss_error"], row["gradient_error"] = errors(case, provider, loss, source, target)
+            if not (row["loss_error"] <= limits[0] and row["gradient_error"] <= limits[1]):
+                row["status"] = "wrong"
+            else:
+                runners[name] = loss
+        except ImportError as error:
+            row["status"] = f"missing: {error.name}"
+        except Exception as error:  # a peer's failure is a result, not ours to die of
+            row["status"] = f"failed: {type(error).__name__}"
+
+    timed = {name: lambda z, loss=loss: loss(z, target).backward() for name, loss in runners.items()}
+    timed["copy"] = lambda z: other.copy_(z)
+    timed["touch"] = lambda z: torch.empty_like(z).fill_(1.0)
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for repeat in range(repeats + 2):  # two to warm up
+        for name, function in timed.items():
+            logits = logits.detach().copy_(source)
+            if name in runners:
+                logits.requires_grad_()
+            taken = seconds(functools.partial(function, logits), case.device)
+            logits.grad = None
+            if repeat >= 2:
+                times[name].append(taken)
+        bar.update()
+    copy = statistics.median(times["copy"])
+    for name in runners:
+        row = rows[name]
+        row["milliseconds"] = 1e3 * statistics.median(times[name])
+        row["spread"] = spread(times[name])
+        row["times_floor"] = statistics.median(times[name]) / (copy * case.floor_copies)
+    if memory:
+        for name in runners:
+            try:
+                rows[name].update(measure_in_own_process(case, PROVIDERS[name]))
+            except RuntimeError as error:
+                tqdm.write(f"{case.name}, {name}: memory not measured: {error}")
+            bar.update()
+    for row in rows.values():
+        row.update(copy_ms=1e3 * copy, first_touch_ms=1e3 * statistics.median(times["touch"]))
+    return list(rows.values())
+
+
+def print_case(case: Case, rows: list[dict]) -> None:
+    first = rows[0]
+    print(
+        f"\n{case.name}: a copy takes {first['copy_ms']:.2f} ms, so the floor is "
+        f"{first['copy_ms'] * case.floor_copies:.2f} ms; "
+        f"first touch of a fresh gradient {first['first_touch_ms']:.2f} ms"
+    )
+    ours = next((r["milliseconds"] for r in rows if r["provider"] == OURS and "milliseconds" in r), None)
+    header = f"  {'provider':24} {'ms':>9} {'+-':>5} {'x floor':>8} {'x ours':>7} {'loss err':>9} {'grad err':>9}"
+    print(header + f" {'fwd MiB':>8} {'MiB':>8} {'copies':>7}")
+    for r in sorted(rows, key=lambda r: r.get("milliseconds", float("inf"))):
+        line = f"  {r['provider']:24} "
+        if "milliseconds" not in r:
+            print(line + r["status"])
+            continue
+        line += f"{r['milliseconds']:9.2f} {100 * r['spread']:4.0f}% {r['times_floor']:8.2f} "
+        line += f"{r['milliseconds'] / ours:7.2f} " if ours else " " * 8
+        line += f"{r['loss_error']:9.1e} {r['gradient_error']:9.1e}"
+        if "both_allocator_mib" in r:
+            forward = max(r["forward_allocator_mib"], r["forward_process_mib"] or 0)
+            both = max(r["both_allocator_mib"], r["both_process_mib"] or 0)
+            line += f" {forward:8.2f} {both:8.2f} {both * 2**20 / case.logits_bytes:7.2f}"
+        print(line)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="three small cases and few repeats; under two minutes")
+    parser.add_argument("--case", action="append", metavar="NAME", help="for example 1x4x128^3,float32,uint8,cpu")
+    parser.add_argument("--provider", action="append", choices=list(PROVIDERS), metavar="NAME", help="default: all")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"), metavar="DIR")
+    parser.add_argument("--list", action="store_true", help="print the providers and stop")
+    arguments = parser.parse_args()
+    try:
+        arguments.cases = [Case.parse(c) for c in arguments.case or ()]
+        if any(c.dtype not in DTYPES or c.label not in LABELS for c in arguments.cases):
+            raise ValueError
+    except ValueError:
+        parser.error(f"--case: expected names like 1x4x128^3,float32,uint8,cpu, got {arguments.case}")
+    if arguments.repeats < 2:
+        parser.error(f"--repeats: expected at least 2, got {arguments.repeats}")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    names = arguments.provider or [n for n, p in PROVIDERS.items() if arguments.device in p.devices]
+    if arguments.list:
+        print("\n".join(names))
+        return 0
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: --device cuda: torch finds no CUDA device", file=sys.stderr)
+        return 2
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    cases = arguments.cases or (quick if arguments.quick else core)(arguments.device)
+    repeats = min(arguments.repeats, 7) if arguments.quick else arguments.repeats
+    memory = not arguments.no_memory and not arguments.quick
+    run = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "commit": commit(),
+        "machine": machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    print(f"{run['machine']}, {run['cores']} cores, {run['threads']} threads, torch {run['torch']}, {run['commit']}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.device}.csv"
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        if new:
+            writer.writeheader()
+        with tqdm(total=len(cases) * (repeats + 2 + memory * len(names)), unit="round", disable=None) as bar:
+            for case in cases:
+                bar.set_description(case.name)
+                rows = run_case(case, names, repeats, memory, bar)
+                for row in rows:
+                    row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+                    writer.writerow({**run, **row})
+                file.flush()
+                print_case(case, rows)
+    print(f"\nAppended to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
