@@ -5,8 +5,10 @@ namespace {
 
 enum Count { kTp, kFp, kFn, kCounts };
 
-template <typename A>
-using CountVectors = Vector<A>[kCounts];
+template <typename T>
+using LogitsVector = Vector<Compute<T>>;
+template <typename T>
+using CountVectors = LogitsVector<T>[kCounts];
 
 // Accumulated in A inside a tile, in double across tiles.
 template <typename A>
@@ -23,14 +25,15 @@ TK_INLINE void add_to_double(DoubleVector& total, Vector<A> v) {
 
 // Softmax over two classes is a sigmoid of the difference: one exponential, and each class's false positives are the
 // other's false negatives.
-template <typename A, bool kMasked>
-TK_INLINE void count_two_classes(const Tile<A>& tile, int padded, CountVectors<A>* counts) {
+template <typename T, bool kMasked>
+TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T>* counts) {
+  using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   V right0{}, right1{}, missed0{}, missed1{};
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = load<I>(tile.labels + i);
-    const V difference = two_class_logit(load<V>(tile.rows + i), load<V>(tile.rows + tile.row_stride + i));
+    const V difference = two_class_logit(load_logits(tile.rows + i), load_logits(tile.rows + tile.row_stride + i));
     const I negative = difference < V{};
     const V e = exp_nonpositive<A>(negative ? difference : -difference);
     Probability<V> p = logistic(negative, e, 1 / (1 + e));
@@ -55,30 +58,31 @@ TK_INLINE void count_two_classes(const Tile<A>& tile, int padded, CountVectors<A
 }
 
 // kClasses: the number of classes where it is known when this is compiled, else 0.
-template <typename A, int kClasses, int kVectors, bool kMasked>
-TK_INLINE void count_softmax_block(const Tile<A>& tile, int at, int runtime_classes, PresentClasses& present,
-                                   Vector<A>* exponentials, CountVectors<A>* counts) {
+template <typename T, int kClasses, int kVectors, bool kMasked>
+TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_classes, PresentClasses& present,
+                                   LogitsVector<T>* exponentials, CountVectors<T>* counts) {
+  using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   using Int = typename Lanes<A>::Int;
   constexpr int kLanes = Lanes<A>::count;
   constexpr bool kFew = kClasses > 0;
   const int classes = kFew ? kClasses : runtime_classes;
-  const A* rows = tile.rows + at;
+  const T* rows = tile.rows + at;
 
   V top[kVectors];
   I label[kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
-    top[k] = load<V>(rows + k * kLanes);
+    top[k] = load_logits(rows + k * kLanes);
     label[k] = load<I>(tile.labels + at + k * kLanes);
   }
 #pragma GCC unroll 8
   for (int c = 1; c < classes; ++c) {
-    const A* row = rows + c * tile.row_stride;
+    const T* row = rows + c * tile.row_stride;
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      top[k] = maximum(top[k], load<V>(row + k * kLanes));
+      top[k] = maximum(top[k], load_logits(row + k * kLanes));
       if (!kFew) prefetch(row + (kVectors + k) * kLanes);
     }
   }
@@ -87,11 +91,11 @@ TK_INLINE void count_softmax_block(const Tile<A>& tile, int at, int runtime_clas
   SoftmaxSums<V> sums[kVectors];
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
-    const A* row = rows + c * tile.row_stride;
+    const T* row = rows + c * tile.row_stride;
     const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      const V e = exp_nonpositive<A>(load<V>(row + k * kLanes) - top[k]);
+      const V e = exp_nonpositive<A>(load_logits(row + k * kLanes) - top[k]);
       if (is_present) {
         const I is_target = label[k] == static_cast<Int>(c);
         const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
@@ -132,38 +136,39 @@ TK_INLINE void count_softmax_block(const Tile<A>& tile, int at, int runtime_clas
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename A, int kClasses, bool kMasked>
-TK_INLINE void count_softmax(const Tile<A>& tile, int padded, int classes, PresentClasses& present,
-                             Vector<A>* exponentials, CountVectors<A>* counts) {
+template <typename T, int kClasses, bool kMasked>
+TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, PresentClasses& present,
+                             LogitsVector<T>* exponentials, CountVectors<T>* counts) {
   if constexpr (kClasses == 2) {
-    count_two_classes<A, kMasked>(tile, padded, counts);
+    count_two_classes<T, kMasked>(tile, padded, counts);
   } else if constexpr (kClasses > 0) {
     constexpr int kVectors = 1;
-    Vector<A> registers[kClasses * kVectors];
-    CountVectors<A> sums[kClasses] = {};
-    for (int at = 0; at < padded; at += kVectors * Lanes<A>::count) {
-      count_softmax_block<A, kClasses, kVectors, kMasked>(tile, at, kClasses, present, registers, sums);
+    LogitsVector<T> registers[kClasses * kVectors];
+    CountVectors<T> sums[kClasses] = {};
+    for (int at = 0; at < padded; at += kVectors * Lanes<Compute<T>>::count) {
+      count_softmax_block<T, kClasses, kVectors, kMasked>(tile, at, kClasses, present, registers, sums);
     }
     for (int c = 0; c < kClasses; ++c) {
       for (int q = 0; q < kCounts; ++q) counts[c][q] += sums[c][q];
     }
   } else {
-    for (int at = 0; at < padded; at += kBlock<A>) {
-      count_softmax_block<A, 0, kBlockVectors, kMasked>(tile, at, classes, present, exponentials, counts);
+    for (int at = 0; at < padded; at += kBlock<Compute<T>>) {
+      count_softmax_block<T, 0, kBlockVectors, kMasked>(tile, at, classes, present, exponentials, counts);
     }
   }
 }
 
-template <typename A, Activation kActivation>
-TK_INLINE void count_channels(const Tile<A>& tile, int padded, int classes, int first_label, CountVectors<A>* counts) {
+template <typename T, Activation kActivation>
+TK_INLINE void count_channels(const Tile<T>& tile, int padded, int classes, int first_label, CountVectors<T>* counts) {
+  using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   for (int c = 0; c < classes; ++c) {
-    const A* row = tile.rows + c * tile.row_stride;
+    const T* row = tile.rows + c * tile.row_stride;
     V tp{}, fp{}, fn{};
     for (int i = 0; i < padded; i += Lanes<A>::count) {
       const I label = load<I>(tile.labels + i);
-      const V z = load<V>(row + i);
+      const V z = load_logits(row + i);
       Probability<V> p;
       if constexpr (kActivation == Activation::kSigmoid) {
         const I negative = z < V{};
@@ -189,39 +194,40 @@ TK_INLINE void count_channels(const Tile<A>& tile, int padded, int classes, int 
   }
 }
 
-template <typename A, bool kMasked>
-TK_INLINE void count_tile(const Volume& v, const Tile<A>& tile, PresentClasses& present, Vector<A>* exponentials,
-                          CountVectors<A>* counts) {
-  const int padded = (tile.voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>;
+template <typename T, bool kMasked>
+TK_INLINE void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, LogitsVector<T>* exponentials,
+                          CountVectors<T>* counts) {
+  const int padded = tile.padded_voxels();
   const int classes = static_cast<int>(v.classes);
   switch (v.activation) {
     case Activation::kSoftmax:
       switch (classes) {
-        case 2: return count_softmax<A, 2, kMasked>(tile, padded, classes, present, exponentials, counts);
-        case 3: return count_softmax<A, 3, kMasked>(tile, padded, classes, present, exponentials, counts);
-        case 4: return count_softmax<A, 4, kMasked>(tile, padded, classes, present, exponentials, counts);
-        default: return count_softmax<A, 0, kMasked>(tile, padded, classes, present, exponentials, counts);
+        case 2: return count_softmax<T, 2, kMasked>(tile, padded, classes, present, exponentials, counts);
+        case 3: return count_softmax<T, 3, kMasked>(tile, padded, classes, present, exponentials, counts);
+        case 4: return count_softmax<T, 4, kMasked>(tile, padded, classes, present, exponentials, counts);
+        default: return count_softmax<T, 0, kMasked>(tile, padded, classes, present, exponentials, counts);
       }
     case Activation::kSigmoid:
-      return count_channels<A, Activation::kSigmoid>(tile, padded, classes, static_cast<int>(v.first_label), counts);
+      return count_channels<T, Activation::kSigmoid>(tile, padded, classes, static_cast<int>(v.first_label), counts);
     case Activation::kNone:
-      return count_channels<A, Activation::kNone>(tile, padded, classes, static_cast<int>(v.first_label), counts);
+      return count_channels<T, Activation::kNone>(tile, padded, classes, static_cast<int>(v.first_label), counts);
   }
 }
 
 // Scratch: the tile's buffers, exponentials[C][kBlockVectors], tile sums[C][kCounts], totals[C][kCounts], present
 // classes.
-template <typename A>
+template <typename T>
 int64_t scratch_bytes(const Volume& v) {
-  return TileBuffers<A>::bytes(v) + v.classes * (kBlockVectors + kCounts + kCounts) * kVectorBytes +
+  return TileBuffers<T>::bytes(v) + v.classes * (kBlockVectors + kCounts + kCounts) * kVectorBytes +
          PresentClasses::bytes(v.classes);
 }
 
-template <typename T, typename A>
+template <typename T>
 void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch, BadInput* bad) {
-  const TileBuffers<A> buffers(v, scratch);
+  using A = Compute<T>;
+  const TileBuffers<T> buffers(v, scratch);
   Vector<A>* exponentials = reinterpret_cast<Vector<A>*>(buffers.rest);
-  CountVectors<A>* sums = reinterpret_cast<CountVectors<A>*>(exponentials + v.classes * kBlockVectors);
+  CountVectors<T>* sums = reinterpret_cast<CountVectors<T>*>(exponentials + v.classes * kBlockVectors);
   auto* totals = reinterpret_cast<DoubleVector(*)[kCounts]>(sums + v.classes);
   PresentClasses present(totals + v.classes, v.classes);
   memset(sums, 0, v.classes * sizeof(*sums));
@@ -229,11 +235,11 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
   int since_flush = 0;
   for (int64_t at = begin; at < end;) {
     const int voxels = static_cast<int>(smaller(buffers.tile_voxels, end - at));
-    const Tile<A> tile = load_tile<T, A>(v, sample, at, voxels, buffers, *bad);
+    const Tile<T> tile = load_tile<T>(v, sample, at, voxels, buffers, *bad);
     if (tile.masked) {
-      count_tile<A, true>(v, tile, present, exponentials, sums);
+      count_tile<T, true>(v, tile, present, exponentials, sums);
     } else {
-      count_tile<A, false>(v, tile, present, exponentials, sums);
+      count_tile<T, false>(v, tile, present, exponentials, sums);
     }
     at += voxels;
     since_flush += voxels;
@@ -263,15 +269,19 @@ namespace cpu {
 void TK_JOIN(count_pass, TK_CAPABILITY)(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* counts,
                                         void* scratch, BadInput* bad) {
   switch (v.logits.type) {
-    case ElementType::kDouble: return count<double, double>(v, sample, begin, end, counts, scratch, bad);
-    case ElementType::kHalf: return count<Half, float>(v, sample, begin, end, counts, scratch, bad);
-    case ElementType::kBFloat16: return count<BFloat16, float>(v, sample, begin, end, counts, scratch, bad);
-    default: return count<float, float>(v, sample, begin, end, counts, scratch, bad);
+    case ElementType::kDouble: return count<double>(v, sample, begin, end, counts, scratch, bad);
+    case ElementType::kHalf: return count<Half>(v, sample, begin, end, counts, scratch, bad);
+    case ElementType::kBFloat16: return count<BFloat16>(v, sample, begin, end, counts, scratch, bad);
+    default: return count<float>(v, sample, begin, end, counts, scratch, bad);
   }
 }
 
 int64_t TK_JOIN(count_scratch_bytes, TK_CAPABILITY)(const Volume& v) {
-  return v.logits.type == ElementType::kDouble ? scratch_bytes<double>(v) : scratch_bytes<float>(v);
+  switch (v.logits.type) {
+    case ElementType::kDouble: return scratch_bytes<double>(v);
+    case ElementType::kFloat: return scratch_bytes<float>(v);
+    default: return scratch_bytes<Half>(v);
+  }
 }
 
 }  // namespace cpu

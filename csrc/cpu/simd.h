@@ -226,15 +226,37 @@ TK_INLINE Uint32Vector broadcast_bits(uint32_t x) {
   return x - Uint32Vector{};
 }
 
+TK_INLINE Uint32Vector widen_bits(HalfVector bits) {
+#if defined(__AVX512F__)
+  return (Uint32Vector)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
+#elif defined(__AVX2__)
+  return (Uint32Vector)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, Uint32Vector);
+#endif
+}
+
+// Of numbers that fit.
+TK_INLINE HalfVector narrow_bits(Uint32Vector bits) {
+#if defined(__AVX512F__)
+  return (HalfVector)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);  // within halves
+  return (HalfVector)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x88));
+#else
+  return __builtin_convertvector(bits, HalfVector);
+#endif
+}
+
 TK_INLINE FloatVector widen(HalfVector bits, BFloat16) {
-  return (FloatVector)(__builtin_convertvector(bits, Uint32Vector) << 16);
+  return (FloatVector)(widen_bits(bits) << 16);
 }
 
 TK_INLINE HalfVector narrow(FloatVector x, BFloat16) {
   const Uint32Vector b = (Uint32Vector)x;
   const Uint32Vector rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const Uint32Vector quiet_nan = (b >> 16) | 0x40u;
-  return __builtin_convertvector(x != x ? quiet_nan : rounded, HalfVector);
+  return narrow_bits(x != x ? quiet_nan : rounded);
 }
 
 TK_INLINE FloatVector widen(HalfVector bits, Half) {
@@ -246,7 +268,7 @@ TK_INLINE FloatVector widen(HalfVector bits, Half) {
   typedef __fp16 NativeHalf __attribute__((vector_size(8)));
   return __builtin_convertvector((NativeHalf)bits, FloatVector);
 #else
-  const Uint32Vector w = __builtin_convertvector(bits, Uint32Vector);
+  const Uint32Vector w = widen_bits(bits);
   const Uint32Vector sign = (w & 0x8000u) << 16;
   const Uint32Vector magnitude = (w & 0x7fffu) << 13;
   // Scaling by 2^112 rebiases the exponent and normalises subnormals in one exact multiplication.
@@ -275,8 +297,39 @@ TK_INLINE HalfVector narrow(FloatVector x, Half) {
   const Uint32Vector infinity = broadcast_bits(0x7c00u);
   h = magnitude >= 0x477ff000u ? infinity : h;  // 65520 and above round to infinity
   h = magnitude > 0x7f800000u ? broadcast_bits(0x7e00u) : h;
-  return __builtin_convertvector(h | sign, HalfVector);
+  return narrow_bits(h | sign);
 #endif
+}
+
+// ---- Logits as they are stored, as vectors of the type in which they are computed
+
+template <typename T>
+struct Accumulation {
+  using Type = float;
+};
+template <>
+struct Accumulation<double> {
+  using Type = double;
+};
+template <typename T>
+using Compute = typename Accumulation<T>::Type;
+
+template <typename T>
+TK_INLINE Vector<Compute<T>> load_logits(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    return widen(load<HalfVector>(p), T{});
+  } else {
+    return load<Vector<T>>(p);
+  }
+}
+
+template <typename T>
+TK_INLINE void store_logits(T* p, Vector<Compute<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    store(p, narrow(v, T{}));
+  } else {
+    store(p, v);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// A tile: a run of voxels of one sample as both passes want them, whatever type and layout the tensors have: logits as
-// one row a class in the accumulation type, labels as integers of that width, everything padded to whole blocks.
-// Rows that are stored so already are not copied. See simd.h for why all of this has internal linkage.
+// A tile: a run of voxels of one sample as both passes want them, whatever layout the tensors have: logits as one row a
+// class, labels as integers of the width in which is computed, everything padded to whole blocks. Rows that are stored
+// so already are not copied. See simd.h for why all of this has internal linkage.
 #pragma once
 
 #include <type_traits>
@@ -21,14 +21,17 @@ constexpr int kUncounted = -1;        // label of a voxel that does not count
 template <typename A>
 constexpr int kBlock = kBlockVectors * Lanes<A>::count;
 
-template <typename A>
+template <typename T>
 struct Tile {
-  const A* rows;  // logits of class c: rows + c * row_stride
+  using A = Compute<T>;
+  const T* rows;  // logits of class c: rows + c * row_stride
   int64_t row_stride;
   const typename Lanes<A>::Int* labels;
   const A* weights;  // null: all are 1
   int voxels;        // before padding
   bool masked;       // some label is kUncounted
+
+  int padded_voxels() const { return (voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>; }
 };
 
 TK_INLINE int64_t smaller(int64_t a, int64_t b) {
@@ -156,36 +159,32 @@ void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* 
 
 // ---- Rows
 
-// One row of `count` elements, `stride` apart.
-template <typename T, typename A>
-TK_INLINE void widen_row(const T* p, int64_t stride, int count, A* out) {
-  int i = 0;
-  if constexpr (sizeof(T) == 2) {
-    if (stride == 1) {
-      for (; i + kHalfLanes <= count; i += kHalfLanes) store(out + i, widen(load<HalfVector>(p + i), T{}));
+// Copies `count` voxels of C classes into rows, or (kScatter) rows back to where the voxels are.
+template <bool kScatter, typename T>
+TK_INLINE void copy_rows(T* at, int64_t class_stride, int64_t voxel_stride, T* rows, int64_t row_stride,
+                         int64_t classes, int count) {
+  if (voxel_stride == 1) {
+    for (int64_t c = 0; c < classes; ++c) {
+      T* there = at + c * class_stride;
+      T* row = rows + c * row_stride;
+      memcpy(kScatter ? there : row, kScatter ? row : there, count * sizeof(T));
     }
+    return;
   }
-  for (; i < count; ++i) out[i] = to_accumulation<T, A>(p[i * stride]);
-}
-
-template <typename T, typename A>
-TK_INLINE void narrow_row(const A* in, T* p, int64_t stride, int count) {
-  if constexpr (sizeof(T) == 2) {
-    int i = 0;
-    for (; i + kHalfLanes <= count; i += kHalfLanes) {
-      const HalfVector h = narrow(load<FloatVector>(in + i), T{});
-      if (stride == 1) {
-        store(p + i, h);
-      } else {
-        for (int k = 0; k < kHalfLanes; ++k) p[(i + k) * stride].bits = h[k];
+  constexpr int64_t kTogether = 16;  // classes of a voxel that lie in one cache line, if any do
+  for (int64_t first = 0; first < classes; first += kTogether) {
+    const int64_t last = smaller(first + kTogether, classes);
+    for (int i = 0; i < count; ++i) {
+      for (int64_t c = first; c < last; ++c) {
+        T& there = at[c * class_stride + i * voxel_stride];
+        T& here = rows[c * row_stride + i];
+        if (kScatter) {
+          there = here;
+        } else {
+          here = there;
+        }
       }
     }
-    if (i < count) {  // the row is padded, so the whole vector may be read
-      const HalfVector h = narrow(load<FloatVector>(in + i), T{});
-      for (int k = 0; i + k < count; ++k) p[(i + k) * stride].bits = h[k];
-    }
-  } else {
-    for (int i = 0; i < count; ++i) p[i * stride] = in[i];
   }
 }
 
@@ -207,41 +206,40 @@ class PresentClasses {
 };
 
 // Where and how a pass keeps its working memory; the same arithmetic sizes it and lays it out.
-template <typename A>
+template <typename T>
 struct TileBuffers {
+  using A = Compute<T>;
   using Int = typename Lanes<A>::Int;
   int tile_voxels;
-  A* rows;  // [C][tile_voxels]
+  T* rows;  // [C][tile_voxels]
   Int* labels;
   A* weights;
   char* rest;
 
   static int voxels_per_tile(const Volume& v) {
-    const int64_t fit = kRowBytes / (v.classes * static_cast<int64_t>(sizeof(A))) / kBlock<A> * kBlock<A>;
+    const int64_t fit = kRowBytes / (v.classes * static_cast<int64_t>(sizeof(T))) / kBlock<A> * kBlock<A>;
     return static_cast<int>(smaller(larger(fit, kBlock<A>), kTileVoxels));
   }
   static int64_t bytes(const Volume& v) {
-    const int64_t voxels = voxels_per_tile(v);
-    return (v.classes + 1) * voxels * static_cast<int64_t>(sizeof(A)) + voxels * static_cast<int64_t>(sizeof(Int));
+    return voxels_per_tile(v) * static_cast<int64_t>(v.classes * sizeof(T) + sizeof(Int) + sizeof(A));
   }
   TileBuffers(const Volume& v, void* scratch) : tile_voxels(voxels_per_tile(v)) {
-    rows = static_cast<A*>(scratch);
-    labels = reinterpret_cast<Int*>(rows + v.classes * tile_voxels);
+    labels = static_cast<Int*>(scratch);
     weights = reinterpret_cast<A*>(labels + tile_voxels);
-    rest = reinterpret_cast<char*>(weights + tile_voxels);
+    rows = reinterpret_cast<T*>(weights + tile_voxels);
+    rest = reinterpret_cast<char*>(rows + v.classes * tile_voxels);
   }
 };
 
-// T is the logits' type.
-template <typename T, typename A>
-TK_INLINE Tile<A> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, const TileBuffers<A>& buffers,
+template <typename T>
+TK_INLINE Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, const TileBuffers<T>& buffers,
                             BadInput& bad) {
-  Tile<A> tile;
+  Tile<T> tile;
   tile.voxels = count;
   tile.labels = buffers.labels;
   tile.weights = nullptr;
   tile.masked = false;
-  const int padded = (count + kBlock<A> - 1) / kBlock<A> * kBlock<A>;
+  const int padded = tile.padded_voxels();
   load_labels(v, sample, begin, count, buffers.labels, tile.masked, bad);
   if (v.weight.data != nullptr) {
     load_weights(v, sample, begin, count, buffers.weights, buffers.labels, tile.masked, bad);
@@ -253,18 +251,18 @@ TK_INLINE Tile<A> load_tile(const Volume& v, int64_t sample, int64_t begin, int 
     tile.masked = true;
   }
 
-  const T* p = static_cast<const T*>(v.logits.data) + sample * v.logits.sample_stride + begin * v.logits.voxel_stride;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    if (v.logits.voxel_stride == 1 && count == padded) {
-      tile.rows = reinterpret_cast<const A*>(p);
-      tile.row_stride = v.logits.class_stride;
-      return tile;
-    }
+  // Only copied from.
+  T* at = const_cast<T*>(static_cast<const T*>(v.logits.data)) + sample * v.logits.sample_stride +
+          begin * v.logits.voxel_stride;
+  if (v.logits.voxel_stride == 1 && count == padded) {
+    tile.rows = at;
+    tile.row_stride = v.logits.class_stride;
+    return tile;
   }
+  copy_rows<false>(at, v.logits.class_stride, v.logits.voxel_stride, buffers.rows, buffers.tile_voxels, v.classes,
+                   count);
   for (int64_t c = 0; c < v.classes; ++c) {
-    A* row = buffers.rows + c * buffers.tile_voxels;
-    widen_row<T, A>(p + c * v.logits.class_stride, v.logits.voxel_stride, count, row);
-    for (int i = count; i < padded; ++i) row[i] = 0;
+    for (int i = count; i < padded; ++i) buffers.rows[c * buffers.tile_voxels + i] = T{};
   }
   tile.rows = buffers.rows;
   tile.row_stride = buffers.tile_voxels;
