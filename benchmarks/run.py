@@ -2,8 +2,8 @@
 
 Every case measures, in one run and taking turns: each provider forward and backward, a copy of the logits (what the
 machine can move), and the first touch of a fresh buffer of their size (what a fresh gradient costs by itself). Before
-each timing the logits are written anew, as a network would have, so that nobody finds them warmer than another. "x floor"
-is in multiples of 3U + 2T bytes at the speed of that copy, the fewest that forward and backward can move.
+each timing the logits are written anew, as a network would have, so that nobody finds them warmer than another. The
+figure "x floor" is in multiples of 3U + 2T bytes, the fewest that forward and backward can move, at the copy's speed.
 """
 
 from __future__ import annotations

@@ -46,13 +46,14 @@ struct BadInput {
 using CountPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch,
                            BadInput*);
 
-// Writes the gradient of voxels [begin, end) of one sample to a tensor of the logits' type with the given strides.
-// coefficients[C][2]: u_background, u_foreground, as the accumulation type (double for double logits, else float).
+// A tensor of the logits' type and shape, with any strides, in elements.
 struct GradientView {
   void* data;
   int64_t sample_stride, class_stride, voxel_stride;
-  bool stream;  // write around the caches: the gradient is larger than they are and lies elsewhere than the logits
 };
+
+// Writes the gradient of voxels [begin, end) of one sample. coefficients[C][2]: u_background, u_foreground, in the type
+// in which is computed (double for double logits, else float).
 using GradientPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, const void* coefficients,
                               const GradientView&, void* scratch);
 

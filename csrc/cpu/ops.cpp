@@ -260,16 +260,15 @@ std::tuple<Tensor, Tensor> tversky_loss(const Tensor& logits, const Tensor& targ
 
 // Asks for huge pages under a large tensor that nobody has touched yet: a page fault for 4 KiB costs more than the
 // kernel's whole work on 4 KiB. Only advice; systems that do not give any are as before.
-void prefer_huge_pages(const Tensor& fresh, int64_t bytes) {
+void prefer_huge_pages(const Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 2 << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + fresh.numel() * fresh.element_size()) / kHugePage * kHugePage;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)fresh;
-  (void)bytes;
 #endif
 }
 
@@ -295,13 +294,11 @@ std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coeffi
   return scaled;
 }
 
-void write_gradient(const VolumeTensors& volume, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& out,
-                    bool fresh) {
+void write_gradient(const VolumeTensors& volume, const Tensor& grad_loss, const Tensor& coefficients,
+                    const Tensor& out) {
   const Volume& v = volume.view;
   if (v.samples * v.voxels == 0) return;
-  const int64_t bytes = out.numel() * static_cast<int64_t>(out.element_size());
-  const GradientView view{out.mutable_data_ptr(), out.stride(0), out.stride(1), *single_stride(out, 2),
-                          fresh && bytes > (int64_t{8} << 20)};
+  const GradientView view{out.mutable_data_ptr(), out.stride(0), out.stride(1), *single_stride(out, 2)};
   std::vector<float> u_float;
   std::vector<double> u_double;
   if (v.logits.type == ElementType::kDouble) {
@@ -328,8 +325,8 @@ Tensor gradient_pass(const Tensor& grad_loss, const Tensor& logits, const Tensor
   const VolumeTensors volume(logits, target, voxel_weight, activation, ignore_index);
   Tensor gradient = torch::stable::empty_like(volume.logits);
   if (!single_stride(gradient, 2).has_value()) gradient = torch::stable::contiguous(gradient);
-  prefer_huge_pages(gradient, gradient.numel() * static_cast<int64_t>(gradient.element_size()));
-  write_gradient(volume, grad_loss, coefficients, gradient, true);
+  prefer_huge_pages(gradient);
+  write_gradient(volume, grad_loss, coefficients, gradient);
   return gradient;
 }
 
@@ -341,7 +338,7 @@ void gradient_pass_(Tensor logits, const Tensor& grad_loss, const Tensor& target
   check_grad_loss(grad_loss, coefficients);
   STD_TORCH_CHECK(single_stride(logits, 2).has_value(), "logits: in place, its voxels must lie one stride apart");
   const VolumeTensors volume(logits, target, voxel_weight, activation, ignore_index);
-  write_gradient(volume, grad_loss, coefficients, logits, false);
+  write_gradient(volume, grad_loss, coefficients, logits);
 }
 
 int64_t cpu_capability(std::optional<int64_t> force) {

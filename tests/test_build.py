@@ -1,0 +1,164 @@
+"""What is built: one wheel for every Python that works in an empty environment, and errors that say what is missing."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(*command, cwd, environment=None, check=True):
+    environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **(environment or {})}
+    result = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what a source distribution holds, so that builds here leave nothing behind."""
+    where = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, where)
+    for name in ("csrc", "tversky_kernels"):
+        shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return where
+
+
+def build_wheel(source, out, environment=None, check=True):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", out, source]
+    result = run(*command, cwd=source, environment=environment, check=check)
+    return result if not check else next(pathlib.Path(out).glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+def empty_environment(where):
+    """A new virtual environment in which only this one's torch and what it needs can be imported besides."""
+    run(sys.executable, "-m", "venv", where, cwd=where.parent)
+    site = next((where / "lib").glob("python*")) / "site-packages"
+    import torch
+
+    (site / "torch_of_the_tests.pth").write_text(str(pathlib.Path(torch.__file__).parent.parent) + "\n")
+    return where / "bin" / "python"
+
+
+def test_wheel_is_for_every_python(wheel):
+    assert re.fullmatch(r"tversky_kernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "tversky_kernels/_C.so" in names
+    assert "tversky_kernels/py.typed" in names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "examples/", "csrc/"))]
+
+
+def test_library_uses_no_python_and_no_unstable_abi(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("tversky_kernels/_C.so", tmp_path)
+    wanted = run("nm", "-D", "--undefined-only", "-C", library, cwd=tmp_path).stdout
+    assert not re.findall(r"\bU _?Py\w+", wanted)
+    assert not re.findall(r"\bU (?:at|c10|torch)::.*", wanted), "only the C shims are stable"
+    needed = run("readelf", "-d", library, cwd=tmp_path).stdout
+    assert not re.findall(r"libpython|libc10|libtorch_python", needed)
+
+
+def test_kernels_of_wider_instruction_sets_share_nothing(source, tmp_path):
+    """An inline function compiled for AVX-512 must not be the copy that the linker keeps for everybody."""
+    run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-temp",
+        tmp_path / "t",
+        "--build-lib",
+        tmp_path / "l",
+        cwd=source,
+    )
+    objects = sorted((tmp_path / "t").rglob("*_pass_*.o"))
+    assert len(objects) in (2, 6)
+    for path in objects:
+        symbols = run("nm", "-C", "--defined-only", path, cwd=tmp_path).stdout
+        assert not re.findall(r"^\w+ [WVu] .*", symbols, re.M), path.name
+
+
+def test_wheel_installs_and_works_in_an_empty_environment(wheel, tmp_path):
+    python = empty_environment(tmp_path / "environment")
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    program = (
+        "import torch, tversky_kernels as tk\n"
+        "assert tk.available_backends()['cpu'] is True, tk.available_backends()\n"
+        "z = torch.randn(1, 3, 8, 8, 8, requires_grad=True)\n"
+        "t = torch.randint(0, 3, (1, 8, 8, 8))\n"
+        "tk.tversky_loss(z, t, backend='cpu').backward()\n"
+        "print(tk.__file__, z.grad.abs().sum().item() > 0)\n"
+    )
+    printed = run(python, "-W", "ignore", "-c", program, cwd=tmp_path).stdout
+    assert printed.startswith(str(tmp_path / "environment"))
+    assert printed.rstrip().endswith("True")
+
+
+def test_version_is_the_projects(wheel):
+    import tversky_kernels as tk
+
+    assert wheel.name.split("-")[1] == tk.__version__
+
+
+def test_without_the_extension(source, tmp_path):
+    pure = build_wheel(source, tmp_path / "wheel", {"TVERSKY_KERNELS_SKIP_EXT": "1"})
+    assert pure.name.endswith("-py3-none-any.whl")
+    python = empty_environment(tmp_path / "environment")
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", pure, cwd=tmp_path)
+    program = (
+        "import torch, tversky_kernels as tk\n"
+        "assert 'without compiled kernels' in tk.available_backends()['cpu']\n"
+        "z, t = torch.randn(1, 3, 8), torch.randint(0, 3, (1, 8))\n"
+        "assert tk.tversky_loss(z, t) == tk.reference.tversky_loss(z, t)\n"
+        "try:\n    tk.tversky_loss(z, t, backend='cpu')\nexcept ValueError as error:\n    print(error)\n"
+    )
+    printed = run(python, "-W", "ignore", "-c", program, cwd=tmp_path).stdout
+    assert "backend: 'cpu' is not available: the package was built without compiled kernels" in printed
+
+
+def test_build_without_torch_says_so_at_once(source, tmp_path):
+    python = tmp_path / "environment" / "bin" / "python"
+    run(sys.executable, "-m", "venv", tmp_path / "environment", cwd=tmp_path)
+    import setuptools
+
+    # setuptools alone, as an isolated build would have it
+    site = next((tmp_path / "environment" / "lib").glob("python*")) / "site-packages"
+    for name in ("setuptools", "_distutils_hack"):
+        shutil.copytree(pathlib.Path(setuptools.__file__).parent.parent / name, site / name, dirs_exist_ok=True)
+    result = run(python, "setup.py", "bdist_wheel", cwd=source, check=False)
+    assert result.returncode != 0
+    assert "Building tversky_kernels needs torch" in result.stderr
+    assert "pip install --no-build-isolation" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CXX": "no-such-compiler"}, "needs a C\\+\\+17 compiler; no-such-compiler not found"),
+        ({"CXXFLAGS": "-no-such-flag"}, "this failed with exit code"),
+        ({"TVERSKY_KERNELS_SKIP_EXT": "yes"}, "TVERSKY_KERNELS_SKIP_EXT: expected one of 0, 1, got 'yes'"),
+        ({"TVERSKY_KERNELS_WITH_CUDA": "1"}, "TVERSKY_KERNELS_WITH_CUDA=1: "),
+    ],
+)
+def test_failing_build_says_what_is_missing(source, tmp_path, environment, message):
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path / "t", "--build-lib", tmp_path / "l"]
+    result = run(*command, cwd=source, environment=environment, check=False)
+    assert result.returncode != 0
+    assert re.search(message, result.stdout + result.stderr)
