@@ -22,18 +22,15 @@ $(VENV)/.python: Makefile
 	@touch $@
 
 # The name of the stamp is the torch, so that another TORCH is another set-up.
-TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst $(empty) ,_,$(TORCH)))
+empty :=
+TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst $(empty) $(empty),_,$(TORCH)))
 $(TORCH_STAMP): $(VENV)/.python
-	$(PIP) install '$(TORCH)' 'setuptools>=77' wheel
-	@rm -f $(VENV)/.torch-* $(VENV)/.extension $(VENV)/.extras-*
+	$(PIP) install $(foreach t,$(TORCH),'$(t)') 'setuptools>=77' wheel
+	@rm -f $(VENV)/.torch-* $(VENV)/.extras-*
 	@touch $@
 
-$(VENV)/.extension: $(TORCH_STAMP) $(SOURCES) pyproject.toml
-	$(PIP) install --no-build-isolation --no-deps -e .
-	@touch $@
-
-# pip sees that torch is there and is satisfied, whichever it is.
-$(VENV)/.extras-%: $(VENV)/.extension
+# One step: the extension in place, and what the extra names. pip finds torch satisfied, whichever it is.
+$(VENV)/.extras-%: $(TORCH_STAMP) $(SOURCES) pyproject.toml
 	$(PIP) install --no-build-isolation -e '.[$*]'
 	@touch $@
 
@@ -50,7 +47,7 @@ demo: $(DEMO_READY) .data/lung
 	$(PY) examples/fetch_lung_ct.py .data/lung
 	$(PY) examples/train_fcn.py --data .data/lung --out runs/demo $(DEMO)
 
-DEMO := --steps 160 --features 8 --norm instance --lr 2e-3
+DEMO := --steps 400 --batch-size 2 --features 8 --norm instance --lr 2e-3 --decay-every 40
 
 test: $(TEST_READY)
 	$(PY) -m pytest $(TESTS)

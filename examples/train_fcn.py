@@ -157,12 +157,17 @@ def make_loss(arguments: argparse.Namespace, backend: str | None = None, inplace
     if backend == "monai":
         # Our smoothing is MONAI's default too.
         return monai.losses.TverskyLoss(
-            softmax=True, to_onehot_y=True, include_background=False, alpha=alpha, beta=beta
+            softmax=True, to_onehot_y=True, include_background=False, batch=True, alpha=alpha, beta=beta
         )
     gamma = arguments.gamma if arguments.loss == "focal-tversky" else 1.0
-    # The paper's loss is the lesion's alone.
     return tk.TverskyLoss(
-        alpha=alpha, beta=beta, gamma=gamma, include_background=False, backend=backend, inplace_backward=inplace
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        include_background=False,  # the paper's loss is the lesion's alone
+        batch=True,  # a patch without a lesion would teach nothing by itself; together they stand for a volume
+        backend=backend,
+        inplace_backward=inplace,
     )
 
 
