@@ -17,7 +17,7 @@ TRUTH, PREDICTION = "#2ca02c", "#d62728"
 
 def precision_recall(cases: list[tuple[str, np.ndarray, np.ndarray]], path: pathlib.Path) -> pathlib.Path:
     """One curve a patient and one of all voxels pooled; cases are (patient, truth, probability)."""
-    figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.5, 5.6), layout="constrained")
     pooled = (
         "all, pooled",
         np.concatenate([t.ravel() for _, t, _ in cases]),
@@ -32,7 +32,7 @@ def precision_recall(cases: list[tuple[str, np.ndarray, np.ndarray]], path: path
         axes.step(recall, precision, where="post", label=f"{patient} (APR {100 * area:.1f} %)", **bold)
     axes.set(xlabel="recall (sensitivity)", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.set_title("Held-out patients")
-    axes.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -21,9 +21,21 @@ def available_backends() -> dict[str, bool | str]:
     return {
         "cpu": _ops.CPU_MISSING is None or _ops.CPU_MISSING,
         "cuda": _NOT_YET.format("CUDA"),
-        "triton": _NOT_YET.format("Triton"),
+        "triton": _triton(),
         "reference": True,
     }
+
+
+def _triton() -> bool | str:
+    if _ops.TRITON_MISSING is not None:
+        return _ops.TRITON_MISSING
+    if _interpreted() or torch.cuda.is_available():
+        return True
+    return "torch finds no GPU"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _asked_for_auto() -> str:
@@ -33,26 +45,37 @@ def _asked_for_auto() -> str:
     return asked
 
 
-def choose(backend: str, device: torch.device, unsupported: str | None) -> str:
-    """The backend to run: the one that is named, or the best for "auto".
-
-    ``unsupported`` says which of the arguments only the reference computes; None where there is none.
-    """
-    if backend != "auto" and backend not in NAMES:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
-    if backend == "auto":
-        asked = _asked_for_auto()
-        usable = device.type == "cpu" and _ops.CPU_MISSING is None and unsupported is None
-        if asked in ("auto", "cpu"):
-            return "cpu" if usable else "reference"
-        backend = asked
+def _obstacle(backend: str, device: torch.device, unsupported: str | None) -> str | None:
+    # Why a backend cannot compute this case, as the end of an error message; None where it can.
     if backend == "reference":
-        return backend
+        return None
     reason = available_backends()[backend]
     if reason is not True:
-        raise ValueError(f"backend: {backend!r} is not available: {reason}")
-    if device.type != backend:
-        raise ValueError(f"backend: {backend!r} expects tensors on {backend}, got logits on {device}")
+        return f"is not available: {reason}"
+    expected = backend if backend != "triton" else "cpu" if _interpreted() else "cuda"
+    if device.type != expected:
+        return f"expects tensors on {expected}, got logits on {device}"
     if unsupported is not None:
-        raise ValueError(f"backend: {backend!r} does not compute {unsupported}; expected 'auto' or 'reference'")
+        return f"does not compute {unsupported}; expected 'auto' or 'reference'"
+    return None
+
+
+def choose(backend: str, device: torch.device, unsupported: str | None) -> str:
+    """The backend to run: the one that is named, or for "auto" the first that can.
+
+    ``unsupported`` says which of the arguments only the reference computes; None where there is none.
+    TVERSKY_KERNELS_BACKEND names one that "auto" tries first.
+    """
+    if backend == "auto":
+        asked = _asked_for_auto()
+        # The reference is always possible, so one is found.
+        order = (
+            ((asked,) if asked != "auto" else ()) + (("cpu",) if device.type == "cpu" else ("triton",)) + ("reference",)
+        )
+        return next(name for name in order if _obstacle(name, device, unsupported) is None)
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+    obstacle = _obstacle(backend, device, unsupported)
+    if obstacle is not None:
+        raise ValueError(f"backend: {backend!r} {obstacle}")
     return backend

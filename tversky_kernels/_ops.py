@@ -5,7 +5,10 @@ The compiled libraries only add implementations, so that the operators exist, an
 
 from __future__ import annotations
 
+import os
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -33,9 +36,14 @@ _SCHEMAS = (
     "cpu_capability(int? force) -> int",
 )
 
+#: The operators that every kernel backend implements.
+NAMES = ("count_pass", "table", "tversky_loss", "gradient_pass", "gradient_pass_")
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _schema in _SCHEMAS:
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+    if _schema.startswith(NAMES):
+        _library.define(f"triton_{_schema}", tags=[torch.Tag.pt2_compliant_tag])
 
 
 def _load(name: str) -> str | None:
@@ -50,10 +58,43 @@ def _load(name: str) -> str | None:
     return None
 
 
-#: Why the CPU kernels are missing; None where they are there.
+def _register_triton() -> str | None:
+    """Registers the Triton implementations; returns why that failed, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if torch.version.cuda is None and torch.version.hip is None and not interpreted:
+        return f"torch {torch.__version__} is built without CUDA or ROCm"
+    try:
+        from .triton import launch
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    for name in NAMES:
+        _library.impl(f"triton_{name}", getattr(launch, name), "CPU" if interpreted else "CUDA")
+    return None
+
+
+#: Why the CPU or the Triton kernels are missing; None where they are there.
 CPU_MISSING = _load("_C.so")
+TRITON_MISSING = _register_triton()
 
 ops = torch.ops.tversky_kernels
+
+
+class Operators(NamedTuple):
+    """One backend's operators."""
+
+    count_pass: Callable
+    table: Callable
+    tversky_loss: Callable
+    gradient_pass: Callable
+    gradient_pass_: Callable
+
+
+#: By backend; cpu and cuda are one set of operators, which the dispatcher tells apart by the tensors.
+OPERATORS = {
+    "cpu": Operators(*(getattr(ops, name) for name in NAMES)),
+    "cuda": Operators(*(getattr(ops, name) for name in NAMES)),
+    "triton": Operators(*(getattr(ops, f"triton_{name}") for name in NAMES)),
+}
 
 
 def _loss_shape(samples, classes, include_background, batch, reduction):
@@ -63,31 +104,31 @@ def _loss_shape(samples, classes, include_background, batch, reduction):
     return [kept] if batch else [samples, kept]
 
 
-@torch.library.register_fake(f"{NAMESPACE}::count_pass")
+def _fake(name):
+    """Registers what an operator and its Triton twin return without running."""
+
+    def register(function):
+        for prefix in ("", "triton_"):
+            torch.library.register_fake(f"{NAMESPACE}::{prefix}{name}", function)
+        return function
+
+    return register
+
+
+@_fake("count_pass")
 def _(logits, target, voxel_weight, activation, ignore_index, raise_bad_input):
     return logits.new_empty([logits.size(0), logits.size(1), 3], dtype=torch.float64)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::table")
-def _(
-    counts,
-    class_parameters,
-    alpha,
-    beta,
-    gamma,
-    smooth_nr,
-    smooth_dr,
-    include_background,
-    batch,
-    absent,
-    reduction,
-):
+@_fake("table")
+def _(counts, *table):
+    include_background, batch, _, reduction = table[-4:]
     samples, classes = counts.size(0), counts.size(1)
     loss = counts.new_empty(_loss_shape(samples, classes, include_background, batch, reduction))
     return loss, counts.new_empty([1 if batch else samples, classes, 2])
 
 
-@torch.library.register_fake(f"{NAMESPACE}::tversky_loss")
+@_fake("tversky_loss")
 def _(logits, target, voxel_weight, activation, ignore_index, raise_bad_input, *table):
     include_background, batch, _, reduction = table[-4:]
     samples, classes = logits.size(0), logits.size(1)
@@ -96,11 +137,11 @@ def _(logits, target, voxel_weight, activation, ignore_index, raise_bad_input, *
     return loss, logits.new_empty([1 if batch else samples, classes, 2], dtype=torch.float64)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::gradient_pass")
+@_fake("gradient_pass")
 def _(grad_loss, logits, target, voxel_weight, coefficients, activation, ignore_index):
     return torch.empty_like(logits)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::gradient_pass_")
+@_fake("gradient_pass_")
 def _(logits, grad_loss, target, voxel_weight, coefficients, activation, ignore_index):
     return None

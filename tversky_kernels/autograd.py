@@ -6,7 +6,7 @@ import torch
 
 from . import reference
 from ._arguments import Options, Volumes
-from ._ops import ABSENT, ACTIVATIONS, REDUCTIONS, ops
+from ._ops import ABSENT, ACTIVATIONS, OPERATORS, REDUCTIONS
 from .distributed import sum_over_group
 
 
@@ -29,17 +29,19 @@ class TverskyGradient(torch.autograd.Function):
     """The gradient pass, itself differentiable: its derivative is the reference's."""
 
     @staticmethod
-    def forward(grad_loss, logits, target, voxel_weight, coefficients, class_parameters, options, process_group):
+    def forward(
+        grad_loss, logits, target, voxel_weight, coefficients, class_parameters, options, process_group, backend
+    ):
         """dL/dlogits for the upstream gradient of the loss."""
         activation = ACTIVATIONS[options.activation]
-        return ops.gradient_pass(
+        return OPERATORS[backend].gradient_pass(
             grad_loss, logits, target, voxel_weight, coefficients, activation, options.ignore_index
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs: the second derivative starts from them."""
-        grad_loss, logits, target, voxel_weight, _, class_parameters, options, process_group = inputs
+        grad_loss, logits, target, voxel_weight, _, class_parameters, options, process_group, _ = inputs
         ctx.save_for_backward(grad_loss, logits, target, voxel_weight, class_parameters)
         ctx.options, ctx.process_group = options, process_group
 
@@ -60,7 +62,7 @@ class TverskyGradient(torch.autograd.Function):
             to_loss, to_logits = torch.autograd.grad(
                 gradient, (upstream, z), grad_gradient, create_graph=again, allow_unused=True
             )
-        return to_loss, to_logits, None, None, None, None, None, None
+        return to_loss, to_logits, *(None,) * 7
 
 
 class TverskyLoss(torch.autograd.Function):
@@ -68,7 +70,15 @@ class TverskyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits, target, voxel_weight, class_parameters, options, raise_bad_input, inplace_backward, process_group
+        logits,
+        target,
+        voxel_weight,
+        class_parameters,
+        options,
+        raise_bad_input,
+        inplace_backward,
+        process_group,
+        backend,
     ):
         """The loss, and the coefficients that the gradient pass needs."""
         volume = (
@@ -80,6 +90,7 @@ class TverskyLoss(torch.autograd.Function):
             raise_bad_input,
         )
         table = _table_arguments(options, class_parameters)
+        ops = OPERATORS[backend]
         if process_group is None:
             return ops.tversky_loss(*volume, *table)
         counts = ops.count_pass(*volume)
@@ -91,26 +102,35 @@ class TverskyLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs and the coefficients."""
-        logits, target, voxel_weight, class_parameters, options, _, inplace_backward, process_group = inputs
+        logits, target, voxel_weight, class_parameters, options, _, inplace_backward, process_group, backend = inputs
         _, coefficients = output
         ctx.mark_non_differentiable(coefficients)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, voxel_weight, coefficients, class_parameters)
         ctx.options, ctx.inplace_backward, ctx.process_group = options, inplace_backward, process_group
+        ctx.backend = backend
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         """The gradient pass: into a fresh tensor or, where asked and possible, over the logits."""
         if grad_loss is None or not ctx.needs_input_grad[0]:
-            return (None,) * 8
+            return (None,) * 9
         logits, target, voxel_weight, coefficients, class_parameters = ctx.saved_tensors
-        options = ctx.options
+        options, ops = ctx.options, OPERATORS[ctx.backend]
         activation = ACTIVATIONS[options.activation]
         compiling = torch.compiler.is_compiling()
         differentiable = torch.is_grad_enabled() and not compiling
         if differentiable:
             gradient = TverskyGradient.apply(
-                grad_loss, logits, target, voxel_weight, coefficients, class_parameters, options, ctx.process_group
+                grad_loss,
+                logits,
+                target,
+                voxel_weight,
+                coefficients,
+                class_parameters,
+                options,
+                ctx.process_group,
+                ctx.backend,
             )
         elif ctx.inplace_backward and not compiling and _may_be_overwritten(logits):
             gradient = logits.detach()
@@ -123,7 +143,7 @@ class TverskyLoss(torch.autograd.Function):
             gradient = ops.gradient_pass(
                 grad_loss, logits, target, voxel_weight, coefficients, activation, options.ignore_index
             )
-        return gradient, None, None, None, None, None, None, None
+        return gradient, *(None,) * 8
 
 
 def _may_be_overwritten(logits: torch.Tensor) -> bool:

@@ -124,6 +124,7 @@ def tversky_loss(
         check_target is not False,
         inplace_backward,
         process_group,
+        chosen,
     )
     if torch.compiler.is_compiling():
         return autograd.TverskyLoss.apply(*arguments)[0]

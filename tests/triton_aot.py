@@ -1,0 +1,160 @@
+"""Compiles the Triton kernels for real GPUs without one, as the launchers would specialise them, and reads the compiler's
+resource report: python tests/triton_aot.py [--arch 80 --arch 90 --arch gfx942] [--quick]. Exit code 1: something spills.
+
+The launchers run as they are, with tensors on the CPU; a stub driver names the target, and a launch only compiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from tversky_kernels.triton import kernels, launch
+
+
+class StubDriver(DriverBase):
+    """Says that a GPU of one architecture is there."""
+
+    def __init__(self, arch: str):
+        super().__init__()
+        self.arch = arch
+        amd = arch.startswith("gfx")
+        self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch), 32)
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_current_target(self):
+        return self.target
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return self.arch  # compiled kernels are cached by it
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_benchmarker(self):
+        raise NotImplementedError
+
+
+def resources(compiled, arch: str) -> tuple[int, int]:
+    """Registers and bytes spilled, by the assembler that Triton itself uses."""
+    if arch.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), int(
+            re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]
+        )
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    suffix = "a" if int(arch) >= 90 else ""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [get_ptxas(int(arch)).path, "-v", f"--gpu-name=sm_{arch}{suffix}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores = max(int(x) for x in re.findall(r"(\d+) bytes spill stores", report))
+    return int(re.search(r"Used (\d+) registers", report)[1]), stores
+
+
+class Collector:
+    """Stands in for a kernel: a launch compiles and keeps what came of it."""
+
+    def __init__(self, kernel, found: list):
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid):
+        def compile_only(*arguments, **options):
+            self.found.append((self.kernel.__name__, self.kernel.warmup(*arguments, grid=grid, **options)))
+
+        return compile_only
+
+
+def cases(quick: bool):
+    """(classes, dtype, label dtype, options): everything that changes the code of a kernel."""
+    few = (2, 4, 33) if quick else (2, 3, 4, 5, 8, 14, 16, 17, 32, 33, 118, 1000)
+    dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for dtype in dtypes:
+        for classes in few:
+            yield classes, dtype, torch.uint8, {}
+        yield 14, dtype, torch.int64, {}
+        yield 4, dtype, torch.uint8, {"ignore": True, "weight": True}
+        yield 33, dtype, torch.uint8, {"ignore": True, "weight": True}
+        yield 4, dtype, torch.uint8, {"channels_last": True}
+        for activation in (1, 2):
+            yield 1, dtype, torch.uint8, {"activation": activation}
+            yield 33, dtype, torch.uint8, {"activation": activation}
+
+
+def compile_case(classes, dtype, label_dtype, options) -> list:
+    found: list = []
+    stand_ins = {n: Collector(k, found) for n, k in vars(kernels).items() if n.endswith("_kernel")}
+    saved = {n: getattr(kernels, n) for n in stand_ins}
+    logits = torch.zeros(2, classes, 32, 32, 16, dtype=dtype)
+    if options.get("channels_last"):
+        logits = logits.contiguous(memory_format=torch.channels_last_3d)
+    target = torch.zeros(2, 32, 32, 16, dtype=label_dtype)
+    weight = torch.zeros(2, 32, 32, 16) if options.get("weight") else None
+    activation, ignore = options.get("activation", 0), 255 if options.get("ignore") else None
+    try:
+        for name, stand_in in stand_ins.items():
+            setattr(kernels, name, stand_in)
+        _, coefficients = launch.tversky_loss(
+            logits, target, weight, activation, ignore, True, None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2
+        )
+        grad = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        launch.gradient_pass(grad, logits, target, weight, coefficients, activation, ignore)
+    finally:
+        for name, kernel in saved.items():
+            setattr(kernels, name, kernel)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", action="append", help="80, 90, 100, gfx942; default: all")
+    parser.add_argument("--quick", action="store_true", help="a few of the specialisations")
+    arguments = parser.parse_args()
+    print(f"triton {triton.__version__}")
+    spilled = 0
+    seen: set = set()
+    for arch in arguments.arch or ("80", "90", "100", "gfx942"):
+        driver.set_active(StubDriver(arch))
+        for classes, dtype, label, options in cases(arguments.quick):
+            for name, compiled in compile_case(classes, dtype, label, options):
+                key = (arch, name, compiled.hash)
+                if key in seen:
+                    continue
+                seen.add(key)
+                registers, spill = resources(compiled, arch)
+                loads = sorted(set(re.findall(r"ld\.global\.v\d\.b\d+", compiled.asm.get("ptx", ""))))
+                about = f"C={classes} {str(dtype)[6:]} {str(label)[6:]} {options or ''}"
+                print(
+                    f"{arch:>6} {name:30} {about:40} {registers:3} registers, {spill} B spilled, "
+                    f"{compiled.metadata.shared} B shared, {compiled.metadata.num_warps} warps {' '.join(loads)}"
+                )
+                spilled += spill > 0
+    print(f"{len(seen)} kernels, {spilled} spill")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
