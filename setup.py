@@ -1,11 +1,13 @@
 """Builds the compiled kernels. What the package is called and needs stands in pyproject.toml.
 
-``tversky_kernels/_C.so`` holds the CPU operators. It uses LibTorch's stable ABI and no Python C API, so that one wheel
-(``py3-none-<platform>``) serves every Python >= 3.10 and every torch >= 2.11. Switches, all environment variables:
+``tversky_kernels/_C.so`` holds the CPU operators, ``_C_cuda.so`` the CUDA operators where nvcc is found. They use LibTorch's
+stable ABI and no Python C API, so that one wheel (``py3-none-<platform>``) serves every Python >= 3.10 and every torch >=
+2.11, and loads on a CPU-only torch also with CUDA code. Switches, all environment variables:
 
-TVERSKY_KERNELS_SKIP_EXT=1      build nothing: pure Python
-TVERSKY_KERNELS_WITH_CUDA       auto (default), 0, or 1 (required)
-TORCH_CUDA_ARCH_LIST            as torch reads it, for example "8.0;9.0+PTX"
+TVERSKY_KERNELS_SKIP_EXT=1      build nothing: pure Python, with the Triton kernels
+TVERSKY_KERNELS_WITH_CUDA       auto (default: where nvcc is found), 0, or 1 (required)
+TORCH_CUDA_ARCH_LIST            as torch reads it (default "8.0;9.0;10.0+PTX")
+CUDA_HOME                       where bin/nvcc is, if not on the PATH
 MAX_JOBS                        compiler processes at a time (default: the processors there are)
 CXX, CXXFLAGS                   the compiler (default g++, then c++) and further flags for it
 """
@@ -15,6 +17,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -34,6 +37,10 @@ X86_CAPABILITIES = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
+
+
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--extended-lambda"]
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def switch(name, default, allowed):
@@ -68,6 +75,35 @@ def compiler():
     )
 
 
+def find_nvcc():
+    """nvcc's path, or None where there is none or it is not wanted."""
+    wanted = switch("TVERSKY_KERNELS_WITH_CUDA", "auto", ("auto", "0", "1"))
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        raise SystemExit(
+            "TVERSKY_KERNELS_WITH_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor on the PATH.\n"
+            "Install the CUDA toolkit (>= 12.8 for compute capability 10.0), or leave the switch away."
+        )
+    return nvcc
+
+
+def gencode_flags():
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST."""
+    flags = []
+    for entry in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", entry)
+        if not match:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got {entry!r}")
+        arch = "".join(match.group(1, 2, 3))
+        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+        if match.group(4):
+            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
+    return flags
+
+
 class BuildExt(build_ext):
     def get_ext_filename(self, name):
         return os.path.join(*name.split(".")) + ".so"  # no Python tag: it is not a Python module
@@ -77,6 +113,13 @@ class BuildExt(build_ext):
 
     def compile_commands(self, ext, objects):
         torch = torch_directory()
+        stable_abi = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", torch / "include"]
+        if ext.name.endswith("_cuda"):
+            host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", compiler()[0]]
+            for source in ext.sources:
+                out = objects / f"{pathlib.Path(source).stem}.o"
+                yield out, [find_nvcc(), *NVCC_FLAGS, *stable_abi, *host, *gencode_flags(), "-c", source, "-o", out]
+            return
         base = [*compiler(), "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         base += shlex.split(os.environ.get("CXXFLAGS", ""))
         x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -88,11 +131,9 @@ class BuildExt(build_ext):
                     out = objects / f"{stem}_{capability}.o"
                     yield out, [*base, *KERNEL_FLAGS, *flags, f"-DTK_CAPABILITY={capability}", "-c", source, "-o", out]
             else:
-                flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-isystem{torch / 'include'}"]
-                if x86:
-                    flags.append("-DTK_WITH_AVX")
+                flags = ["-DTK_WITH_AVX"] if x86 else []
                 out = objects / f"{stem}.o"
-                yield out, [*base, *flags, "-c", source, "-o", out]
+                yield out, [*base, *stable_abi, *flags, "-c", source, "-o", out]
 
     def build_extension(self, ext):
         library = torch_directory() / "lib"
@@ -138,11 +179,15 @@ class Wheel(bdist_wheel):
 def extensions():
     if switch("TVERSKY_KERNELS_SKIP_EXT", "0", ("0", "1")) == "1":
         return []
-    if switch("TVERSKY_KERNELS_WITH_CUDA", "auto", ("auto", "0", "1")) == "1":
-        raise SystemExit("TVERSKY_KERNELS_WITH_CUDA=1: this version has no CUDA kernels yet")
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp"))
-    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
-    return [Extension("tversky_kernels._C", sources, depends=headers)]
+    headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h"))
+    found = [Extension("tversky_kernels._C", sources_in("cpu", "*.cpp"), depends=headers)]
+    if find_nvcc() is not None:
+        found.append(Extension("tversky_kernels._C_cuda", sources_in("cuda", "*.cu"), depends=headers))
+    return found
+
+
+def sources_in(folder, pattern):
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(pattern))
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel})

@@ -9,7 +9,6 @@ import torch
 from . import _ops
 
 NAMES = ("cpu", "cuda", "triton", "reference")
-_NOT_YET = "this version of tversky_kernels has no {} kernels yet"
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -20,18 +19,16 @@ def available_backends() -> dict[str, bool | str]:
     """
     return {
         "cpu": _ops.CPU_MISSING is None or _ops.CPU_MISSING,
-        "cuda": _NOT_YET.format("CUDA"),
-        "triton": _triton(),
+        "cuda": _on_gpu(_ops.CUDA_MISSING),
+        "triton": True if _interpreted() and _ops.TRITON_MISSING is None else _on_gpu(_ops.TRITON_MISSING),
         "reference": True,
     }
 
 
-def _triton() -> bool | str:
-    if _ops.TRITON_MISSING is not None:
-        return _ops.TRITON_MISSING
-    if _interpreted() or torch.cuda.is_available():
-        return True
-    return "torch finds no GPU"
+def _on_gpu(missing: str | None) -> bool | str:
+    if missing is not None:
+        return missing
+    return True if torch.cuda.is_available() else f"torch {torch.__version__} finds no GPU"
 
 
 def _interpreted() -> bool:
@@ -70,7 +67,9 @@ def choose(backend: str, device: torch.device, unsupported: str | None) -> str:
         asked = _asked_for_auto()
         # The reference is always possible, so one is found.
         order = (
-            ((asked,) if asked != "auto" else ()) + (("cpu",) if device.type == "cpu" else ("triton",)) + ("reference",)
+            ((asked,) if asked != "auto" else ())
+            + (("cpu",) if device.type == "cpu" else ("cuda", "triton"))
+            + ("reference",)
         )
         return next(name for name in order if _obstacle(name, device, unsupported) is None)
     if backend not in NAMES:

@@ -50,7 +50,7 @@ def _load(name: str) -> str | None:
     """Loads a compiled library of this package; returns why that failed, or None."""
     path = pathlib.Path(__file__).with_name(name)
     if not path.exists():
-        return f"the package was built without compiled kernels ({name} is not there)"
+        return f"the package was built without these compiled kernels ({name} is not there)"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
@@ -72,8 +72,9 @@ def _register_triton() -> str | None:
     return None
 
 
-#: Why the CPU or the Triton kernels are missing; None where they are there.
+#: Why the kernels of a backend are missing; None where they are there.
 CPU_MISSING = _load("_C.so")
+CUDA_MISSING = _load("_C_cuda.so")
 TRITON_MISSING = _register_triton()
 
 ops = torch.ops.tversky_kernels

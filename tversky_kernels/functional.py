@@ -115,18 +115,22 @@ def tversky_loss(
     if chosen == "reference":
         return reference.checked_loss(logits, volumes, options, class_parameters, process_group, check_target)
 
+    compiling = torch.compiler.is_compiling()
+    check = logits.device.type == "cpu" if check_target is None else check_target
+    if check and chosen != "cpu" and not compiling:  # the CPU kernels check while they read
+        _arguments.raise_for_bad_values(logits, volumes, ignore_index)
     arguments = (
         logits,
         volumes.target,
         volumes.voxel_weight,
         class_parameters,
         options,
-        check_target is not False,
+        check,
         inplace_backward,
         process_group,
         chosen,
     )
-    if torch.compiler.is_compiling():
+    if compiling:
         return autograd.TverskyLoss.apply(*arguments)[0]
     try:
         return autograd.TverskyLoss.apply(*arguments)[0]

@@ -3,37 +3,10 @@
 
 #include <stdint.h>
 
-#include "../tversky_math.h"
+#include "../views.h"
 
 namespace tversky_kernels {
 namespace cpu {
-
-enum class ElementType : int { kFloat, kDouble, kHalf, kBFloat16, kBool, kUint8, kInt8, kInt16, kInt32, kInt64 };
-
-// (N, C, voxels) with any strides, in elements.
-struct LogitsView {
-  const void* data;
-  ElementType type;
-  int64_t sample_stride, class_stride, voxel_stride;
-};
-
-// (N, voxels) with any strides, in elements. data is null where the argument was not given.
-struct VoxelView {
-  const void* data;
-  ElementType type;
-  int64_t sample_stride, voxel_stride;
-};
-
-struct Volume {
-  LogitsView logits;
-  VoxelView target;
-  VoxelView weight;
-  int64_t samples, classes, voxels;
-  Activation activation;
-  int64_t first_label;  // the label of channel 0: 0, or 1 where one sigmoid channel stands for the foreground
-  bool has_ignore_index;
-  int64_t ignore_index;
-};
 
 // What a pass found in the data that no check beforehand could see.
 struct BadInput {
@@ -45,12 +18,6 @@ struct BadInput {
 // Adds the overlap counts of voxels [begin, end) of one sample to counts[C][3] (tp, fp, fn).
 using CountPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch,
                            BadInput*);
-
-// A tensor of the logits' type and shape, with any strides, in elements.
-struct GradientView {
-  void* data;
-  int64_t sample_stride, class_stride, voxel_stride;
-};
 
 // Writes the gradient of voxels [begin, end) of one sample. coefficients[C][2]: u_background, u_foreground, in the type
 // in which is computed (double for double logits, else float).

@@ -12,16 +12,28 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "../volume.h"
 #include "capability.h"
-#include "volume.h"
 
 namespace tversky_kernels {
 namespace cpu {
 namespace {
+
+// Equal runs of voxels of one sample. They depend on the shape alone, so the sums over them do not depend on threads.
+struct Chunks {
+  int64_t voxels_each, per_sample;
+
+  explicit Chunks(const Volume& v) {
+    constexpr int64_t kLogits = 32768;           // fewer in a chunk are not worth handing out
+    constexpr int64_t kTableBytes = 640 * 1024;  // of partial counts, all chunks together
+    constexpr int64_t kRound = 1024;
+    const int64_t row_bytes = v.samples * v.classes * 3 * static_cast<int64_t>(sizeof(double));
+    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(1024, kTableBytes / std::max<int64_t>(1, row_bytes)));
+    const int64_t least_voxels = std::max(kLogits / v.classes, (v.voxels + most - 1) / most);
+    voxels_each = std::max<int64_t>(1, (least_voxels + kRound - 1) / kRound) * kRound;
+    per_sample = (v.voxels + voxels_each - 1) / voxels_each;
+  }
+};
 
 // A worker's share of the chunks, [first, last). Its owner takes them from the front, others from the back.
 class Share {
@@ -258,20 +270,6 @@ std::tuple<Tensor, Tensor> tversky_loss(const Tensor& logits, const Tensor& targ
   return evaluate_table(t, counts.data(), logits, type, batch);
 }
 
-// Asks for huge pages under a large tensor that nobody has touched yet: a page fault for 4 KiB costs more than the
-// kernel's whole work on 4 KiB. Only advice; systems that do not give any are as before.
-void prefer_huge_pages(const Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + fresh.numel() * fresh.element_size()) / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)fresh;
-#endif
-}
-
 template <typename A>
 std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coefficients) {
   const int64_t rows = coefficients.size(0), classes = coefficients.size(1);
@@ -325,7 +323,6 @@ Tensor gradient_pass(const Tensor& grad_loss, const Tensor& logits, const Tensor
   const VolumeTensors volume(logits, target, voxel_weight, activation, ignore_index);
   Tensor gradient = torch::stable::empty_like(volume.logits);
   if (!single_stride(gradient, 2).has_value()) gradient = torch::stable::contiguous(gradient);
-  prefer_huge_pages(gradient);
   write_gradient(volume, grad_loss, coefficients, gradient);
   return gradient;
 }

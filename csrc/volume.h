@@ -1,4 +1,4 @@
-// Tensors as the kernels see them, and the walk over a volume by many threads with the same result for any number.
+// From torch's tensors to the views that the kernels take.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,11 +6,10 @@
 
 #include <optional>
 
-#include "../checks.h"
-#include "kernels.h"
+#include "checks.h"
+#include "views.h"
 
 namespace tversky_kernels {
-namespace cpu {
 
 // The stride from voxel to voxel in row-major order of the dimensions from `first` on; nullopt where there is no single
 // one.
@@ -76,21 +75,4 @@ struct VolumeTensors {
   }
 };
 
-// Equal runs of voxels of one sample. They depend on the shape alone, so the sums over them do not depend on threads.
-struct Chunks {
-  int64_t voxels_each, per_sample;
-
-  explicit Chunks(const Volume& v) {
-    constexpr int64_t kLogits = 32768;           // fewer in a chunk are not worth handing out
-    constexpr int64_t kTableBytes = 640 * 1024;  // of partial counts, all chunks together
-    constexpr int64_t kRound = 1024;
-    const int64_t row_bytes = v.samples * v.classes * 3 * static_cast<int64_t>(sizeof(double));
-    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(1024, kTableBytes / std::max<int64_t>(1, row_bytes)));
-    const int64_t least_voxels = std::max(kLogits / v.classes, (v.voxels + most - 1) / most);
-    voxels_each = std::max<int64_t>(1, (least_voxels + kRound - 1) / kRound) * kRound;
-    per_sample = (v.voxels + voxels_each - 1) / voxels_each;
-  }
-};
-
-}  // namespace cpu
 }  // namespace tversky_kernels

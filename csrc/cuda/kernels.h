@@ -1,0 +1,96 @@
+// The launches, as the operators call them. Every launch is on the given stream; none waits.
+#pragma once
+
+#include <type_traits>
+
+#include "../views.h"
+#include "platform.h"
+
+namespace tversky_kernels {
+namespace cuda {
+
+// How a pass is cut up. The same for both passes and for every value of the data.
+struct Plan {
+  int programs;       // blocks a sample
+  int voxels;         // a thread (registers) or a block (tiled) takes at once
+  bool in_registers;  // all classes of a voxel in one thread's registers
+  int shared_bytes;   // of a block
+  static constexpr int kThreads = 256;
+};
+
+// backward: the gradient pass. multiprocessors: of the device.
+Plan make_plan(const Volume& volume, bool backward, int multiprocessors);
+
+// partial[sample][program][tp, fp, fn][C], float (double for double logits).
+void launch_count_pass(const Volume& volume, const Plan& plan, void* partial, cudaStream_t stream);
+
+struct TableArguments {
+  const void* partial;  // as above, or null: `counts` holds the sums already
+  bool partial_is_double;
+  int programs;
+  double* counts;                  // [N][C][3], written from partial
+  const double* class_parameters;  // [3][C] alpha, beta, class weight; null: the same for all
+  void* loss;
+  bool loss_is_double;
+  double* coefficients;  // [rows][C][2]
+  int64_t samples, classes, first_class, rows;
+  Reduction reduction;
+  Absent absent;
+  TverskyParameters parameters;
+};
+// counts_only: leave loss and coefficients alone.
+void launch_table(const TableArguments& arguments, bool counts_only, cudaStream_t stream);
+
+struct GradientArguments {
+  const void* grad_loss;
+  bool grad_is_double;
+  int64_t grad_classes;  // 0: one value; else C' values a row
+  const double* coefficients;
+  int64_t row_stride;  // 0: one row of coefficients for all samples; else 1
+  GradientView out;
+};
+void launch_gradient_pass(const Volume& volume, const Plan& plan, const GradientArguments& arguments,
+                          cudaStream_t stream);
+
+// ---- Shared by the two passes
+
+// Calls f with a value of the logits' type.
+template <typename F>
+void with_logits_type(ElementType type, F&& f) {
+  switch (type) {
+    case ElementType::kDouble: return f(double{});
+    case ElementType::kHalf: return f(Half{});
+    case ElementType::kBFloat16: return f(BFloat16{});
+    default: return f(float{});
+  }
+}
+
+// Classes that fit in a thread's registers; more of float64 would spill.
+template <typename T>
+constexpr int kMostInRegisters = sizeof(T) == 8 ? 4 : 8;
+
+// Calls f with the number of classes, 2 to kMostInRegisters<T>, as a constant.
+template <typename T, int kClasses = 2, typename F>
+void with_few_classes(int64_t classes, F&& f) {
+  if (classes == kClasses) {
+    f(std::integral_constant<int, kClasses>{});
+  } else if constexpr (kClasses < kMostInRegisters<T>) {
+    with_few_classes<T, kClasses + 1>(classes, f);
+  }
+}
+
+// Voxels that a thread takes at once: one 16-byte load of each class, or 8 bytes where that is many registers.
+template <typename T, int kClasses>
+constexpr int kVoxelsOf = 16 / sizeof(T) * kClasses <= 32 ? 16 / sizeof(T) : 8 / sizeof(T);
+
+// Dynamic shared memory of a tiled block, in elements of A.
+struct TileLayout {
+  int tile_stride;  // odd, so that a column of classes falls into different banks
+  int groups;       // threads that share a voxel
+  int halves;       // threads that share a class
+  __host__ __device__ TileLayout(int classes, int voxels, int threads)
+      : tile_stride(voxels + 1), groups(threads / voxels), halves(threads >= 2 * classes ? threads / classes : 1) {}
+};
+
+}  // namespace cuda
+}  // namespace tversky_kernels

@@ -1,0 +1,73 @@
+// A tile of voxels of all classes in shared memory: how it is filled, and its softmax.
+#pragma once
+
+#include "kernels.h"
+#include "voxels.cuh"
+
+namespace tversky_kernels {
+namespace cuda {
+
+// tile[c][voxel] from rows + c * class_stride + voxel * voxel_stride. Neighbouring threads take neighbouring addresses
+// in either layout. What is beyond `count` is 0.
+template <typename T>
+__device__ void load_tile(const Volume& v, const T* rows, int64_t begin, int count, Compute<T>* tile, int tile_stride,
+                          int tile_voxels) {
+  using A = Compute<T>;
+  const int classes = static_cast<int>(v.classes), total = classes * tile_voxels;
+  const bool class_is_inner = v.logits.voxel_stride != 1;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < total; i += Plan::kThreads) {
+    const int c = class_is_inner ? i % classes : i / tile_voxels;
+    const int k = class_is_inner ? i / classes : i % tile_voxels;
+    A x = A(0);
+    if (k < count) x = static_cast<A>(rows[c * v.logits.class_stride + (begin + k) * v.logits.voxel_stride]);
+    tile[c * tile_stride + k] = x;
+  }
+}
+
+// Replaces the tile's logits by their exponentials over the voxel's largest, 0 at the target and where the voxel does
+// not count, and returns the sums of the calling thread's voxel. reduction: [2][groups][tile_voxels]. All threads must
+// call.
+template <typename A>
+__device__ SoftmaxSums<A> softmax_of_tile(A* tile, const TileLayout& layout, const int* labels, A* reduction,
+                                          int classes, int tile_voxels, int group, int voxel, bool works) {
+  SoftmaxSums<A> total;
+  A top = -INFINITY;
+  if (works) {
+    for (int c = group; c < classes; c += layout.groups) {
+      const A x = tile[c * layout.tile_stride + voxel];
+      top = x > top ? x : top;
+    }
+    reduction[group * tile_voxels + voxel] = top;
+  }
+  __syncthreads();
+  if (works) {
+    for (int g = 0; g < layout.groups; ++g) {
+      const A x = reduction[g * tile_voxels + voxel];
+      top = x > top ? x : top;
+    }
+  }
+  __syncthreads();
+  A* targets = reduction + layout.groups * tile_voxels;
+  if (works) {
+    const int label = labels[voxel];
+    SoftmaxSums<A> mine;
+    for (int c = group; c < classes; c += layout.groups) {
+      A& x = tile[c * layout.tile_stride + voxel];
+      x = mine.add(label == c, label != c && label != kUncounted, exponential(x - top));
+    }
+    reduction[group * tile_voxels + voxel] = mine.others;
+    targets[group * tile_voxels + voxel] = mine.target;
+  }
+  __syncthreads();
+  if (works) {
+    for (int g = 0; g < layout.groups; ++g) {
+      total.others += reduction[g * tile_voxels + voxel];
+      total.target += targets[g * tile_voxels + voxel];
+    }
+  }
+  return total;
+}
+
+}  // namespace cuda
+}  // namespace tversky_kernels

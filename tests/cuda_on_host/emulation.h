@@ -1,0 +1,242 @@
+// Runs CUDA kernels on the host, to find what a compiler cannot: the threads of a block are fibers, the blocks run one
+// after the other.
+//
+// Found at run time, as exceptions that name block and thread: a barrier that not all threads reach, or in different
+// places; a warp operation whose lanes disagree about the mask or that some lane never reaches; a lane outside its own
+// mask. Shared memory is allocated anew for every block, exactly as large as was asked for and filled with NaN, so that
+// use before a store gives NaN and AddressSanitizer sees the bounds. TK_EMULATION_SEED=n runs the threads in a random
+// order between barriers, n the seed: results must not depend on it.
+//
+// Not modelled: the memory model, the accuracy of device intrinsics, and time.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static_assert(false, "shared memory comes from TK_SHARED")
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+using cudaStream_t = void*;
+
+namespace emulation {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = 128 << 10;
+
+enum class State { kReady, kAtBarrier, kInWarp, kDone };
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  unsigned index = 0;
+  State state = State::kReady;
+  int line = 0;             // of the barrier
+  unsigned mask = 0;        // of the warp operation
+  unsigned operations = 0;  // warp operations so far: lanes that meet must have the same number
+};
+
+struct Block {
+  dim3 index, grid, size;
+  std::vector<Thread> threads;
+  std::vector<uint64_t> exchanged;  // [warp][parity][lane]
+  std::unique_ptr<unsigned char[]> shared;
+  std::string error;
+  const std::function<void()>* kernel = nullptr;
+  ucontext_t scheduler;
+};
+
+inline Block*& current_block() {
+  static thread_local Block* block = nullptr;
+  return block;
+}
+inline Thread*& current_thread() {
+  static thread_local Thread* thread = nullptr;
+  return thread;
+}
+
+[[noreturn]] inline void fail(const Block& block, const Thread& thread, const std::string& what) {
+  throw std::runtime_error("CUDA on the host: block " + std::to_string(block.index.x) + ", thread " +
+                           std::to_string(thread.index) + ": " + what);
+}
+
+inline void wait_as(State state) {
+  Thread* self = current_thread();
+  self->state = state;
+  swapcontext(&self->context, &current_block()->scheduler);
+}
+
+inline void run_thread() {
+  Block* block = current_block();
+  try {
+    (*block->kernel)();
+  } catch (const std::exception& error) {
+    if (block->error.empty()) block->error = error.what();
+  }
+  wait_as(State::kDone);
+}
+
+inline void barrier(int line) {
+  current_thread()->line = line;
+  wait_as(State::kAtBarrier);
+}
+
+// Every lane of the mask gives a value and gets the one of lane `source`.
+template <typename T>
+T exchange(unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "at most eight bytes are exchanged");
+  Block& block = *current_block();
+  Thread& self = *current_thread();
+  const unsigned lane = self.index % kWarpSize;
+  if ((mask >> lane & 1) == 0) fail(block, self, "it is not in the mask of its own warp operation");
+  uint64_t* slots = &block.exchanged[(self.index / kWarpSize * 2 + self.operations % 2) * kWarpSize];
+  std::memcpy(&slots[lane], &value, sizeof value);
+  self.mask = mask;
+  wait_as(State::kInWarp);
+  ++self.operations;
+  std::memcpy(&value, &slots[source % kWarpSize], sizeof value);
+  return value;
+}
+
+// Lets those go on who wait for nobody any more. False: none could.
+inline bool release(Block& block) {
+  bool any = false;
+  size_t done = 0, waiting = 0;
+  const Thread* first = nullptr;
+  for (const Thread& t : block.threads) {
+    done += t.state == State::kDone;
+    if (t.state != State::kAtBarrier) continue;
+    ++waiting;
+    if (first == nullptr) first = &t;
+    if (t.line != first->line) {
+      fail(block, t,
+           "waits at the barrier of line " + std::to_string(t.line) + ", thread " + std::to_string(first->index) +
+               " at that of line " + std::to_string(first->line));
+    }
+  }
+  if (waiting > 0 && waiting + done == block.threads.size()) {
+    if (done > 0) fail(block, *first, "waits at a barrier that other threads have left the kernel without");
+    for (Thread& t : block.threads) t.state = State::kReady;
+    any = true;
+  }
+  for (size_t warp = 0; warp < block.threads.size(); warp += kWarpSize) {
+    const size_t lanes = std::min<size_t>(kWarpSize, block.threads.size() - warp);
+    for (size_t i = 0; i < lanes; ++i) {
+      const Thread& t = block.threads[warp + i];
+      if (t.state != State::kInWarp) continue;
+      bool complete = true;
+      for (unsigned k = 0; k < kWarpSize && complete; ++k) {
+        if ((t.mask >> k & 1) == 0) continue;
+        if (k >= lanes) fail(block, t, "its mask names a lane that the block does not have");
+        const Thread& other = block.threads[warp + k];
+        if (other.state == State::kInWarp && other.mask != t.mask) fail(block, t, "lanes disagree about the mask");
+        complete = other.state == State::kInWarp && other.operations == t.operations;
+      }
+      if (!complete) continue;
+      const unsigned mask = t.mask;
+      for (unsigned k = 0; k < lanes; ++k) {
+        if (mask >> k & 1) block.threads[warp + k].state = State::kReady;
+      }
+      any = true;
+    }
+  }
+  return any;
+}
+
+inline void run_block(Block& block, std::mt19937* random) {
+  std::vector<unsigned> order(block.threads.size());
+  for (unsigned i = 0; i < order.size(); ++i) {
+    order[i] = i;
+    Thread& t = block.threads[i];
+    t.index = i;
+    t.state = State::kReady;
+    t.operations = 0;
+    if (t.stack == nullptr) t.stack.reset(new char[kStackBytes]);
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack.get();
+    t.context.uc_stack.ss_size = kStackBytes;
+    t.context.uc_link = nullptr;
+    makecontext(&t.context, run_thread, 0);
+  }
+  for (;;) {
+    if (random != nullptr) std::shuffle(order.begin(), order.end(), *random);
+    bool ran = false;
+    for (const unsigned i : order) {
+      Thread& t = block.threads[i];
+      if (t.state != State::kReady) continue;
+      ran = true;
+      current_thread() = &t;
+      swapcontext(&block.scheduler, &t.context);
+      if (!block.error.empty()) throw std::runtime_error(block.error);
+    }
+    const bool all_done = std::all_of(block.threads.begin(), block.threads.end(),
+                                      [](const Thread& t) { return t.state == State::kDone; });
+    if (all_done) return;
+    if (!release(block) && !ran) {
+      for (const Thread& t : block.threads) {
+        if (t.state != State::kDone) fail(block, t, "waits for threads that never come");
+      }
+    }
+  }
+}
+
+inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
+  const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
+  if (threads == 0 || threads > 1024)
+    throw std::runtime_error("CUDA on the host: a block of 1 to 1024 threads expected");
+  if (shared_bytes > 48 * 1024) throw std::runtime_error("CUDA on the host: more than 48 KiB of shared memory");
+  if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("CUDA on the host: grid y and z end at 65535");
+  const char* seed = std::getenv("TK_EMULATION_SEED");
+  Block block;
+  block.grid = grid;
+  block.size = size;
+  block.kernel = &kernel;
+  block.threads = std::vector<Thread>(threads);
+  block.exchanged.resize((threads + kWarpSize - 1) / kWarpSize * 2 * kWarpSize);
+  for (unsigned i = 0; i < grid.x; ++i) {
+    block.index = dim3(i, 0, 0);
+    block.shared.reset(new unsigned char[shared_bytes > 0 ? shared_bytes : 1]);
+    std::memset(block.shared.get(), 0xff, shared_bytes);
+    std::mt19937 random(seed != nullptr ? std::atoi(seed) * 7919u + i : 0u);
+    current_block() = &block;
+    run_block(block, seed != nullptr ? &random : nullptr);
+  }
+}
+
+}  // namespace emulation
+
+#define threadIdx (dim3(emulation::current_thread()->index, 0, 0))
+#define blockIdx (emulation::current_block()->index)
+#define blockDim (emulation::current_block()->size)
+#define gridDim (emulation::current_block()->grid)
+#define __syncthreads() emulation::barrier(__LINE__)
+#define TK_SHARED(name) unsigned char* name = emulation::current_block()->shared.get()
+#define TK_UNPAREN(...) __VA_ARGS__
+#define TK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream), emulation::launch(grid, block, shared_bytes, [&] { (TK_UNPAREN kernel)(__VA_ARGS__); }))
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return emulation::exchange(mask, value, (emulation::current_thread()->index % emulation::kWarpSize) ^ lanes);
+}
+inline float __expf(float x) {
+  return std::exp(x);
+}
