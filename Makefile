@@ -15,7 +15,8 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f) setup.py
 OUT ?= benchmarks/results
 
-.PHONY: demo test lint format bench gpu wheel clean
+.PHONY: demo test lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel clean
+SHELL := /bin/bash -o pipefail
 
 $(VENV)/.python: Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -65,12 +66,25 @@ format: $(TEST_READY)
 bench: $(BENCH_READY)
 	$(PY) -m benchmarks.run $(BENCH)
 
-# No set-up: the card's machine has its own torch and no network.
-gpu:
-	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch finds no CUDA device")'
+# No set-up: the card's machine has its own torch and no network. Each part can be called by itself.
+gpu: gpu-build gpu-test gpu-sanitize gpu-bench
+
+gpu-build:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -c 'import tversky_kernels as tk; b = tk.available_backends(); print(b); assert b["cuda"] is True, b["cuda"]'
 	mkdir -p $(OUT)
-	$(PYTHON) -m pytest -m gpu -q | tee $(OUT)/gpu_tests.log
+
+gpu-test:
+	TK_GPU_KERNELS=cuda $(PYTHON) -m pytest -q tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
+	TK_GPU_KERNELS=triton $(PYTHON) -m pytest -q tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
+	$(PYTHON) -m pytest -q -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
+
+gpu-sanitize:
+	for tool in memcheck racecheck; do \
+	  TK_GPU_KERNELS=cuda compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -q -x tests/gpu_kernels \
+	    -k 'test_softmax and spatial0 and float32' 2>&1 | tee $(OUT)/sanitizer_$$tool.log; done
+
+gpu-bench:
 	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)
 
 wheel: $(TORCH_STAMP)

@@ -1,8 +1,8 @@
 """Builds the compiled kernels. What the package is called and needs stands in pyproject.toml.
 
-``tversky_kernels/_C.so`` holds the CPU operators, ``_C_cuda.so`` the CUDA operators where nvcc is found. They use LibTorch's
-stable ABI and no Python C API, so that one wheel (``py3-none-<platform>``) serves every Python >= 3.10 and every torch >=
-2.11, and loads on a CPU-only torch also with CUDA code. Switches, all environment variables:
+``tversky_kernels/_C.so`` holds the CPU operators, ``_C_cuda.so`` the CUDA operators where nvcc is found. They use
+LibTorch's stable ABI and no Python C API, so that one wheel (``py3-none-<platform>``) serves every Python >= 3.10 and
+every torch >= 2.11, and loads on a CPU-only torch also with CUDA code. Switches, all environment variables:
 
 TVERSKY_KERNELS_SKIP_EXT=1      build nothing: pure Python, with the Triton kernels
 TVERSKY_KERNELS_WITH_CUDA       auto (default: where nvcc is found), 0, or 1 (required)
@@ -146,20 +146,14 @@ class BuildExt(build_ext):
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, (command for _, command in commands)))
         # Without --no-as-needed the loader does not find the shims of a torch that splits its libraries otherwise.
-        link = ["-Wl,--no-as-needed"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
-        run(
-            [
-                *compiler(),
-                "-shared",
-                "-o",
-                out,
-                *(o for o, _ in commands),
-                f"-L{library}",
-                *link,
-                "-ltorch",
-                "-ltorch_cpu",
-            ]
+        linker, flags = (
+            compiler(),
+            ["-Wl,--no-as-needed"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"],
         )
+        if ext.name.endswith("_cuda"):
+            linker, flags = [find_nvcc()], ["-Xlinker=--no-as-needed"]  # adds the static CUDA runtime
+        linked = [out for out, _ in commands]
+        run([*linker, "-shared", "-o", out, *linked, f"-L{library}", *flags, "-ltorch", "-ltorch_cpu"])
 
 
 def run(command):

@@ -42,10 +42,13 @@ def relative(actual, expected, least_norm=0.0):
     return (actual - expected).norm().item() / norm if norm > 0 else actual.norm().item()
 
 
-def check_against_truth(function, logits, target, upstream=None, loss_tolerance=1e-6, least_norm=0.0, **options):
+def check_against_truth(
+    function, logits, target, upstream=None, loss_tolerance=1e-6, least_norm=0.0, rounding=1.02, **options
+):
     """Loss to 1e-6, float32 gradients to 1e-6, half precision no worse than rounding the true gradient once.
 
     least_norm: the norm below which a gradient is as good as none, for predictions that are saturated.
+    rounding: how many times the error of rounding the true gradient once half precision may be off.
     """
     true_loss, true_gradient = truth(logits, target, upstream, **options)
     loss, gradient = loss_and_gradient(function, logits, target, upstream=upstream, **options)
@@ -62,8 +65,8 @@ def check_against_truth(function, logits, target, upstream=None, loss_tolerance=
     assert torch.isfinite(gradient).all()
     if logits.dtype in (torch.float16, torch.bfloat16):
         # No worse than rounding the true gradient once, but where that lands on a tie.
-        rounded = relative(true_gradient.to(logits.dtype), true_gradient, least_norm)
-        assert relative(gradient, true_gradient, least_norm) <= 1.02 * rounded + 1e-6
+        once = relative(true_gradient.to(logits.dtype), true_gradient, least_norm)
+        assert relative(gradient, true_gradient, least_norm) <= rounding * once + 1e-6
     else:
         assert (
             relative(gradient, true_gradient, least_norm) <= {torch.float32: 1e-6, torch.float64: 1e-13}[logits.dtype]

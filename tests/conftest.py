@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from common import CPU_CAPABILITIES
 
 import tversky_kernels as tk
 from tversky_kernels._ops import ops
+
+# Its tests may replace a backend for the whole process, so they run in processes of their own.
+collect_ignore = [] if "TK_GPU_KERNELS" in os.environ else ["gpu_kernels"]
 
 
 @pytest.fixture(autouse=True)

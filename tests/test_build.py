@@ -62,18 +62,22 @@ def test_wheel_is_for_every_python(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "tversky_kernels/_C.so" in names
+    assert ("tversky_kernels/_C_cuda.so" in names) == (shutil.which("nvcc") is not None)
+    assert "tversky_kernels/triton/kernels.py" in names
     assert "tversky_kernels/py.typed" in names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "examples/", "csrc/"))]
 
 
 def test_library_uses_no_python_and_no_unstable_abi(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
-        library = archive.extract("tversky_kernels/_C.so", tmp_path)
-    wanted = run("nm", "-D", "--undefined-only", "-C", library, cwd=tmp_path).stdout
-    assert not re.findall(r"\bU _?Py\w+", wanted)
-    assert not re.findall(r"\bU (?:at|c10|torch)::.*", wanted), "only the C shims are stable"
-    needed = run("readelf", "-d", library, cwd=tmp_path).stdout
-    assert not re.findall(r"libpython|libc10|libtorch_python", needed)
+        libraries = [archive.extract(n, tmp_path) for n in archive.namelist() if n.endswith(".so")]
+    for library in libraries:
+        wanted = run("nm", "-D", "--undefined-only", "-C", library, cwd=tmp_path).stdout
+        assert not re.findall(r"\bU _?Py\w+", wanted)
+        assert not re.findall(r"\bU (?:at|c10|torch)::.*", wanted), "only the C shims are stable"
+        assert not re.findall(r"\bU (?:__)?cuda\w+", wanted), "the CUDA runtime is linked in"
+        needed = run("readelf", "-d", library, cwd=tmp_path).stdout
+        assert not re.findall(r"libpython|libc10|libtorch_python|libcudart", needed)
 
 
 def test_kernels_of_wider_instruction_sets_share_nothing(source, tmp_path):
@@ -154,7 +158,10 @@ def test_build_without_torch_says_so_at_once(source, tmp_path):
         ({"CXX": "no-such-compiler"}, "needs a C\\+\\+17 compiler; no-such-compiler not found"),
         ({"CXXFLAGS": "-no-such-flag"}, "this failed with exit code"),
         ({"TVERSKY_KERNELS_SKIP_EXT": "yes"}, "TVERSKY_KERNELS_SKIP_EXT: expected one of 0, 1, got 'yes'"),
-        ({"TVERSKY_KERNELS_WITH_CUDA": "1"}, "TVERSKY_KERNELS_WITH_CUDA=1: "),
+        (
+            {"TVERSKY_KERNELS_WITH_CUDA": "1", "PATH": "no nvcc here"},
+            "TVERSKY_KERNELS_WITH_CUDA=1, but nvcc is neither",
+        ),
     ],
 )
 def test_failing_build_says_what_is_missing(source, tmp_path, environment, message):

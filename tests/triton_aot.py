@@ -1,5 +1,6 @@
-"""Compiles the Triton kernels for real GPUs without one, as the launchers would specialise them, and reads the compiler's
-resource report: python tests/triton_aot.py [--arch 80 --arch 90 --arch gfx942] [--quick]. Exit code 1: something spills.
+"""Compiles the Triton kernels for real GPUs without one, as the launchers would specialise them, and reads the
+compiler's resource report: python tests/triton_aot.py [--arch 80 --arch gfx942] [--quick]. Exit code 1: more than
+a few bytes are spilled (ptxas spills one or two registers where it has plenty left, and differently in every version).
 
 The launchers run as they are, with tensors on the CPU; a stub driver names the target, and a launch only compiles.
 """
@@ -19,6 +20,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from tversky_kernels.triton import kernels, launch
+
+FEW_BYTES = 16
 
 
 class StubDriver(DriverBase):
@@ -151,8 +154,8 @@ def main() -> int:
                     f"{arch:>6} {name:30} {about:40} {registers:3} registers, {spill} B spilled, "
                     f"{compiled.metadata.shared} B shared, {compiled.metadata.num_warps} warps {' '.join(loads)}"
                 )
-                spilled += spill > 0
-    print(f"{len(seen)} kernels, {spilled} spill")
+                spilled += spill > FEW_BYTES
+    print(f"{len(seen)} kernels, {spilled} spill more than {FEW_BYTES} bytes")
     return 1 if spilled else 0
 
 

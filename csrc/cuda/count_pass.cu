@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     Packed<T, kVoxels> z[kClasses];
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
-      z[c] = *reinterpret_cast<const Packed<T, kVoxels>*>(rows + c * v.logits.class_stride + at);
+      z[c] = load_packed<T, kVoxels>(rows + c * v.logits.class_stride + at);
     }
     int labels[kVoxels];
     load_labels(v, share.sample, at, labels, bad);

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     Packed<T, kVoxels> z[kClasses];
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
-      z[c] = *reinterpret_cast<const Packed<T, kVoxels>*>(rows + c * v.logits.class_stride + at);
+      z[c] = load_packed<T, kVoxels>(rows + c * v.logits.class_stride + at);
     }
     int labels[kVoxels];
     load_labels(v, share.sample, at, labels, bad);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     }
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
-      *reinterpret_cast<Packed<T, kVoxels>*>(out + c * a.out.class_stride + at) = z[c];
+      store_packed(out + c * a.out.class_stride + at, z[c]);
     }
   }
 }

@@ -1,6 +1,8 @@
 // Labels, weights and logits as a thread reads them.
 #pragma once
 
+#include <cstring>
+
 #include "../views.h"
 #include "platform.h"
 
@@ -13,6 +15,35 @@ template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Packed {
   T values[kCount];
 };
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+
+// One access as wide as the values are together. The store is an intrinsic (streaming: the gradient is not read again
+// soon), for a plain one the compiler takes apart into its members.
+template <typename T, int kCount>
+__device__ __forceinline__ Packed<T, kCount> load_packed(const T* p) {
+  using W = typename Word<sizeof(T) * kCount>::Type;
+  const W word = *reinterpret_cast<const W*>(p);
+  Packed<T, kCount> values;
+  memcpy(&values, &word, sizeof word);
+  return values;
+}
+template <typename T, int kCount>
+__device__ __forceinline__ void store_packed(T* p, const Packed<T, kCount>& values) {
+  using W = typename Word<sizeof(T) * kCount>::Type;
+  W word;
+  memcpy(&word, &values, sizeof word);
+  __stcs(reinterpret_cast<W*>(p), word);
+}
 
 // One label as a class index, kUncounted where the voxel does not count; sets bad where it is out of range.
 __device__ __forceinline__ int checked_label(const Volume& v, int64_t label, bool& bad) {

@@ -35,6 +35,12 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 
 namespace emulation {
@@ -239,4 +245,8 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 }
 inline float __expf(float x) {
   return std::exp(x);
+}
+template <typename T>
+void __stcs(T* p, T value) {
+  *p = value;
 }

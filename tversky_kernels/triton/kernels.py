@@ -1,8 +1,9 @@
 """The passes as Triton kernels: count pass, table, gradient pass.
 
 One program takes every P-th tile of BLOCK voxels of one sample. Up to `FEW_CLASSES` classes a tile of all classes stays
-in registers and is read once. Beyond, the classes come in chunks of a power of two (and one smaller chunk for the rest, so
-that 33 classes are 32 + 1 and not 64): an online softmax over the chunks, then the chunks once more out of the cache.
+in registers and is read once. Beyond, the classes come in chunks of a power of two (and one smaller chunk for the rest,
+so that 33 classes are 32 + 1 and not 64): an online softmax over the chunks, then the chunks once more out of the
+cache.
 
 The arithmetic is that of csrc/tversky_math.h, which says why; docs/mathematics.md derives it.
 """

@@ -32,22 +32,21 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def plan(classes: int, itemsize: int, backward: bool) -> Plan:
+def plan(classes: int, itemsize: int) -> Plan:
     """Block sizes by the number of classes and the logits' size. A function, for autotuning needs a GPU.
 
-    A thread of the count pass holds three sums for each of its elements besides the logits, one of the gradient pass
-    none, so the first takes half as many elements. Rows of a tile are at least 128 voxels, for whole 16-byte loads.
+    Few enough elements a thread that nothing spills (tests/triton_aot.py reads what the compiler says), and rows of at
+    least 64 voxels, for whole 16-byte loads.
     """
     half = 2 if itemsize == 8 else 1  # registers of float64 count twice
     if classes == 2:
         return Plan(2, 0, 0, 1024 // half, 4)
     if classes <= FEW_CLASSES:
         padded = next_power_of_two(classes)
-        block = (4096 if backward else 2048) // half // padded
-        return Plan(padded, 0, 0, max(block, 64), 8 if padded * block > 2048 else 4)
-    chunk = 16
+        return Plan(padded, 0, 0, max(2048 // half // padded, 64), 4)
+    chunk = 8
     tail = classes % chunk
-    return Plan(0, chunk, next_power_of_two(tail) if tail else 0, 128, 8)
+    return Plan(0, chunk, next_power_of_two(tail) if tail else 0, 128 // half, 4)
 
 
 @functools.cache
@@ -92,7 +91,7 @@ def _real(logits: torch.Tensor):
 class _Volume:
     """The arguments that the count and the gradient kernels have in common."""
 
-    def __init__(self, logits, target, voxel_weight, activation, ignore_index, backward):
+    def __init__(self, logits, target, voxel_weight, activation, ignore_index):
         self.logits, self.ls_v = _walkable(logits, 2)
         self.target, self.ts_v = _walkable(target, 1)
         if target.dtype == torch.bool:
@@ -105,7 +104,7 @@ class _Volume:
             self.weight = self.weight.view(torch.uint8)
         self.samples, self.classes = logits.shape[:2]
         self.voxels = logits[0, 0].numel() if self.samples else 0
-        self.plan = plan(self.classes, logits.element_size(), backward)
+        self.plan = plan(self.classes, logits.element_size())
         self.programs = programs_per_sample(self.logits, self.voxels, self.plan.block)
         limits = torch.iinfo(self.target.dtype)
         ignorable = ignore_index is not None and limits.min <= ignore_index <= limits.max
@@ -140,7 +139,7 @@ def _bits(x: float) -> int:
 
 def count_pass(logits, target, voxel_weight, activation, ignore_index, raise_bad_input):
     """The overlap counts (N, C, 3) in float64; NaN in a sample with a label or weight out of range."""
-    v = _Volume(logits, target, voxel_weight, activation, ignore_index, backward=False)
+    v = _Volume(logits, target, voxel_weight, activation, ignore_index)
     counts = torch.zeros(v.samples, v.classes, 3, dtype=torch.float64, device=logits.device)
     if v.samples == 0 or v.voxels == 0:
         return counts
@@ -188,7 +187,7 @@ def tversky_loss(logits, target, voxel_weight, activation, ignore_index, raise_b
 
 
 def _write_gradient(out, grad_loss, logits, target, voxel_weight, coefficients, activation, ignore_index):
-    v = _Volume(logits, target, voxel_weight, activation, ignore_index, backward=True)
+    v = _Volume(logits, target, voxel_weight, activation, ignore_index)
     if v.samples == 0 or v.voxels == 0:
         return
     z = v.logits

@@ -1,0 +1,211 @@
+"""The GPU kernels against the float64 reference.
+
+TK_GPU_KERNELS says where they run: "cuda" or "triton" on a card (make gpu-test), "interpreter" for Triton's (with
+TRITON_INTERPRET=1), or the path of the host build's library; tests/test_gpu_without_gpu.py runs the last two, in processes
+of their own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from common import INDEX_DTYPES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient
+
+import tversky_kernels as tk
+from tversky_kernels import _ops
+
+WHERE = os.environ["TK_GPU_KERNELS"]
+BACKEND = WHERE if WHERE in ("cuda", "triton") else "triton" if WHERE == "interpreter" else "cpu"
+DEVICE = "cuda" if WHERE in ("cuda", "triton") else "cpu"
+if BACKEND == "cpu":
+    torch.ops.load_library(WHERE)
+    host = torch.ops.tversky_kernels_cuda_on_host
+    _ops.OPERATORS["cpu"] = _ops.Operators(*(getattr(host, name) for name in _ops.NAMES))
+OPERATORS = _ops.OPERATORS[BACKEND]
+
+
+def kernel_loss(logits, target, voxel_weight=None, **options):
+    weight = None if voxel_weight is None else voxel_weight.to(DEVICE)
+    return tk.tversky_loss(logits.to(DEVICE), target.to(DEVICE), voxel_weight=weight, backend=BACKEND, **options).to(
+        logits.device
+    )
+
+
+def check(logits, target, **options):
+    # Triton's interpreter cuts off where it should round to bfloat16, which is twice as far; the compiled code rounds.
+    rounding = 2.5 if WHERE == "interpreter" and logits.dtype == torch.bfloat16 else 1.02
+    check_against_truth(kernel_loss, logits, target, rounding=rounding, **options)
+
+
+#: Sizes of which whole 16-byte loads are made, and of which they are not.
+SIZES = [(4, 5, 8), (5, 7, 3)]
+
+
+@pytest.mark.parametrize("dtype", LOGITS_DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 8, 9, 16, 17, 33])
+@pytest.mark.parametrize("spatial", SIZES)
+def test_softmax(classes, dtype, spatial):
+    check(*inputs(2, classes, spatial, dtype))
+
+
+@pytest.mark.parametrize("classes", [118, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hundreds_of_classes(classes, dtype):
+    check(*inputs(1, classes, (7, 11), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("classes", [1, 2, 5, 33])
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+def test_other_activations(activation, classes, dtype):
+    logits, target = inputs(2, classes, (5, 8), dtype)
+    check(logits.sigmoid() if activation == "none" else logits, target, activation=activation)
+
+
+@pytest.mark.parametrize("target_dtype", [*INDEX_DTYPES, torch.bool])
+@pytest.mark.parametrize("classes", [2, 20])
+def test_target_dtypes(target_dtype, classes):
+    labels = 2 if target_dtype == torch.bool else None
+    check(*inputs(1, classes, (9, 16), torch.float16, target_dtype, labels=labels))
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20])
+@pytest.mark.parametrize("spatial", [(64,), (2, 35)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_index": 100},
+        {"ignore_index": 1, "batch": True, "gamma": 0.75},
+        {"ignore_index": -(2**40)},
+        {"include_background": False, "reduction": "none"},
+        {"batch": True, "reduction": "none", "include_background": False},
+        {"absent": "skip", "ignore_index": 0, "reduction": "mean"},
+        {"absent": "zero", "ignore_index": 0, "reduction": "sum", "batch": True},
+        {"gamma": 2.0, "smooth_nr": 0.0, "smooth_dr": 1.0},
+        {"per_class": True},
+        {"weighted": torch.float32},
+        {"weighted": torch.float16, "ignore_index": 1, "activation": "sigmoid"},
+        {"weighted": torch.bool},
+    ],
+)
+def test_options(classes, spatial, options):
+    options = dict(options)
+    logits, target = inputs(3, classes, spatial)
+    if options.get("ignore_index") == 100:
+        target[:, ..., ::3] = 100
+    if options.pop("per_class", False):
+        options.update(
+            alpha=[0.1 * (c + 1) for c in range(classes)], class_weight=[1.0 / (c + 1) for c in range(classes)]
+        )
+    if "weighted" in options:
+        options["voxel_weight"] = (torch.rand(3, *spatial) * 2).to(options.pop("weighted"))
+    shape = tk.reference.tversky_loss(logits, target, **options).shape
+    upstream = torch.randn(shape, dtype=torch.float64)
+    # Where the only class that is kept is ignored, the reference itself has few digits.
+    check(logits, target, upstream=upstream, least_norm=1e-4, **options)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: torch.cat((x, x), 1)[:, : x.size(1)],
+        lambda x: torch.stack((x, x), 1)[:, 0],
+        lambda x: torch.cat((x, x), -1)[..., : x.size(-1)],
+        lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
+        lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    ],
+    ids=["channels_last", "classes", "batch", "space", "every second", "offset by one"],
+)
+def test_layouts(classes, layout):
+    logits, target = inputs(2, classes, (6, 8))
+    strided = layout(logits)
+    assert torch.equal(strided, logits)
+    check(strided, target)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20])
+@pytest.mark.parametrize("spatial", [(48,), (47,)])
+def test_nothing_beyond_the_tensors_is_touched(classes, spatial):
+    """Logits, target and gradient lie between NaN and labels out of range; nothing there is read or written."""
+    logits, target = inputs(1, classes, spatial)
+    expected = loss_and_gradient(tk.reference.tversky_loss, logits, target)
+    pad = 64
+    wide = torch.full((logits.numel() + 2 * pad,), torch.nan)
+    labels = torch.full((target.numel() + 2 * pad,), 99)
+    wide, labels = wide.to(DEVICE), labels.to(DEVICE)
+    inside = wide[pad:-pad].view(logits.shape).copy_(logits)
+    inside_labels = labels[pad:-pad].view(target.shape).copy_(target)
+    inside.requires_grad_()
+    loss = kernel_loss(inside, inside_labels, inplace_backward=True)
+    loss.backward()
+    torch.testing.assert_close(loss.detach().cpu(), expected[0])
+    torch.testing.assert_close(inside.grad.cpu(), expected[1], rtol=1e-4, atol=1e-8)
+    assert torch.isnan(wide[:pad]).all()
+    assert torch.isnan(wide[-pad:]).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 20])
+@pytest.mark.parametrize("bad", [-1, "C", 2**33])
+def test_a_bad_label_gives_nan(classes, bad):
+    logits, target = inputs(2, classes, (40,))
+    target[1, 17] = classes if bad == "C" else bad
+    logits, target = logits.to(DEVICE), target.to(DEVICE)
+    loss, coefficients = OPERATORS.tversky_loss(
+        logits, target, None, 0, None, False, None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 0
+    )
+    assert torch.isnan(loss[1]).all()
+    assert torch.isfinite(loss[0]).all()
+    assert torch.isnan(OPERATORS.gradient_pass(loss, logits, target, None, coefficients, 0, None)[1]).any()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 20])
+def test_what_does_not_count_may_be_nan(classes):
+    logits, target = inputs(1, classes, (96,))
+    target[:, 7:60] = 99
+    expected = loss_and_gradient(kernel_loss, logits, target, ignore_index=99)
+    logits[:, :, 7:60] = torch.nan
+    loss, gradient = loss_and_gradient(kernel_loss, logits, target, ignore_index=99)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
+    logits[0, 0, 80] = torch.inf
+    assert torch.isnan(kernel_loss(logits, target, ignore_index=99))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 20])
+def test_nearly_perfect_prediction(classes):
+    logits, target = inputs(1, classes, (12, 16), torch.float64, scale=0.5)
+    logits = (logits + 14 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1)).float()
+    check(logits, target, upstream=torch.tensor(2.0**20), smooth_nr=0.0, smooth_dr=0.0)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 20])
+def test_huge_logits(classes):
+    logits, target = inputs(1, classes, (64,))
+    check(logits.sign() * 1e4, target, least_norm=1e-3)
+
+
+def test_nothing():
+    for shape in ((0, 3, 4), (2, 3, 0)):
+        for reduction in ("mean", "none"):
+            logits, target = torch.randn(shape), torch.zeros(shape[0], *shape[2:], dtype=torch.long)
+            loss, gradient = loss_and_gradient(kernel_loss, logits, target, reduction=reduction)
+            assert (loss == 0).all()
+            assert gradient.shape == logits.shape
+
+
+@pytest.mark.parametrize(("classes", "options"), [(2, {}), (3, {"ignore_index": 1}), (17, {"gamma": 0.75})])
+def test_gradcheck_and_gradgradcheck(classes, options):
+    logits, target = inputs(1, classes, (3,), torch.float64)
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: kernel_loss(z, target, **options), logits)
+    assert torch.autograd.gradgradcheck(lambda z: kernel_loss(z, target, **options), logits)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20])
+def test_many_blocks(classes):
+    """Several blocks a sample, and more than one turn of each."""
+    check(*inputs(1, classes, (20, 24, 64), torch.float32, torch.uint8))

@@ -1,0 +1,207 @@
+"""What can be known of the GPU kernels without a GPU.
+
+The Triton kernels run in Triton's interpreter and are compiled ahead of time; the CUDA kernels run on the host, under
+sanitizers too, and are compiled by nvcc; registers, spills and load widths are read from what the compilers say. Bugs
+are planted to see that they are found.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+TORCH = pathlib.Path(torch.__file__).parent
+SOURCES = ("count_pass", "table", "gradient_pass", "ops")
+NVCC = shutil.which("nvcc")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
+
+
+def run(command, environment=None, timeout=900):
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
+    return subprocess.run(
+        [str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run_kernels_of(where, *options, environment=None):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu_kernels", *options]
+    return run(command, {"TK_GPU_KERNELS": str(where), **(environment or {})})
+
+
+def assert_passed(result, at_least):
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
+    assert int(passed[1]) >= at_least
+    print(result.stdout.splitlines()[-1])
+
+
+# ---- Triton
+
+
+@needs_triton
+def test_triton_kernels_in_the_interpreter():
+    assert_passed(run_kernels_of("interpreter", environment={"TRITON_INTERPRET": "1"}), 200)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
+def test_triton_kernels_compile_without_spills(arch, tmp_path):
+    result = run(
+        [sys.executable, "tests/triton_aot.py", "--arch", arch, "--quick"], {"TRITON_CACHE_DIR": str(tmp_path)}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line for line in result.stdout.splitlines() if " registers, " in line]
+    assert len(lines) > 40
+    if not arch.startswith("gfx"):
+        # Where a tile is of whole 16-byte loads, it is read by them.
+        wide = [x for x in lines if re.search(r"few_classes_\w+_kernel +C=4 float32 uint8 +\d", x)]
+        assert len(wide) == 2
+        assert all("ld.global.v4.b32" in x for x in wide), wide
+
+
+# ---- CUDA on the host
+
+
+def build_on_host(sources, out, *flags, only=SOURCES, objects=()):
+    base = ["g++", "-std=c++20", "-x", "c++", "-DTK_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-fPIC"]
+    base += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered", *flags]
+    base += ["-I", ROOT / "tests" / "cuda_on_host", "-isystem", TORCH / "include"]
+    compiled = []
+    for name in only:
+        compiled.append(out.parent / f"{out.stem}_{name}.o")
+        result = run([*base, "-c", sources / f"{name}.cu", "-o", compiled[-1]])
+        assert result.returncode == 0, result.stderr[-3000:]
+    link = ["g++", "-shared", *flags, *compiled, *objects, "-o", out, f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed"]
+    result = run([*link, "-ltorch", "-ltorch_cpu"])
+    assert result.returncode == 0, result.stderr
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def host_build(tmp_path_factory):
+    """The library of the CUDA kernels on the host, and its objects."""
+    library = tmp_path_factory.mktemp("host") / "host.so"
+    return library, build_on_host(ROOT / "csrc" / "cuda", library, "-O1")
+
+
+@pytest.mark.parametrize("seed", [None, "1", "2"])
+def test_cuda_kernels_on_the_host(host_build, seed):
+    """In the order of the threads, and in random orders: nothing may depend on it."""
+    environment = {} if seed is None else {"TK_EMULATION_SEED": seed}
+    only = () if seed is None else ("-k", "softmax or classes or options")
+    assert_passed(run_kernels_of(host_build[0], *only, environment=environment), 200 if seed is None else 100)
+
+
+def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path):
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    build_on_host(ROOT / "csrc" / "cuda", tmp_path / "sanitized.so", *flags)
+    libraries = [run(["g++", f"-print-file-name=lib{n}.so"]).stdout.strip() for n in ("asan", "ubsan")]
+    environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    only = ("-k", "(softmax and float32) or layouts or beyond or nothing or target_dtypes")
+    assert_passed(run_kernels_of(tmp_path / "sanitized.so", *only, environment=environment), 50)
+
+
+FINAL_LOOP = "for (int i = threadIdx.x; i < kValues"
+PLANTED = {
+    "a barrier is missing": (f"__syncthreads();\n  {FINAL_LOOP}", FINAL_LOOP),
+    "a barrier is not for all": (
+        f"__syncthreads();\n  {FINAL_LOOP}",
+        f"if (warp > 0) __syncthreads();\n  {FINAL_LOOP}",
+    ),
+    "a voxel too many": ("at < v.voxels; at += step", "at <= v.voxels; at += step"),
+    "a voxel too few": ("at < v.voxels; at += step", "at < v.voxels - kVoxels; at += step"),
+    "a sum is forgotten": ("for (int w = 0; w < warps; ++w)", "for (int w = 1; w < warps; ++w)"),
+    "shared memory is not cleared": ("sums[i] = A(0);", ";"),
+    "the other class": ("counts[4] = counts[3];", "counts[4] = counts[2];"),
+}
+
+
+@pytest.mark.parametrize("bug", list(PLANTED))
+def test_planted_bugs_are_found(bug, host_build, tmp_path):
+    """The checks above can fail."""
+    right, wrong = PLANTED[bug]
+    _, objects = host_build
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cuda" / "count_pass.cu"
+    text = path.read_text()
+    assert right in text
+    path.write_text(text.replace(right, wrong))
+    others = [o for o in objects if "count_pass" not in o.name]
+    build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O1", only=("count_pass",), objects=others)
+    tests = ("-x", "-k", "test_softmax and float32 or beyond or many_blocks")
+    result = run_kernels_of(tmp_path / "bug.so", *tests, environment={"TK_EMULATION_SEED": "3"})
+    assert result.returncode == 1, result.stdout[-2000:]
+
+
+def test_a_wrong_mask_is_found(host_build, tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cuda" / "platform.h"
+    assert "kFullWarp = 0xffffffffu" in path.read_text()
+    path.write_text(path.read_text().replace("kFullWarp = 0xffffffffu", "kFullWarp = 0x0000ffffu"))
+    build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O1")
+    result = run_kernels_of(tmp_path / "bug.so", "-x", "-k", "test_softmax and float32")
+    assert result.returncode == 1
+    assert "not in the mask of its own warp operation" in result.stdout
+
+
+# ---- CUDA by nvcc
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_cuda_kernels_compile_without_spills(arch, tmp_path):
+    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "--expt-relaxed-constexpr"]
+    flags += ["--extended-lambda", "-isystem", TORCH / "include", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    kernels = {}
+    for name in ("count_pass", "gradient_pass", "table"):
+        source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+        result = run([NVCC, *flags, "-Xptxas=-v,--warn-on-spills", "-cubin", source, "-o", tmp_path / f"{name}.cubin"])
+        assert result.returncode == 0, result.stderr
+        for entry in re.split(r"Compiling entry function ", result.stderr)[1:]:
+            kernels[entry.split("'")[1]] = entry
+    assert len(kernels) > 60
+    for name, report in kernels.items():
+        assert re.search(r"0 bytes spill stores, 0 bytes spill loads", report), (name, report)
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        assert registers <= (64 if "table" in name else 128), (name, registers)  # two blocks of 256 threads and more
+    # The fast paths read and write 16 bytes at once.
+    result = run(
+        [
+            NVCC,
+            *flags[:-1],
+            f"-arch=compute_{arch}",
+            "-ptx",
+            ROOT / "csrc/cuda/gradient_pass.cu",
+            "-o",
+            tmp_path / "g.ptx",
+        ]
+    )
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "g.ptx").read_text()
+    (body,) = re.findall(r"\.entry \w*20gradient_pass_kernelIfLi4ELi4E\w*\((.*?)\n}", text, re.S)
+    assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.(?:f32|b32|u32)", body)) >= 4
+    assert len(re.findall(r"st\.global\.cs\.v4\.(?:f32|b32|u32)", body)) == 4
+
+
+@needs_nvcc
+def test_library_with_cuda_code_loads_in_this_torch():
+    import tversky_kernels as tk
+    from tversky_kernels import _ops
+
+    if not (pathlib.Path(tk.__file__).parent / "_C_cuda.so").exists():
+        pytest.skip("the package was built without CUDA: TVERSKY_KERNELS_WITH_CUDA=0")
+    assert _ops.CUDA_MISSING is None
+    for name in _ops.NAMES:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tversky_kernels::{name}", "CUDA")
+    if not torch.cuda.is_available():
+        assert "finds no GPU" in tk.available_backends()["cuda"]
