@@ -305,7 +305,7 @@ def identity(arguments: argparse.Namespace) -> dict:
     return json.loads(json.dumps({name: getattr(arguments, name) for name in IDENTITY}, default=str))
 
 
-def compare_costs(trainer: Trainer, repeats: int = 7) -> dict[str, dict[str, float]]:
+def compare_costs(trainer: Trainer, repeats: int = 15) -> dict[str, dict[str, float]]:
     """Our loss against the naive ones in this run's own training step, on one batch."""
     arguments = trainer.arguments
     image, label = trainer.patches.batch(0, arguments.device)

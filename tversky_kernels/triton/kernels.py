@@ -590,10 +590,10 @@ def many_classes_gradient_kernel(
                     u_target, coefficients, grad_loss, row, C, TAIL, BLOCK, GRAD_CLASSES, REAL)  # fmt: skip
         scale, offset, target_dz = _gradient_terms(sum_target, sum_others, weighted_others, u_target, counts, w)
         for first in tl.range(0, full, CHUNK):
-            _gradient_chunk(rows, out, first, start, voxels, ls_c, ls_v, gs_c, gs_v, label, counts, w, top, scale, offset,
-                            target_dz, coefficients, grad_loss, row, C, CHUNK, BLOCK, ACTIVATION, FIRST_LABEL,
+            _gradient_chunk(rows, out, first, start, voxels, ls_c, ls_v, gs_c, gs_v, label, counts, w, top, scale,
+                            offset, target_dz, coefficients, grad_loss, row, C, CHUNK, BLOCK, ACTIVATION, FIRST_LABEL,
                             GRAD_CLASSES, REAL)  # fmt: skip
         if TAIL > 0:
-            _gradient_chunk(rows, out, full, start, voxels, ls_c, ls_v, gs_c, gs_v, label, counts, w, top, scale, offset,
-                            target_dz, coefficients, grad_loss, row, C, TAIL, BLOCK, ACTIVATION, FIRST_LABEL,
+            _gradient_chunk(rows, out, full, start, voxels, ls_c, ls_v, gs_c, gs_v, label, counts, w, top, scale,
+                            offset, target_dz, coefficients, grad_loss, row, C, TAIL, BLOCK, ACTIVATION, FIRST_LABEL,
                             GRAD_CLASSES, REAL)  # fmt: skip
