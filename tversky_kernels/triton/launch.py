@@ -196,7 +196,8 @@ def _write_gradient(out, grad_loss, logits, target, voxel_weight, coefficients, 
     with _device_of(logits):
         v.kernel("gradient")(
             grad_loss.contiguous(), z, v.target, v.weight, coefficients, out, v.voxels,
-            z.stride(0), z.stride(1), v.ls_v, out.stride(0), out.stride(1), _voxel_stride(out, 2), *v.strides, *v.tail, row_stride,
+            z.stride(0), z.stride(1), v.ls_v, out.stride(0), out.stride(1), _voxel_stride(out, 2),
+            *v.strides, *v.tail, row_stride,
             **v.flags, GRAD_CLASSES=grad_classes, num_warps=v.plan.num_warps,
         )  # fmt: skip
 
