@@ -6,7 +6,7 @@ every torch >= 2.11, and loads on a CPU-only torch also with CUDA code. Switches
 
 TVERSKY_KERNELS_SKIP_EXT=1      build nothing: pure Python, with the Triton kernels
 TVERSKY_KERNELS_WITH_CUDA       auto (default: where nvcc is found), 0, or 1 (required)
-TORCH_CUDA_ARCH_LIST            as torch reads it (default "8.0;9.0;10.0+PTX")
+TORCH_CUDA_ARCH_LIST            as torch reads it (default "8.0;9.0+PTX": newer cards compile the PTX)
 CUDA_HOME                       where bin/nvcc is, if not on the PATH
 MAX_JOBS                        compiler processes at a time (default: the processors there are)
 CXX, CXXFLAGS                   the compiler (default g++, then c++) and further flags for it
@@ -40,7 +40,7 @@ X86_CAPABILITIES = {
 
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--extended-lambda"]
-CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def switch(name, default, allowed):
@@ -85,7 +85,7 @@ def find_nvcc():
     if nvcc is None and wanted == "1":
         raise SystemExit(
             "TVERSKY_KERNELS_WITH_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor on the PATH.\n"
-            "Install the CUDA toolkit (>= 12.8 for compute capability 10.0), or leave the switch away."
+            "Install the CUDA toolkit, or leave the switch away."
         )
     return nvcc
 
