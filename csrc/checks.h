@@ -52,6 +52,15 @@ inline void check_voxel_weight(const std::optional<Tensor>& weight, const Tensor
   check_voxelwise("voxel_weight", *weight, logits);
 }
 
+// What both passes read.
+inline void check_inputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
+                         int64_t activation) {
+  check_logits(logits);
+  check_target(target, logits);
+  check_voxel_weight(voxel_weight, logits);
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation: expected 0, 1 or 2, got ", activation);
+}
+
 // The (N, C, 3) counts table: tp, fp, fn.
 inline void check_counts(const Tensor& counts) {
   STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Double && counts.dim() == 3 && counts.size(2) == 3,

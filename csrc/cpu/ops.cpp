@@ -226,14 +226,6 @@ std::tuple<Tensor, Tensor> evaluate_table(const Table& table, const double* coun
   return {loss, coefficients};
 }
 
-void check_inputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                  int64_t activation) {
-  check_logits(logits);
-  check_target(target, logits);
-  check_voxel_weight(voxel_weight, logits);
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation: expected 0, 1 or 2, got ", activation);
-}
-
 Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
                   int64_t activation, std::optional<int64_t> ignore_index, bool raise_bad_input) {
   check_inputs(logits, target, voxel_weight, activation);

@@ -120,17 +120,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     const int64_t left = v.voxels - begin;
     const int count = left < tile_voxels ? static_cast<int>(left) : tile_voxels;
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
-    if (thread < tile_voxels) {
-      int label[1] = {kUncounted};
-      A weight = A(0);
-      bool bad = false;
-      if (thread < count) {
-        load_labels(v, share.sample, begin + thread, label, bad);
-        weight = weigh<A>(v, share.sample, begin + thread, label[0], bad);
-      }
-      labels[thread] = label[0];
-      scale[thread] = weight;
-    }
+    load_tile_labels(v, share.sample, begin, count, tile_voxels, labels, scale);
     __syncthreads();
     if (kActivation == Activation::kSoftmax) {
       const SoftmaxSums<A> total =

@@ -60,14 +60,6 @@ bool is_double(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double;
 }
 
-void check_inputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                  int64_t activation) {
-  check_logits(logits);
-  check_target(target, logits);
-  check_voxel_weight(voxel_weight, logits);
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation: expected 0, 1 or 2, got ", activation);
-}
-
 // The count pass and the first half of the table: counts[N][C][3]. Reduction and the rest only where `table` says so.
 void run_forward(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
                  int64_t activation, const std::optional<int64_t>& ignore_index, TableArguments table,

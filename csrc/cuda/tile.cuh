@@ -25,6 +25,25 @@ __device__ void load_tile(const Volume& v, const T* rows, int64_t begin, int cou
   }
 }
 
+// The labels and weights of a tile, one voxel a thread; what is beyond `count` does not count. True: this thread's
+// label or weight is out of range.
+template <typename A>
+__device__ bool load_tile_labels(const Volume& v, int64_t sample, int64_t begin, int count, int tile_voxels,
+                                 int* labels, A* weights) {
+  const int thread = threadIdx.x;
+  if (thread >= tile_voxels) return false;
+  int label[1] = {kUncounted};
+  A weight = A(0);
+  bool bad = false;
+  if (thread < count) {
+    load_labels(v, sample, begin + thread, label, bad);
+    weight = weigh<A>(v, sample, begin + thread, label[0], bad);
+  }
+  labels[thread] = label[0];
+  weights[thread] = weight;
+  return bad;
+}
+
 // Replaces the tile's logits by their exponentials over the voxel's largest, 0 at the target and where the voxel does
 // not count, and returns the sums of the calling thread's voxel. reduction: [2][groups][tile_voxels]. All threads must
 // call.
