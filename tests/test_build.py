@@ -128,13 +128,13 @@ def test_without_the_extension(source, tmp_path):
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", pure, cwd=tmp_path)
     program = (
         "import torch, tversky_kernels as tk\n"
-        "assert 'without compiled kernels' in tk.available_backends()['cpu']\n"
+        "assert 'without these compiled kernels' in tk.available_backends()['cpu']\n"
         "z, t = torch.randn(1, 3, 8), torch.randint(0, 3, (1, 8))\n"
         "assert tk.tversky_loss(z, t) == tk.reference.tversky_loss(z, t)\n"
         "try:\n    tk.tversky_loss(z, t, backend='cpu')\nexcept ValueError as error:\n    print(error)\n"
     )
     printed = run(python, "-W", "ignore", "-c", program, cwd=tmp_path).stdout
-    assert "backend: 'cpu' is not available: the package was built without compiled kernels" in printed
+    assert "backend: 'cpu' is not available: the package was built without these compiled kernels" in printed
 
 
 def test_build_without_torch_says_so_at_once(source, tmp_path):
