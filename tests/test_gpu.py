@@ -9,7 +9,6 @@ from common import inputs, loss_and_gradient
 import tversky_kernels as tk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-BACKENDS = [name for name in ("cuda", "triton") if tk.available_backends()[name] is True]
 
 
 @pytest.fixture(params=["cuda", "triton"])
