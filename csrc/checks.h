@@ -22,57 +22,75 @@ inline void check_logits(const Tensor& logits) {
   STD_TORCH_CHECK(logits.size(1) >= 1, "logits: expected at least one class, got none");
 }
 
-// One value a voxel: (N, *spatial) for logits (N, C, *spatial).
-inline void check_voxelwise(const char* name, const Tensor& x, const Tensor& logits) {
-  STD_TORCH_CHECK(x.dim() == logits.dim() - 1, name, ": expected ", logits.dim() - 1, " dimensions, got ", x.dim());
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    const int64_t expected = logits.size(d == 0 ? 0 : d + 1);
-    STD_TORCH_CHECK(x.size(d) == expected, name, ": expected size ", expected, " in dimension ", d, ", got ",
-                    x.size(d));
+// (N, *spatial) or, with classes, (N, C, *spatial), for logits (N, C, *spatial); the spatial sizes may be others for 1
+// to 3 dimensions, from which the nearest voxels are taken.
+inline void check_volume(const char* name, const Tensor& x, const Tensor& logits, bool with_classes) {
+  const int64_t first = with_classes ? 2 : 1, spatial = logits.dim() - 2;
+  STD_TORCH_CHECK(x.dim() == first + spatial, name, ": expected ", first + spatial, " dimensions, got ", x.dim());
+  for (int64_t d = 0; d < first; ++d) {
+    STD_TORCH_CHECK(x.size(d) == logits.size(d), name, ": expected size ", logits.size(d), " in dimension ", d,
+                    ", got ", x.size(d));
+  }
+  for (int64_t d = 0; d < spatial; ++d) {
+    const int64_t size = x.size(first + d), expected = logits.size(2 + d);
+    STD_TORCH_CHECK(size == expected || (spatial <= 3 && size > 0), name, ": expected size ", expected,
+                    " in dimension ", first + d, ", got ", size);
   }
   STD_TORCH_CHECK(x.is_cpu() == logits.is_cpu() && x.get_device_index() == logits.get_device_index(), name,
                   ": expected it on the logits' device");
 }
 
+inline bool is_integral(ScalarType t) {
+  return t == ScalarType::Bool || t == ScalarType::Byte || t == ScalarType::Char || t == ScalarType::Short ||
+         t == ScalarType::Int || t == ScalarType::Long;
+}
+inline bool is_floating(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
 inline void check_target(const Tensor& target, const Tensor& logits) {
   const ScalarType t = target.scalar_type();
-  STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Byte || t == ScalarType::Char || t == ScalarType::Short ||
-                      t == ScalarType::Int || t == ScalarType::Long,
-                  "target: expected class indices of bool, uint8, int8, int16, int32 or int64, got ",
+  const bool dense = target.dim() == logits.dim();
+  STD_TORCH_CHECK(is_integral(t) || (dense && is_floating(t)),
+                  "target: expected class indices of bool, uint8, int8, int16, int32 or int64, or a dense target of "
+                  "these or a floating type, got ",
                   torch::headeronly::toString(t));
-  check_voxelwise("target", target, logits);
+  check_volume("target", target, logits, dense);
 }
 
 inline void check_voxel_weight(const std::optional<Tensor>& weight, const Tensor& logits) {
   if (!weight.has_value()) return;
   const ScalarType t = weight->scalar_type();
-  STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Byte || t == ScalarType::Half ||
-                      t == ScalarType::BFloat16 || t == ScalarType::Float || t == ScalarType::Double,
+  STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Byte || is_floating(t),
                   "voxel_weight: expected bool, uint8 or floating, got ", torch::headeronly::toString(t));
-  check_voxelwise("voxel_weight", *weight, logits);
+  check_volume("voxel_weight", *weight, logits, false);
 }
 
 // What both passes read.
 inline void check_inputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                         int64_t activation) {
+                         int64_t activation, int64_t cross_entropy, double focal_gamma) {
   check_logits(logits);
   check_target(target, logits);
   check_voxel_weight(voxel_weight, logits);
   STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation: expected 0, 1 or 2, got ", activation);
+  STD_TORCH_CHECK(cross_entropy >= 0 && cross_entropy <= (activation == 2 ? 0 : 2),
+                  "cross_entropy: expected 0, 1 or 2 (0 without an activation), got ", cross_entropy);
+  STD_TORCH_CHECK(focal_gamma >= 0, "focal_gamma: expected a number >= 0, got ", focal_gamma);
 }
 
-// The (N, C, 3) counts table: tp, fp, fn.
+// The (N, C, 3) counts table: tp, fp, fn; with a cross-entropy (N, C, 6).
 inline void check_counts(const Tensor& counts) {
-  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Double && counts.dim() == 3 && counts.size(2) == 3,
-                  "counts: expected (N, C, 3) of float64");
+  STD_TORCH_CHECK(
+      counts.scalar_type() == ScalarType::Double && counts.dim() == 3 && (counts.size(2) == 3 || counts.size(2) == 6),
+      "counts: expected (N, C, 3 or 6) of float64");
 }
 
-// (rows, C, 2) for rows = N, or 1 where the batch was summed.
-inline void check_coefficients(const Tensor& coefficients, const Tensor& logits) {
+// (rows, C, 2), or 4 with a cross-entropy, for rows = N, or 1 where the batch was summed.
+inline void check_coefficients(const Tensor& coefficients, const Tensor& logits, int64_t cross_entropy) {
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 3 &&
                       (coefficients.size(0) == logits.size(0) || coefficients.size(0) == 1) &&
-                      coefficients.size(1) == logits.size(1) && coefficients.size(2) == 2,
-                  "coefficients: expected (N or 1, C, 2) of float64");
+                      coefficients.size(1) == logits.size(1) && coefficients.size(2) == (cross_entropy == 0 ? 2 : 4),
+                  "coefficients: expected (N or 1, C, 2, or 4 with a cross-entropy) of float64");
 }
 
 // The gradient of a loss that is a scalar or has the last C' of the C classes in its last dimension.

@@ -6,6 +6,8 @@
 //   index      1 - TI = (alpha FP + beta FN + s_dr - s_nr) / (TP + alpha FP + beta FN + s_dr)
 //   gradient   softmax  dz_c = p_c (u_c - sum_k p_k u_k)        sigmoid  dz_c = p_c (1 - p_c) u_c
 //
+// and, with k_c = dL/dCE_c, for the cross-entropy of a softmax with label t: dz_c = k_t (p_c - [c = t]).
+//
 // V is a scalar (CUDA: one voxel a thread) or a compiler vector (CPU: one voxel a lane), M the type of its comparisons.
 // `mask ? a : b` works on both. Exponentials and loads are the caller's: they differ by machine.
 #pragma once
@@ -21,6 +23,22 @@ namespace tversky_kernels {
 enum class Activation : int { kSoftmax = 0, kSigmoid = 1, kNone = 2 };
 enum class Absent : int { kKeep = 0, kZero = 1, kSkip = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
+enum class CrossEntropy : int { kNone = 0, kPlain = 1, kSmoothed = 2 };
+// What the mean of the cross-entropy is divided by: sum w b_label, sum w, or C sum w.
+enum class CeMean : int { kClassWeights = 0, kVoxels = 1, kChannels = 2 };
+
+// The columns of the counts table, without and with a cross-entropy: sum g (-log p), sum (-log p) for label smoothing
+// (zero without it) and the sum of the voxels' weights, the same for every class.
+enum Count : int { kTp, kFp, kFn, kCe, kSmoothing, kVoxels, kOverlapCounts = 3, kAllCounts = 6 };
+// The columns of the coefficients: dL/dp where g = 0 and where g = 1, dL/dCE and dL/dsmoothing.
+enum Coefficient : int {
+  kBackground,
+  kForeground,
+  kCeCoefficient,
+  kSmoothingCoefficient,
+  kOverlapCoefficients = 2,
+  kAllCoefficients = 4
+};
 
 // ---- One voxel
 
@@ -81,10 +99,16 @@ struct SoftmaxSums {
 template <typename V>
 struct SoftmaxGradient {
   V scale;      // voxel weight / sum of exponentials: turns an exponential into a weighted probability
-  V offset;     // -(shift + excess)
+  V offset;     // -(shift + excess), and k_t
   V at_target;  // dz_t
 
   TK_MATH V other(V e, V u_background) const { return (e * scale) * (u_background + offset); }
+
+  // Adds k_t times the gradient of the cross-entropy: k_t p_c, and -k_t (1 - p_t) at the target.
+  TK_MATH void add_cross_entropy(const SoftmaxSums<V>& sums, V k_target) {
+    offset += k_target;
+    at_target -= k_target * (sums.others * scale);
+  }
 };
 
 // weighted_others = sum_{k != t} e_k u_k; inverse = 1 / (sums.target + sums.others), 0 where the voxel does not count.
@@ -96,6 +120,86 @@ TK_MATH SoftmaxGradient<V> softmax_gradient(const SoftmaxSums<V>& sums, V weight
   const V excess = (weighted_others + above * sums.target - shift * sums.others) * inverse;
   const V scale = inverse * weight;
   return {scale, -shift - excess, (sums.target * scale) * (above - excess)};
+}
+
+// -log p_t = (z_top - z_t) + log(sum of exponentials): this is sum of exponentials - 1, the largest one being 1, for
+// log1p, so that it keeps its relative accuracy as p_t -> 1.
+template <typename V>
+TK_MATH V exponentials_beyond_one(const SoftmaxSums<V>& sums) {
+  return sums.others + (sums.target - 1);
+}
+
+// ---- One voxel and class with a target g of its own, between 0 and 1
+
+// The exponentials of one voxel's softmax, those of the largest logit (which are 1; more than one where there is a tie)
+// apart from the others', so that 1 - p of the largest is a sum of positive terms.
+template <typename V>
+struct TopSums {
+  V rest{}, tops{};
+
+  template <typename M>
+  TK_MATH void add(M is_top, V e) {
+    rest += is_top ? V{} : e;
+    tops += is_top ? e : V{};
+  }
+  TK_MATH V beyond_one() const { return rest + (tops - 1); }  // sum of exponentials - 1
+};
+
+// tp, fp and fn that one voxel adds, before its weight.
+template <typename V>
+struct Overlap {
+  V tp, fp, fn;
+};
+
+// p - g, by way of 1 - p where that is the more accurate.
+template <typename V>
+TK_MATH V difference_of(const Probability<V>& p, V g) {
+  return g >= 0.5f ? (1 - g) - p.complement : p.p - g;
+}
+
+template <typename V>
+TK_MATH Overlap<V> overlap_of(const Probability<V>& p, V g, bool soft_label) {
+  if (!soft_label) return {p.p * g, p.p * (1 - g), p.complement * g};
+  const V d = difference_of(p, g);
+  return {p.p < g ? p.p : g, d > 0 ? d : V{}, d < 0 ? -d : V{}};
+}
+
+// dL/dp.
+template <typename V>
+TK_MATH V overlap_slope(const Probability<V>& p, V g, V u_background, V u_foreground, bool soft_label) {
+  if (!soft_label) return u_background + g * (u_foreground - u_background);
+  const V d = difference_of(p, g);
+  const V middle = (u_background + u_foreground) * 0.5f;
+  const V lower = d < 0 ? u_foreground : middle;
+  return d > 0 ? u_background : lower;
+}
+
+// From power = (1 - p)^f: -p d/dp [(1 - p)^f (-log p)] = (1 - p)^f - f p (1 - p)^f (log p / (1 - p)), which is 1 for
+// f = 0. Where p = 1 the power is 0, and so is this.
+template <typename V>
+TK_MATH V focal_slope(const Probability<V>& p, V minus_log_p, V power, V focal_gamma) {
+  const V safe = p.complement > 0 ? p.complement : V{} + 1;
+  return power * (1 + focal_gamma * p.p * (minus_log_p / safe));
+}
+
+// dz of a dense softmax from all classes' u: as SoftmaxGradient, with the largest logit in the target's place.
+//   rest_u = sum of p u over the others, top_u = sum of u over the largest, beyond_one = S - 1, inverse = 1 / S
+template <typename V>
+struct DenseSoftmaxGradient {
+  V shift, excess;
+  TK_MATH V overlap(V p, V u) const { return p * ((u - shift) - excess); }
+};
+
+template <typename V>
+TK_MATH DenseSoftmaxGradient<V> dense_softmax_gradient(V rest_u, V top_u, V beyond_one, V inverse) {
+  const V shift = beyond_one < 1 ? top_u : V{};
+  return {shift, rest_u + (top_u - shift) * inverse - shift * (beyond_one * inverse)};
+}
+
+// The cross-entropy's part: b_c = (g_c k_c + s_c) focal slope, b_all their sum.  dz_c = p_c b_all - b_c
+template <typename V>
+TK_MATH V softmax_cross_entropy_gradient(const Probability<V>& p, V b, V b_all) {
+  return p.p * (b_all - b) - p.complement * b;
 }
 
 // ---- One row of the (N, C) table
@@ -129,6 +233,38 @@ TK_MATH TverskyRow tversky_row(double tp, double fp, double fn, const TverskyPar
   const double d_fp = common * a.alpha * numerator;
   const double d_fn = common * a.beta * numerator;
   return {a.class_weight * x, d_fp, d_tp - d_fn};
+}
+
+// ---- The cross-entropy's part of the table
+
+struct CeParameters {
+  double tversky_weight, ce_weight, label_smoothing;
+  CeMean mean;
+};
+
+// What one class adds to the cross-entropy and to its divisor, before ce_weight.
+struct CeTerms {
+  double sum, divisor;
+};
+
+TK_MATH CeTerms ce_terms(const double* counts, double class_weight, int64_t classes, const CeParameters& a) {
+  const double options = a.mean == CeMean::kChannels ? 2.0 : static_cast<double>(classes);
+  const double sum = (1.0 - a.label_smoothing) * counts[kCe] + a.label_smoothing / options * counts[kSmoothing];
+  // tp + fn is the weight of the voxels with this label; every class has the same sum of weights.
+  const double divisor = a.mean == CeMean::kClassWeights ? class_weight * (counts[kTp] + counts[kFn])
+                         : a.mean == CeMean::kVoxels     ? counts[kVoxels] / static_cast<double>(classes)
+                                                         : counts[kVoxels];
+  return {class_weight * sum, divisor};
+}
+
+// dL/dCE_c and dL/dsmoothing_c where the divisor is 1.
+struct CeCoefficients {
+  double ce, smoothing;
+};
+TK_MATH CeCoefficients ce_coefficients(double class_weight, int64_t classes, const CeParameters& a) {
+  const double options = a.mean == CeMean::kChannels ? 2.0 : static_cast<double>(classes);
+  const double common = a.ce_weight * class_weight;
+  return {common * (1.0 - a.label_smoothing), common * a.label_smoothing / options};
 }
 
 }  // namespace tversky_kernels

@@ -16,11 +16,39 @@ struct LogitsView {
   int64_t sample_stride, class_stride, voxel_stride;
 };
 
-// (N, voxels) with any strides, in elements. data is null where the argument was not given.
+// Which voxel of a finer (or coarser) volume the voxels of this one take their value from: the one that torch's
+// interpolate(mode="nearest") takes. Three dimensions, the last one innermost; those that there are not have size 1.
+struct Resampling {
+  bool active;
+  int64_t sizes[3];         // of this volume
+  int64_t source_sizes[3];  // of the one that is read
+  int64_t strides[3];       // of the one that is read, in elements
+  float scales[3];          // source size / size
+
+  TK_MATH int64_t source(int dimension, int64_t i) const {
+    const int64_t at = static_cast<int64_t>(static_cast<float>(i) * scales[dimension]);
+    const int64_t last = source_sizes[dimension] - 1;
+    return (at < last ? at : last) * strides[dimension];
+  }
+  // The offset of the voxel that is read for this volume's voxel, from the start of the sample.
+  TK_MATH int64_t offset(int64_t voxel) const {
+    const int64_t row = voxel / sizes[2];
+    return source(0, row / sizes[1]) + source(1, row % sizes[1]) + source(2, voxel % sizes[2]);
+  }
+};
+
+// (N, voxels), or (N, C, voxels) where it is dense, with any strides, in elements. data is null where the argument was
+// not given; voxel_stride does not count where the volume is resampled.
 struct VoxelView {
   const void* data;
   ElementType type;
-  int64_t sample_stride, voxel_stride;
+  int64_t sample_stride, class_stride, voxel_stride;
+  Resampling resampling;
+
+  // The offset of a voxel from the start of its sample.
+  TK_MATH int64_t offset(int64_t voxel) const {
+    return resampling.active ? resampling.offset(voxel) : voxel * voxel_stride;
+  }
 };
 
 // A tensor of the logits' type and shape, with any strides, in elements.
@@ -35,9 +63,25 @@ struct Volume {
   VoxelView weight;
   int64_t samples, classes, voxels;
   Activation activation;
+  bool dense;           // the target has a value for every class, g[n, c, voxel]
+  bool soft_label;      // its overlap is measured by |p - g|
   int64_t first_label;  // the label of channel 0: 0, or 1 where one sigmoid channel stands for the foreground
   bool has_ignore_index;
   int64_t ignore_index;
+  CrossEntropy cross_entropy;
+  double focal_gamma;
+
+  // Counts and coefficients of a class.
+  TK_MATH int count_columns() const { return cross_entropy == CrossEntropy::kNone ? kOverlapCounts : kAllCounts; }
+  TK_MATH int coefficient_columns() const {
+    return cross_entropy == CrossEntropy::kNone ? kOverlapCoefficients : kAllCoefficients;
+  }
+  // Whether every class of a voxel needs its own g and its own term, which the kernels for class indices do not make.
+  TK_MATH bool is_general() const {
+    return dense ||
+           (cross_entropy != CrossEntropy::kNone &&
+            (activation != Activation::kSoftmax || focal_gamma != 0.0 || cross_entropy == CrossEntropy::kSmoothed));
+  }
 };
 
 }  // namespace tversky_kernels

@@ -47,31 +47,77 @@ inline ElementType element_type(ScalarType t) {
   }
 }
 
-inline VoxelView voxel_view(const Tensor& x) {
-  return {x.const_data_ptr(), element_type(x.scalar_type()), x.stride(0), *single_stride(x, 1)};
+// A target or weight for logits (N, C, *spatial). first: its first spatial dimension.
+inline VoxelView voxel_view(const Tensor& x, int64_t first, const Tensor& logits) {
+  VoxelView view{};
+  view.data = x.const_data_ptr();
+  view.type = element_type(x.scalar_type());
+  view.sample_stride = x.stride(0);
+  view.class_stride = first == 2 ? x.stride(1) : 0;
+  Resampling& r = view.resampling;
+  const int64_t spatial = x.dim() - first;
+  for (int64_t d = 0; d < spatial; ++d) r.active |= x.size(first + d) != logits.size(2 + d);
+  if (!r.active) {
+    view.voxel_stride = *single_stride(x, first);
+    return view;
+  }
+  for (int64_t i = 0; i < 3; ++i) {
+    const int64_t d = spatial - 3 + i;
+    r.sizes[i] = d < 0 ? 1 : logits.size(2 + d);
+    r.source_sizes[i] = d < 0 ? 1 : x.size(first + d);
+    r.strides[i] = d < 0 ? 0 : x.stride(first + d);
+    r.scales[i] = static_cast<float>(r.source_sizes[i]) / static_cast<float>(r.sizes[i]);
+  }
+  return view;
 }
+
+inline bool same_sizes(const Tensor& x, int64_t first, const Tensor& logits) {
+  for (int64_t d = first; d < x.dim(); ++d) {
+    if (x.size(d) != logits.size(d - first + 2)) return false;
+  }
+  return true;
+}
+
+// As `walkable`, but a volume that is resampled is walked by all its strides.
+inline Tensor readable(const Tensor& x, int64_t first, const Tensor& logits) {
+  return same_sizes(x, first, logits) ? walkable(x, first) : x;
+}
+
+// How both passes read the volumes: the operators' arguments, as they come.
+struct PassArguments {
+  int64_t activation;
+  std::optional<int64_t> ignore_index;
+  bool soft_label;
+  int64_t cross_entropy;
+  double focal_gamma;
+};
 
 // Owns what the views of a Volume point to.
 struct VolumeTensors {
   Tensor logits, target;
   std::optional<Tensor> weight;
-  Volume view;
+  Volume view{};
 
   VolumeTensors(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& weight_in,
-                int64_t activation, const std::optional<int64_t>& ignore_index)
-      : logits(walkable(logits_in, 2)), target(walkable(target_in, 1)) {
-    if (weight_in.has_value()) weight = walkable(*weight_in, 1);
+                const PassArguments& a)
+      : logits(walkable(logits_in, 2)),
+        target(readable(target_in, target_in.dim() == logits_in.dim() ? 2 : 1, logits_in)) {
+    if (weight_in.has_value()) weight = readable(*weight_in, 1, logits);
     view.samples = logits.size(0);
     view.classes = logits.size(1);
     view.voxels = view.samples == 0 ? 0 : logits.numel() / (view.samples * view.classes);
     view.logits = {logits.const_data_ptr(), element_type(logits.scalar_type()), logits.stride(0), logits.stride(1),
                    *single_stride(logits, 2)};
-    view.target = voxel_view(target);
-    view.weight = weight.has_value() ? voxel_view(*weight) : VoxelView{nullptr, ElementType::kFloat, 0, 0};
-    view.activation = static_cast<Activation>(activation);
+    view.dense = target.dim() == logits.dim();
+    view.target = voxel_view(target, view.dense ? 2 : 1, logits);
+    if (weight.has_value()) view.weight = voxel_view(*weight, 1, logits);
+    view.activation = static_cast<Activation>(a.activation);
+    view.soft_label = a.soft_label && view.dense;  // for class indices both forms are the same
     view.first_label = view.classes == 1 && view.activation != Activation::kSoftmax ? 1 : 0;
-    view.has_ignore_index = ignore_index.has_value();
-    view.ignore_index = ignore_index.value_or(0);
+    view.has_ignore_index = a.ignore_index.has_value();
+    view.ignore_index = a.ignore_index.value_or(0);
+    view.cross_entropy = static_cast<CrossEntropy>(a.cross_entropy);
+    view.focal_gamma = a.focal_gamma;
   }
 };
 

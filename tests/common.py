@@ -27,12 +27,13 @@ def loss_and_gradient(function, logits, *arguments, upstream=None, **options):
     return loss.detach(), gradient
 
 
-def truth(logits, target, upstream=None, **options):
-    """Loss and gradient of the reference in float64, from the very values that the logits have in their own type."""
+def truth(logits, target, upstream=None, reference=tk.reference.tversky_loss, **options):
+    """Loss and gradient of the reference in float64, from the very values that the volumes have in their own type."""
+    target = target.double() if target.is_floating_point() else target
     options = {
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()
     }
-    return loss_and_gradient(tk.reference.tversky_loss, logits.double(), target, upstream=upstream, **options)
+    return loss_and_gradient(reference, logits.double(), target, upstream=upstream, **options)
 
 
 def relative(actual, expected, least_norm=0.0):
@@ -43,14 +44,22 @@ def relative(actual, expected, least_norm=0.0):
 
 
 def check_against_truth(
-    function, logits, target, upstream=None, loss_tolerance=1e-6, least_norm=0.0, rounding=1.02, **options
+    function,
+    logits,
+    target,
+    upstream=None,
+    loss_tolerance=1e-6,
+    least_norm=0.0,
+    rounding=1.02,
+    reference=tk.reference.tversky_loss,
+    **options,
 ):
     """Loss to 1e-6, float32 gradients to 1e-6, half precision no worse than rounding the true gradient once.
 
     least_norm: the norm below which a gradient is as good as none, for predictions that are saturated.
     rounding: how many times the error of rounding the true gradient once half precision may be off.
     """
-    true_loss, true_gradient = truth(logits, target, upstream, **options)
+    true_loss, true_gradient = truth(logits, target, upstream, reference, **options)
     loss, gradient = loss_and_gradient(function, logits, target, upstream=upstream, **options)
     assert loss.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     assert loss.shape == true_loss.shape

@@ -45,6 +45,12 @@ def test_gradgradcheck_with_voxel_weight():
     assert torch.autograd.gradgradcheck(lambda z: cpu(z, target, voxel_weight=weight), logits)
 
 
+def test_second_derivative_where_the_upstream_gradient_depends_on_the_logits():
+    logits, target = leaf(2, 3, (3,), torch.float64)
+    assert torch.autograd.gradgradcheck(lambda z: cpu(z, target).square(), logits)
+    assert torch.autograd.gradgradcheck(lambda z: (cpu(z, target, reduction="none") * z.mean()).exp(), logits)
+
+
 def test_create_graph_gives_the_kernels_gradient():
     logits, target = leaf(1, 3, (9, 9))
     plain, differentiable = (
@@ -227,54 +233,96 @@ def test_autocast():
     assert torch.isfinite(network.weight.grad).all()
 
 
-TABLE = (None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2)
+#: voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma
+PLAIN = (None, 0, None, False, 0, 0.0)
+#: tversky_weight, ce_weight, label_smoothing, ce_mean
+CE_TABLE = (1.0, 0.5, 0.1, 0)
+TABLE = (None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2, *CE_TABLE)
 
 
-def op_arguments(name):
+def op_arguments(name, cross_entropy):
     logits, target = inputs(2, 3, (4, 5))
-    weight = torch.rand(2, 4, 5)
-    loss, coefficients = ops.tversky_loss(logits, target, None, 0, None, True, *TABLE)
+    how = (torch.rand(2, 4, 5), 0, 1, False, cross_entropy, 2.0 if cross_entropy else 0.0)
+    loss, coefficients = ops.tversky_loss(logits, target, *how, True, *TABLE)
     return {
-        "count_pass": (logits, target, weight, 0, 1, True),
-        "table": (torch.rand(2, 3, 3, dtype=torch.float64), *TABLE),
-        "tversky_loss": (logits, target, None, 0, None, True, *TABLE),
-        "gradient_pass": (torch.ones_like(loss), logits, target, weight, coefficients, 0, 1),
-        "gradient_pass_": (logits, torch.ones_like(loss), target, weight, coefficients, 0, 1),
+        "count_pass": (logits, target, *how, True),
+        "table": (torch.rand(2, 3, 6 if cross_entropy else 3, dtype=torch.float64), *TABLE),
+        "tversky_loss": (logits, target, *how, True, *TABLE),
+        "gradient_pass": (torch.ones_like(loss), coefficients, logits, target, *how),
+        "gradient_pass_": (logits, torch.ones_like(loss), coefficients, target, *how),
     }[name]
 
 
+@pytest.mark.parametrize("cross_entropy", [0, 1, 2])
 @pytest.mark.parametrize("name", ["count_pass", "table", "tversky_loss", "gradient_pass", "gradient_pass_"])
-def test_opcheck(name):
-    torch.library.opcheck(getattr(ops, name).default, op_arguments(name))
+def test_opcheck(name, cross_entropy):
+    torch.library.opcheck(getattr(ops, name).default, op_arguments(name, cross_entropy))
 
 
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 @pytest.mark.parametrize(("batch", "background"), [(False, True), (True, False), (True, True), (False, False)])
 def test_opcheck_of_every_shape_of_loss(reduction, batch, background):
     logits, target = inputs(2, 3, (4, 5))
-    table = (torch.rand(3, 3, dtype=torch.float64), 0.3, 0.7, 0.75, 1e-5, 1e-5, background, batch, 2, reduction)
-    torch.library.opcheck(ops.tversky_loss.default, (logits, target, None, 0, None, True, *table))
+    table = (
+        torch.rand(4, 3, dtype=torch.float64),
+        0.3,
+        0.7,
+        0.75,
+        1e-5,
+        1e-5,
+        background,
+        batch,
+        2,
+        reduction,
+        *CE_TABLE,
+    )
+    torch.library.opcheck(ops.tversky_loss.default, (logits, target, *PLAIN, True, *table))
 
 
 def test_operators_check_their_arguments():
     logits, target = inputs(2, 3, (4, 5))
-    loss, coefficients = ops.tversky_loss(logits, target, None, 0, None, True, *TABLE)
+    loss, coefficients = ops.tversky_loss(logits, target, *PLAIN, True, *TABLE)
     for arguments, message in (
-        ((logits.int(), target, None, 0, None, True), "logits: expected"),
-        ((logits, target.float(), None, 0, None, True), "target: expected class indices"),
-        ((logits, target[:1], None, 0, None, True), "target: expected size 2 in dimension 0, got 1"),
-        ((logits, target[..., :-1], None, 0, None, True), "target: expected size 5"),
-        ((logits, target, target, 0, None, True), "voxel_weight: expected"),
-        ((logits, target, None, 7, None, True), "activation: expected"),
-        ((logits[:, :0], target, None, 0, None, True), "at least one class"),
+        ((logits.int(), target, *PLAIN, True), "logits: expected"),
+        ((logits, target.float(), *PLAIN, True), "target: expected class indices"),
+        ((logits, target[:1], *PLAIN, True), "target: expected size 2 in dimension 0, got 1"),
+        ((logits, target[..., :0], *PLAIN, True), "target: expected size 5 in dimension 2, got 0"),
+        ((logits, logits[:, :2], *PLAIN, True), "target: expected size 3 in dimension 1, got 2"),
+        ((logits, logits.cfloat(), *PLAIN, True), "target: expected class indices"),
+        ((logits, target[0], *PLAIN, True), "target: expected 3 dimensions, got 2"),
+        ((logits, target, target, *PLAIN[1:], True), "voxel_weight: expected"),
+        ((logits, target, None, 7, *PLAIN[2:], True), "activation: expected"),
+        ((logits, target, None, 0, None, False, 3, 0.0, True), "cross_entropy: expected"),
+        ((logits, target, None, 2, None, False, 1, 0.0, True), "cross_entropy: expected"),
+        ((logits, target, None, 0, None, False, 1, -1.0, True), "focal_gamma: expected"),
+        ((logits[:, :0], target, *PLAIN, True), "at least one class"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.count_pass(*arguments)
     with pytest.raises(RuntimeError, match="coefficients: expected"):
-        ops.gradient_pass(loss, logits, target, None, coefficients[:, :2], 0, None)
+        ops.gradient_pass(loss, coefficients[:, :2], logits, target, *PLAIN)
     with pytest.raises(RuntimeError, match="grad_loss: its shape"):
-        ops.gradient_pass(torch.ones(2, 9), logits, target, None, coefficients, 0, None)
+        ops.gradient_pass(torch.ones(2, 9), coefficients, logits, target, *PLAIN)
     with pytest.raises(RuntimeError, match="counts: expected"):
         ops.table(torch.rand(2, 3, 3), *TABLE)
     with pytest.raises(RuntimeError, match="class_parameters: expected"):
         ops.table(torch.rand(2, 3, 3).double(), torch.rand(3, 2).double(), *TABLE[1:])
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "activation": "sigmoid"}])
+@pytest.mark.parametrize("dense", [False, True])
+def test_export(options, dense):
+    """torch.export traces the loss as its operators."""
+    logits, target = inputs(2, 3, (4, 5))
+    target = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float() if dense else target
+    criterion = tk.TverskyCELoss(backend="cpu", **options)
+    program = torch.export.export(criterion, (logits, target))
+    assert any("tversky_kernels.tversky_loss" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(logits, target), criterion(logits, target))
+    counts = torch.export.export(CountsModule(), (logits, target)).module()(logits, target)
+    torch.testing.assert_close(counts, torch.stack(tk.overlap_counts(logits, target)))
+
+
+class CountsModule(torch.nn.Module):
+    def forward(self, logits, target):
+        return torch.stack(tk.overlap_counts(logits, target, backend="cpu"))

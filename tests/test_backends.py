@@ -29,8 +29,10 @@ def test_auto_takes_the_kernels_and_falls_back_for_what_they_lack():
 
 
 def test_a_named_backend_never_falls_back():
-    dense = torch.nn.functional.one_hot(TARGET, 3).movedim(-1, 1)
-    with pytest.raises(ValueError, match="backend: 'cpu' does not compute dense targets"):
+    dense = torch.nn.functional.one_hot(TARGET, 3).movedim(-1, 1).float().requires_grad_()
+    with pytest.raises(ValueError, match="backend: 'cpu' does not compute the gradient of a target"):
+        tk.tversky_loss(LOGITS, dense, backend="cpu")
+    with torch.no_grad():
         tk.tversky_loss(LOGITS, dense, backend="cpu")
     with pytest.raises(ValueError, match="backend: 'cpu' expects tensors on cpu, got logits on meta"):
         tk.tversky_loss(LOGITS.to("meta"), TARGET.to("meta"), backend="cpu")

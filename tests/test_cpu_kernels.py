@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from combinations import cases, check_case, check_second_derivatives
 from common import CPU_CAPABILITIES, INDEX_DTYPES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient, truth
 
 import tversky_kernels as tk
@@ -184,7 +185,7 @@ def test_exponential_to_one_ulp(capability):
         # Exact in the type, so that the difference of the logits is.
         x = torch.linspace(0, 80, 20001, dtype=dtype)
         logits = torch.stack((-x, torch.zeros_like(x)), 1)[..., None]  # (N, 2, 1)
-        counts = ops.count_pass(logits, torch.ones(len(x), 1, dtype=torch.uint8), None, 0, None, True)
+        counts = ops.count_pass(logits, torch.ones(len(x), 1, dtype=torch.uint8), None, 0, None, False, 0, 0.0, True)
         e = torch.exp(-x.to(torch.float64)) if dtype == torch.float32 else torch.exp(-x)
         expected = e / (1 + e)
         error = ((counts[:, 0, 1] - expected).abs() / expected).max().item()
@@ -269,59 +270,17 @@ def test_loss_on_128_cubed_to_one_in_a_million():
     ops.cpu_capability(2)
 
 
-@st.composite
-def cases(draw):
-    classes = draw(st.integers(1, 9))
-    activation = draw(st.sampled_from(["softmax", "sigmoid"] if classes > 1 else ["sigmoid"]))
-    per_class = st.lists(st.floats(0, 2), min_size=classes, max_size=classes)
-    return {
-        "shape": (draw(st.integers(1, 3)), classes, *draw(st.lists(st.integers(1, 19), min_size=1, max_size=3))),
-        "dtype": draw(st.sampled_from(LOGITS_DTYPES)),
-        "target_dtype": draw(st.sampled_from(INDEX_DTYPES)),
-        "seed": draw(st.integers(0, 2**31)),
-        "scale": draw(st.sampled_from([0.1, 1.0, 10.0])),
-        "channels_last": draw(st.booleans()),
-        "weighted": draw(st.booleans()),
-        "capability": draw(st.sampled_from(list(CPU_CAPABILITIES.values()))),
-        "options": {
-            "activation": activation,
-            "alpha": draw(st.one_of(st.floats(0, 2), per_class)),
-            "beta": draw(st.one_of(st.floats(0, 2), per_class)),
-            "class_weight": draw(st.one_of(st.none(), per_class)),
-            "gamma": draw(st.sampled_from([0.5, 0.75, 1.0, 2.0])),
-            "smooth_nr": draw(st.sampled_from([0.0, 1e-5, 1.0])),
-            "smooth_dr": draw(st.sampled_from([1e-5, 1.0])),
-            "ignore_index": draw(st.sampled_from([None, 0, 1, 100])),
-            "include_background": draw(st.booleans()),
-            "batch": draw(st.booleans()),
-            "absent": draw(st.sampled_from(["keep", "zero", "skip"])),
-            "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
-        },
-    }
-
-
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
-@hypothesis.given(cases())
-def test_any_combination(case):
-    samples, classes, *spatial = case["shape"]
-    logits, target = inputs(
-        samples, classes, spatial, case["dtype"], case["target_dtype"], seed=case["seed"], scale=case["scale"]
-    )
-    options = case["options"]
-    if case["channels_last"]:
-        logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
-    if case["weighted"]:
-        options["voxel_weight"] = torch.rand(target.shape, generator=torch.Generator().manual_seed(case["seed"]))
-    ops.cpu_capability(case["capability"])
+@hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
+@hypothesis.given(cases(), st.sampled_from(list(CPU_CAPABILITIES.values())))
+def test_any_combination(case, capability):
+    ops.cpu_capability(capability)
     try:
-        true_loss, true_gradient = truth(logits, target, **options)
-        loss, gradient = loss_and_gradient(cpu, logits, target, **options)
+        check_case(case, "cpu")
     finally:
         ops.cpu_capability(2)
-    scale = max(1.0, true_loss.abs().max().item())
-    assert (loss.double() - true_loss).abs().max().item() <= 2e-6 * scale
-    # Against the largest gradient there is, for one that ought to be 0 has no relative error.
-    largest = true_gradient.abs().max().item()
-    eps = max(torch.finfo(logits.dtype).eps, 2e-6 if logits.dtype != torch.float64 else 1e-11)
-    smallest = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
-    assert (gradient.double() - true_gradient).abs().max().item() <= 2 * eps * largest + smallest + 1e-9
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(cases(tiny=True))
+def test_second_derivatives_of_any_combination(case):
+    check_second_derivatives(case, "cpu")

@@ -173,7 +173,7 @@ def test_cuda_kernels_compile_without_spills(arch, tmp_path):
     for name, report in kernels.items():
         assert re.search(r"0 bytes spill stores, 0 bytes spill loads", report), (name, report)
         registers = int(re.search(r"Used (\d+) registers", report)[1])
-        assert registers <= (64 if "table" in name else 128), (name, registers)  # two blocks of 256 threads and more
+        assert registers <= 128, (name, registers)  # two blocks of 256 threads and more
     # The fast paths read and write 16 bytes at once.
     result = run(
         [

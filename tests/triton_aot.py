@@ -102,6 +102,14 @@ def cases(quick: bool):
         yield 4, dtype, torch.uint8, {"ignore": True, "weight": True}
         yield 33, dtype, torch.uint8, {"ignore": True, "weight": True}
         yield 4, dtype, torch.uint8, {"channels_last": True}
+        for classes in (2, 4, 33):
+            yield classes, dtype, torch.uint8, {"ce": 1}
+            yield classes, dtype, torch.uint8, {"dense": True}
+        yield 4, dtype, torch.uint8, {"ce": 1, "resampled": True, "weight": True}
+        yield 4, dtype, torch.float32, {"dense": True, "soft": True, "ce": 2, "focal": 2.0, "ignore": True}
+        yield 33, dtype, torch.float32, {"dense": True, "soft": True, "ce": 2, "focal": 2.0}
+        yield 4, dtype, torch.uint8, {"activation": 1, "ce": 2, "focal": 2.0}
+        yield 33, dtype, torch.uint8, {"activation": 1, "ce": 1, "dense": True}
         for activation in (1, 2):
             yield 1, dtype, torch.uint8, {"activation": activation}
             yield 33, dtype, torch.uint8, {"activation": activation}
@@ -114,17 +122,37 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
     logits = torch.zeros(2, classes, 32, 32, 16, dtype=dtype)
     if options.get("channels_last"):
         logits = logits.contiguous(memory_format=torch.channels_last_3d)
-    target = torch.zeros(2, 32, 32, 16, dtype=label_dtype)
-    weight = torch.zeros(2, 32, 32, 16) if options.get("weight") else None
-    activation, ignore = options.get("activation", 0), 255 if options.get("ignore") else None
+    space = (48, 64, 32) if options.get("resampled") else (32, 32, 16)
+    target = torch.zeros(2, *((classes,) if options.get("dense") else ()), *space, dtype=label_dtype)
+    weight = torch.zeros(2, *space) if options.get("weight") else None
+    ignore, ce = 255 if options.get("ignore") else None, options.get("ce", 0)
+    arguments = (options.get("activation", 0), ignore, options.get("soft", False), ce, options.get("focal", 0.0))
     try:
         for name, stand_in in stand_ins.items():
             setattr(kernels, name, stand_in)
         _, coefficients = launch.tversky_loss(
-            logits, target, weight, activation, ignore, True, None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2
+            logits,
+            target,
+            weight,
+            *arguments,
+            True,
+            None,
+            0.3,
+            0.7,
+            1.0,
+            1e-5,
+            1e-5,
+            True,
+            False,
+            0,
+            2,
+            1.0,
+            1.0,
+            0.1,
+            0,
         )
         grad = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        launch.gradient_pass(grad, logits, target, weight, coefficients, activation, ignore)
+        launch.gradient_pass(grad, coefficients, logits, target, weight, *arguments)
     finally:
         for name, kernel in saved.items():
             setattr(kernels, name, kernel)

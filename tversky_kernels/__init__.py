@@ -1,21 +1,48 @@
 """Fused softmax + Tversky loss, forward and backward, for large volumes in PyTorch."""
 
-from . import reference
+from . import compat, reference
 from ._backends import available_backends
-from .functional import dice_loss, focal_tversky_loss, jaccard_loss, tversky_loss
-from .modules import DiceLoss, FocalTverskyLoss, JaccardLoss, TverskyLoss
+from .functional import (
+    OverlapCounts,
+    deep_supervision_loss,
+    dice_loss,
+    focal_tversky_loss,
+    generalized_dice_loss,
+    jaccard_loss,
+    overlap_counts,
+    tversky_ce_loss,
+    tversky_loss,
+)
+from .modules import (
+    DeepSupervisionLoss,
+    DiceLoss,
+    FocalTverskyLoss,
+    GeneralizedDiceLoss,
+    JaccardLoss,
+    TverskyCELoss,
+    TverskyLoss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DeepSupervisionLoss",
     "DiceLoss",
     "FocalTverskyLoss",
+    "GeneralizedDiceLoss",
     "JaccardLoss",
+    "OverlapCounts",
+    "TverskyCELoss",
     "TverskyLoss",
     "available_backends",
+    "compat",
+    "deep_supervision_loss",
     "dice_loss",
     "focal_tversky_loss",
+    "generalized_dice_loss",
     "jaccard_loss",
+    "overlap_counts",
     "reference",
+    "tversky_ce_loss",
     "tversky_loss",
 ]

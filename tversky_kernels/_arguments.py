@@ -11,6 +11,7 @@ from ._ops import ABSENT, ACTIVATIONS, REDUCTIONS
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.uint8, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool)
+DENSE_DTYPES = (*INDEX_DTYPES, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WEIGHT_DTYPES = (torch.float32, torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -29,10 +30,18 @@ class Options(NamedTuple):
     absent: str
     soft_label: bool
     reduction: str
+    tversky_weight: float = 1.0
+    ce_weight: float = 0.0
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
 
 
 class Volumes(NamedTuple):
-    """The volumes, checked: the target as (N, *spatial) indices or, where dense, as (N, C, *spatial)."""
+    """The volumes, checked: the target as (N, *spatial) indices or, where dense, as (N, C, *spatial).
+
+    Target and voxel_weight may be finer than the logits, if `check_arguments` was asked to allow it: then a voxel of
+    the logits has the label and weight of its nearest voxel (`torch.nn.functional.interpolate(mode="nearest")`).
+    """
 
     target: torch.Tensor
     voxel_weight: torch.Tensor | None
@@ -40,7 +49,7 @@ class Volumes(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What `check_arguments` returns. class_parameters: (3, C) rows alpha, beta, class weight; None: all are alike."""
+    """What `check_arguments` returns. class_parameters: (4, C) float64 or None, see `_check_class_parameters`."""
 
     volumes: Volumes
     options: Options
@@ -52,22 +61,25 @@ def _shape(x) -> str:
     return f"({', '.join(str(s) for s in sizes)})"
 
 
-def _number(name: str, value, *, positive: bool = False) -> float:
-    bound = "> 0" if positive else ">= 0"
+def number(name: str, value, *, positive: bool = False, most: float = math.inf) -> float:
+    """The value as a float; an error that names the argument where it is out of range."""
+    bound = "> 0" if positive else ">= 0" if most == math.inf else f"in [0, {most:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
-    if not 0 <= value < math.inf or (positive and value == 0):  # NaN fails too
+    if not 0 <= value <= most or value == math.inf or (positive and value == 0):  # NaN fails too
         raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
     return float(value)
 
 
-def _one_of(name: str, value, allowed) -> str:
+def one_of(name: str, value, allowed) -> str:
+    """The value, if it is one of those that are allowed."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
 
-def _flag(name: str, value) -> bool:
+def flag(name: str, value) -> bool:
+    """The value, if it is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return value
@@ -92,37 +104,52 @@ def check_arguments(
     soft_label,
     reduction,
     check_target,
+    tversky_weight=1.0,
+    ce_weight=0.0,
+    ce_class_weight=None,
+    label_smoothing=0.0,
+    focal_gamma=0.0,
+    any_resolution=False,
 ) -> Checked:
-    """Checks every argument that describes the loss; the labels' range is left to whoever reads the labels."""
+    """Checks every argument that describes the loss; the labels' range is left to whoever reads the labels.
+
+    any_resolution: target and voxel_weight may have other spatial sizes than the logits, see `Volumes`.
+    """
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
     if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
     if check_target not in (None, True, False):
         raise TypeError(f"check_target: expected None, True or False, got {check_target!r}")
-    _one_of("activation", activation, ACTIVATIONS)
+    one_of("activation", activation, ACTIVATIONS)
     _check_logits(logits, activation)
-    alpha, beta, class_parameters = _check_class_parameters(alpha, beta, class_weight, logits)
+    alpha, beta, class_parameters = _check_class_parameters(alpha, beta, class_weight, ce_class_weight, logits)
     options = Options(
         alpha,
         beta,
-        _number("gamma", gamma, positive=True),
-        _number("smooth_nr", smooth_nr),
-        _number("smooth_dr", smooth_dr),
+        number("gamma", gamma, positive=True),
+        number("smooth_nr", smooth_nr),
+        number("smooth_dr", smooth_dr),
         activation,
-        _flag("include_background", include_background),
+        flag("include_background", include_background),
         ignore_index,
-        _flag("batch", batch),
-        _one_of("absent", absent, ABSENT),
-        _flag("soft_label", soft_label),
-        _one_of("reduction", reduction, REDUCTIONS),
+        flag("batch", batch),
+        one_of("absent", absent, ABSENT),
+        flag("soft_label", soft_label),
+        one_of("reduction", reduction, REDUCTIONS),
+        number("tversky_weight", tversky_weight),
+        number("ce_weight", ce_weight),
+        number("label_smoothing", label_smoothing, most=1.0),
+        number("focal_gamma", focal_gamma),
     )
-    return Checked(_check_volumes(logits, target, voxel_weight), options, class_parameters)
+    if options.ce_weight and activation == "none":
+        raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
+    return Checked(_check_volumes(logits, target, voxel_weight, any_resolution), options, class_parameters)
 
 
 def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Tensor:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full((classes,), _number(name, value), dtype=torch.float64, device=device)
+        return torch.full((classes,), number(name, value), dtype=torch.float64, device=device)
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
             raise ValueError(f"{name}: expected constants, got a tensor that requires a gradient")
@@ -130,7 +157,7 @@ def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Te
             raise TypeError(f"{name}: expected real numbers, got a tensor of {value.dtype}")
         values = value.to(device=device, dtype=torch.float64)
     elif isinstance(value, (list, tuple)):
-        values = torch.tensor([_number(f"{name}[{i}]", v) for i, v in enumerate(value)], dtype=torch.float64)
+        values = torch.tensor([number(f"{name}[{i}]", v) for i, v in enumerate(value)], dtype=torch.float64)
         values = values.to(device)
     else:
         raise TypeError(f"{name}: expected a number or one number a class, got {type(value).__name__}")
@@ -146,15 +173,18 @@ def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Te
     return values
 
 
-def _check_class_parameters(alpha, beta, class_weight, logits: torch.Tensor):
-    # -> alpha, beta and no table, or a (3, C) table of alpha, beta and class_weight that stands for all three.
-    if class_weight is None and isinstance(alpha, (int, float)) and isinstance(beta, (int, float)):
-        return _number("alpha", alpha), _number("beta", beta), None
+def _check_class_parameters(alpha, beta, class_weight, ce_class_weight, logits: torch.Tensor):
+    # -> alpha, beta and no table, or a (4, C) table of alpha, beta, class_weight and ce_class_weight that stands for
+    # all.
+    numbers = isinstance(alpha, (int, float)) and isinstance(beta, (int, float))
+    if class_weight is None and ce_class_weight is None and numbers:
+        return number("alpha", alpha), number("beta", beta), None
     classes, device = logits.size(1), logits.device
     rows = (
         _per_class("alpha", alpha, classes, device),
         _per_class("beta", beta, classes, device),
         _per_class("class_weight", 1.0 if class_weight is None else class_weight, classes, device),
+        _per_class("ce_class_weight", 1.0 if ce_class_weight is None else ce_class_weight, classes, device),
     )
     return math.nan, math.nan, torch.stack(rows)
 
@@ -175,38 +205,57 @@ def _check_logits(logits, activation: str) -> None:
         )
 
 
-def _check_volumes(logits: torch.Tensor, target, voxel_weight) -> Volumes:
+def _fits(x: torch.Tensor, shape: tuple, any_resolution: bool) -> bool:
+    # Whether x has this shape, its spatial sizes apart where these are free: 1 to 3 of them, of one voxel at least.
+    if not any_resolution:
+        return x.shape == shape
+    spatial = x.dim() - len(shape)
+    return 1 <= spatial <= 3 and x.shape[: len(shape)] == shape and 0 not in x.shape[len(shape) :]
+
+
+def _check_volumes(logits: torch.Tensor, target, voxel_weight, any_resolution: bool) -> Volumes:
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
     if target.device != logits.device:
         raise ValueError(f"target: expected it on the logits' device {logits.device}, got {target.device}")
-    samples, classes, spatial = logits.shape[0], logits.shape[1], logits.shape[2:]
+    samples, classes = logits.shape[:2]
+    spatial = () if any_resolution else logits.shape[2:]
     index_shape, channel_shape = (samples, *spatial), (samples, 1, *spatial)
+    if any_resolution and not 3 <= logits.dim() <= 5:
+        raise ValueError(f"logits: expected 1 to 3 spatial dimensions here, got the shape {_shape(logits)}")
     integral = not (target.dtype.is_floating_point or target.dtype.is_complex)
-    if target.shape == index_shape or (target.shape == channel_shape and (integral or classes > 1)):
+    has_channels = target.dim() == logits.dim()
+    is_index = target.dim() == logits.dim() - 1 and _fits(target, index_shape, any_resolution)
+    if has_channels and (integral or classes > 1):
+        is_index = _fits(target, channel_shape, any_resolution)
+    if is_index:
         if target.dtype not in INDEX_DTYPES:
             raise TypeError(
                 f"target: class indices of shape {_shape(target)} are expected as bool, uint8, int8, int16, int32 or "
                 f"int64, got {target.dtype}; convert them, for example with target.long()"
             )
-        dense = False
-        if target.dim() == logits.dim():
+        if has_channels:
             target = target.squeeze(1)
-    elif target.shape == logits.shape:
-        if target.dtype.is_complex:
+    elif has_channels and _fits(target, (samples, classes, *spatial), any_resolution):
+        if target.dtype not in DENSE_DTYPES:
             raise TypeError(f"target: expected bool, integers or floating numbers, got {target.dtype}")
-        dense = True
     else:
+        shown = ("*any",) if any_resolution else spatial
         raise ValueError(
-            f"target: for logits {_shape(logits)} expected class indices {_shape(index_shape)} or "
-            f"{_shape(channel_shape)}, or a dense target {_shape(logits)}, got {_shape(target)}"
+            f"target: for logits {_shape(logits)} expected class indices {_shape((samples, *shown))} or "
+            f"{_shape((samples, 1, *shown))}, or a dense target {_shape((samples, classes, *shown))}, got "
+            f"{_shape(target)}"
         )
     if voxel_weight is not None:
-        voxel_weight = _check_voxel_weight(voxel_weight, logits, index_shape, channel_shape)
-    return Volumes(target, voxel_weight, dense)
+        voxel_weight = _check_voxel_weight(voxel_weight, logits, index_shape, channel_shape, any_resolution)
+        if any_resolution and voxel_weight.shape[1:] != target.shape[1 + (not is_index) :]:
+            raise ValueError(
+                f"voxel_weight: expected the target's spatial sizes, got {_shape(voxel_weight)} for {_shape(target)}"
+            )
+    return Volumes(target, voxel_weight, not is_index)
 
 
-def _check_voxel_weight(weight, logits, index_shape, channel_shape) -> torch.Tensor:
+def _check_voxel_weight(weight, logits, index_shape, channel_shape, any_resolution: bool) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"voxel_weight: expected a tensor, got {type(weight).__name__}")
     if weight.dtype not in WEIGHT_DTYPES:
@@ -215,9 +264,9 @@ def _check_voxel_weight(weight, logits, index_shape, channel_shape) -> torch.Ten
         raise ValueError(f"voxel_weight: expected it on the logits' device {logits.device}, got {weight.device}")
     if weight.requires_grad:
         raise ValueError("voxel_weight: expected constants, got a tensor that requires a gradient")
-    if weight.shape == channel_shape and weight.dim() == logits.dim():
+    if weight.dim() == logits.dim() and _fits(weight, channel_shape, any_resolution):
         return weight.squeeze(1)
-    if weight.shape != index_shape:
+    if weight.dim() != logits.dim() - 1 or not _fits(weight, index_shape, any_resolution):
         raise ValueError(
             f"voxel_weight: for logits {_shape(logits)} expected {_shape(index_shape)} or "
             f"{_shape(channel_shape)}, got {_shape(weight)}"

@@ -17,22 +17,26 @@ ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}  # as in csrc/tversky_math
 ABSENT = {"keep": 0, "zero": 1, "skip": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
-_VOLUME = "Tensor logits, Tensor target, Tensor? voxel_weight"
+CE_MEANS = {"class weights": 0, "voxels": 1, "channels": 2}
+
+# target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken.
+# cross_entropy: 0 none, 1 its sums too, 2 and those for label smoothing.
+_TARGET = "Tensor target, Tensor? voxel_weight"
+_PASS = "int activation, int? ignore_index, bool soft_label, int cross_entropy, float focal_gamma"
 _TABLE = (
     "Tensor? class_parameters, float alpha, float beta, float gamma, float smooth_nr, float smooth_dr, "
-    "bool include_background, bool batch, int absent, int reduction"
+    "bool include_background, bool batch, int absent, int reduction, float tversky_weight, float ce_weight, "
+    "float label_smoothing, int ce_mean"
 )
-_SCHEMAS = (
-    # -> (N, C, 3) float64: tp, fp, fn
-    f"count_pass({_VOLUME}, int activation, int? ignore_index, bool raise_bad_input) -> Tensor",
-    # -> loss (float64), coefficients (N or 1, C, 2): dL/dp where g = 0 and where g = 1
+SCHEMAS = (
+    # -> (N, C, 3) float64: tp, fp, fn; (N, C, 6) with a cross-entropy: its sum, that for smoothing, the voxels' weight
+    f"count_pass(Tensor logits, {_TARGET}, {_PASS}, bool raise_bad_input) -> Tensor",
+    # -> loss (float64), coefficients (N or 1, C, 2): dL/dp where g = 0 and where g = 1; or (N or 1, C, 4): dL/dCE too
     f"table(Tensor counts, {_TABLE}) -> (Tensor, Tensor)",
     # both of them in one call
-    f"tversky_loss({_VOLUME}, int activation, int? ignore_index, bool raise_bad_input, {_TABLE}) -> (Tensor, Tensor)",
-    "gradient_pass(Tensor grad_loss, Tensor logits, Tensor target, Tensor? voxel_weight, Tensor coefficients, "
-    "int activation, int? ignore_index) -> Tensor",
-    "gradient_pass_(Tensor(a!) logits, Tensor grad_loss, Tensor target, Tensor? voxel_weight, Tensor coefficients, "
-    "int activation, int? ignore_index) -> ()",
+    f"tversky_loss(Tensor logits, {_TARGET}, {_PASS}, bool raise_bad_input, {_TABLE}) -> (Tensor, Tensor)",
+    f"gradient_pass(Tensor grad_loss, Tensor coefficients, Tensor logits, {_TARGET}, {_PASS}) -> Tensor",
+    f"gradient_pass_(Tensor(a!) logits, Tensor grad_loss, Tensor coefficients, {_TARGET}, {_PASS}) -> ()",
     "cpu_capability(int? force) -> int",
 )
 
@@ -40,7 +44,7 @@ _SCHEMAS = (
 NAMES = ("count_pass", "table", "tversky_loss", "gradient_pass", "gradient_pass_")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _schema in _SCHEMAS:
+for _schema in SCHEMAS:
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
     if _schema.startswith(NAMES):
         _library.define(f"triton_{_schema}", tags=[torch.Tag.pt2_compliant_tag])
@@ -117,32 +121,34 @@ def _fake(name):
 
 
 @_fake("count_pass")
-def _(logits, target, voxel_weight, activation, ignore_index, raise_bad_input):
-    return logits.new_empty([logits.size(0), logits.size(1), 3], dtype=torch.float64)
+def _(logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, *_):
+    columns = 6 if cross_entropy else 3
+    return logits.new_empty([logits.size(0), logits.size(1), columns], dtype=torch.float64)
 
 
 @_fake("table")
 def _(counts, *table):
-    include_background, batch, _, reduction = table[-4:]
-    samples, classes = counts.size(0), counts.size(1)
+    include_background, batch, _, reduction = table[6:10]
+    samples, classes, columns = counts.shape
     loss = counts.new_empty(_loss_shape(samples, classes, include_background, batch, reduction))
-    return loss, counts.new_empty([1 if batch else samples, classes, 2])
+    return loss, counts.new_empty([1 if batch else samples, classes, 4 if columns == 6 else 2])
 
 
 @_fake("tversky_loss")
-def _(logits, target, voxel_weight, activation, ignore_index, raise_bad_input, *table):
-    include_background, batch, _, reduction = table[-4:]
+def _(logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma, _, *table):
+    include_background, batch, _, reduction = table[6:10]
     samples, classes = logits.size(0), logits.size(1)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss = logits.new_empty(_loss_shape(samples, classes, include_background, batch, reduction), dtype=dtype)
-    return loss, logits.new_empty([1 if batch else samples, classes, 2], dtype=torch.float64)
+    columns = 4 if cross_entropy else 2
+    return loss, logits.new_empty([1 if batch else samples, classes, columns], dtype=torch.float64)
 
 
 @_fake("gradient_pass")
-def _(grad_loss, logits, target, voxel_weight, coefficients, activation, ignore_index):
+def _(grad_loss, coefficients, logits, *_):
     return torch.empty_like(logits)
 
 
 @_fake("gradient_pass_")
-def _(logits, grad_loss, target, voxel_weight, coefficients, activation, ignore_index):
+def _(logits, *_):
     return None

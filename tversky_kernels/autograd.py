@@ -6,11 +6,22 @@ import torch
 
 from . import reference
 from ._arguments import Options, Volumes
-from ._ops import ABSENT, ACTIVATIONS, OPERATORS, REDUCTIONS
+from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, OPERATORS, REDUCTIONS
 from .distributed import sum_over_group
 
 
-def _table_arguments(options: Options, class_parameters):
+def _pass_arguments(options: Options):
+    return (
+        ACTIVATIONS[options.activation],
+        options.ignore_index,
+        options.soft_label,
+        0 if not options.ce_weight else 2 if options.label_smoothing else 1,
+        options.focal_gamma,
+    )
+
+
+def _table_arguments(options: Options, class_parameters, dense: bool):
+    mean = "channels" if options.activation == "sigmoid" else "voxels" if dense else "class weights"
     return (
         class_parameters,
         options.alpha,
@@ -22,47 +33,85 @@ def _table_arguments(options: Options, class_parameters):
         options.batch,
         ABSENT[options.absent],
         REDUCTIONS[options.reduction],
+        options.tversky_weight,
+        options.ce_weight,
+        options.label_smoothing,
+        CE_MEANS[mean],
     )
 
 
-class TverskyGradient(torch.autograd.Function):
-    """The gradient pass, itself differentiable: its derivative is the reference's."""
+def _result_dtype(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _count_coefficients(upstream: torch.Tensor) -> torch.Tensor:
+    # dL/dp where g = 0 and where g = 1, from the upstream gradient of tp, fp and fn (N, C, 3).
+    tp, fp, fn = upstream.double().unbind(-1)
+    return torch.stack((fp, tp - fn), -1)
+
+
+class GradientPass(torch.autograd.Function):
+    """The gradient pass, itself differentiable: its derivative is the reference's.
+
+    upstream is the gradient of the loss or, without coefficients, of the overlap counts (N, C, 3).
+    """
 
     @staticmethod
     def forward(
-        grad_loss, logits, target, voxel_weight, coefficients, class_parameters, options, process_group, backend
+        upstream, logits, target, voxel_weight, coefficients, class_parameters, options, process_group, backend
     ):
-        """dL/dlogits for the upstream gradient of the loss."""
-        activation = ACTIVATIONS[options.activation]
+        """dL/dlogits in a fresh tensor."""
+        if coefficients is None:
+            coefficients, upstream = _count_coefficients(upstream), upstream.new_ones(())
         return OPERATORS[backend].gradient_pass(
-            grad_loss, logits, target, voxel_weight, coefficients, activation, options.ignore_index
+            upstream, coefficients, logits, target, voxel_weight, *_pass_arguments(options)
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs: the second derivative starts from them."""
-        grad_loss, logits, target, voxel_weight, _, class_parameters, options, process_group, _ = inputs
-        ctx.save_for_backward(grad_loss, logits, target, voxel_weight, class_parameters)
-        ctx.options, ctx.process_group = options, process_group
+        upstream, logits, target, voxel_weight, coefficients, class_parameters, options, process_group, _ = inputs
+        ctx.save_for_backward(upstream, logits, target, voxel_weight, class_parameters)
+        ctx.options, ctx.process_group, ctx.of_counts = options, process_group, coefficients is None
 
     @staticmethod
     def backward(ctx, grad_gradient):
         """Differentiates the reference's gradient."""
         if ctx.process_group is not None:
             raise NotImplementedError("process_group: second derivatives over several ranks are not implemented")
-        grad_loss, logits, target, voxel_weight, class_parameters = ctx.saved_tensors
+        upstream, logits, target, voxel_weight, class_parameters = ctx.saved_tensors
+        volumes = Volumes(target, voxel_weight, target.dim() == logits.dim())
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            z = logits if logits.requires_grad else logits.detach().requires_grad_()
-            upstream = grad_loss if grad_loss.requires_grad else grad_loss.detach().requires_grad_()
-            loss = reference.checked_loss(
-                z, Volumes(target, voxel_weight, False), ctx.options, class_parameters, check_target=False
-            )
-            (gradient,) = torch.autograd.grad(loss, z, upstream, create_graph=True)
-            to_loss, to_logits = torch.autograd.grad(
+            # Aliases: where upstream itself depends on the logits, that way is autograd's and not to be counted here.
+            z, upstream = (x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (logits, upstream))
+            if ctx.of_counts:
+                result = reference.checked_counts(z, volumes, ctx.options, check_target=False)
+            else:
+                result = reference.checked_loss(z, volumes, ctx.options, class_parameters, check_target=False)
+            (gradient,) = torch.autograd.grad(result, z, upstream, create_graph=True)
+            to_upstream, to_logits = torch.autograd.grad(
                 gradient, (upstream, z), grad_gradient, create_graph=again, allow_unused=True
             )
-        return to_loss, to_logits, *(None,) * 7
+        return to_upstream, to_logits, *(None,) * 7
+
+
+def _gradient(upstream, volume, coefficients, class_parameters, options, inplace, process_group, backend):
+    # Into a fresh tensor or, where asked and possible, over the logits.
+    logits, target, voxel_weight = volume
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not compiling:
+        return GradientPass.apply(upstream, *volume, coefficients, class_parameters, options, process_group, backend)
+    if coefficients is None:
+        coefficients, upstream = _count_coefficients(upstream), upstream.new_ones(())
+    ops, arguments = OPERATORS[backend], _pass_arguments(options)
+    if inplace and not compiling and _may_be_overwritten(logits):
+        gradient = logits.detach()
+        ops.gradient_pass_(gradient, upstream, coefficients, target, voxel_weight, *arguments)
+        # The dispatcher does not do this for us; it makes any later use of the overwritten logits raise.
+        torch.autograd.graph.increment_version(logits)
+        return gradient
+    return ops.gradient_pass(upstream, coefficients, *volume, *arguments)
 
 
 class TverskyLoss(torch.autograd.Function):
@@ -81,15 +130,8 @@ class TverskyLoss(torch.autograd.Function):
         backend,
     ):
         """The loss, and the coefficients that the gradient pass needs."""
-        volume = (
-            logits,
-            target,
-            voxel_weight,
-            ACTIVATIONS[options.activation],
-            options.ignore_index,
-            raise_bad_input,
-        )
-        table = _table_arguments(options, class_parameters)
+        volume = (logits, target, voxel_weight, *_pass_arguments(options), raise_bad_input)
+        table = _table_arguments(options, class_parameters, target.dim() == logits.dim())
         ops = OPERATORS[backend]
         if process_group is None:
             return ops.tversky_loss(*volume, *table)
@@ -97,7 +139,7 @@ class TverskyLoss(torch.autograd.Function):
         if options.batch:
             counts = counts.sum(0, keepdim=True)
         loss, coefficients = ops.table(sum_over_group(counts, process_group), *table)
-        return loss.to(torch.float64 if logits.dtype == torch.float64 else torch.float32), coefficients
+        return loss.to(_result_dtype(logits)), coefficients
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -112,38 +154,37 @@ class TverskyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        """The gradient pass: into a fresh tensor or, where asked and possible, over the logits."""
+        """The gradient pass."""
         if grad_loss is None or not ctx.needs_input_grad[0]:
             return (None,) * 9
-        logits, target, voxel_weight, coefficients, class_parameters = ctx.saved_tensors
-        options, ops = ctx.options, OPERATORS[ctx.backend]
-        activation = ACTIVATIONS[options.activation]
-        compiling = torch.compiler.is_compiling()
-        differentiable = torch.is_grad_enabled() and not compiling
-        if differentiable:
-            gradient = TverskyGradient.apply(
-                grad_loss,
-                logits,
-                target,
-                voxel_weight,
-                coefficients,
-                class_parameters,
-                options,
-                ctx.process_group,
-                ctx.backend,
-            )
-        elif ctx.inplace_backward and not compiling and _may_be_overwritten(logits):
-            gradient = logits.detach()
-            ops.gradient_pass_(
-                gradient, grad_loss, target, voxel_weight, coefficients, activation, options.ignore_index
-            )
-            # The dispatcher does not do this for us; it makes any later use of the overwritten logits raise.
-            torch.autograd.graph.increment_version(logits)
-        else:
-            gradient = ops.gradient_pass(
-                grad_loss, logits, target, voxel_weight, coefficients, activation, options.ignore_index
-            )
-        return gradient, *(None,) * 8
+        *volume, coefficients, class_parameters = ctx.saved_tensors
+        how = (ctx.options, ctx.inplace_backward, ctx.process_group, ctx.backend)
+        return _gradient(grad_loss, volume, coefficients, class_parameters, *how), *(None,) * 8
+
+
+class OverlapCounts(torch.autograd.Function):
+    """Count pass forward, gradient pass backward."""
+
+    @staticmethod
+    def forward(logits, target, voxel_weight, options, raise_bad_input, inplace_backward, backend):
+        """tp, fp and fn: (N, C, 3)."""
+        counts = OPERATORS[backend].count_pass(logits, target, voxel_weight, *_pass_arguments(options), raise_bad_input)
+        return counts.to(_result_dtype(logits))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the inputs."""
+        logits, target, voxel_weight, options, _, inplace_backward, backend = inputs
+        ctx.save_for_backward(logits, target, voxel_weight)
+        ctx.options, ctx.inplace_backward, ctx.backend = options, inplace_backward, backend
+
+    @staticmethod
+    def backward(ctx, upstream):
+        """The gradient pass, its coefficients from the upstream gradient of the counts."""
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 7
+        how = (ctx.options, ctx.inplace_backward, None, ctx.backend)
+        return _gradient(upstream, ctx.saved_tensors, None, None, *how), *(None,) * 6
 
 
 def _may_be_overwritten(logits: torch.Tensor) -> bool:

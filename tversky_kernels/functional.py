@@ -2,11 +2,76 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from . import _arguments, _backends, autograd, reference
+from .distributed import sum_over_group
 
-__all__ = ["dice_loss", "focal_tversky_loss", "jaccard_loss", "tversky_loss"]
+__all__ = [
+    "OverlapCounts",
+    "deep_supervision_loss",
+    "dice_loss",
+    "focal_tversky_loss",
+    "generalized_dice_loss",
+    "jaccard_loss",
+    "overlap_counts",
+    "tversky_ce_loss",
+    "tversky_loss",
+]
+
+
+class OverlapCounts(NamedTuple):
+    """True positives, false positives and false negatives: (N, C) each."""
+
+    tp: torch.Tensor
+    fp: torch.Tensor
+    fn: torch.Tensor
+
+
+def _on_backend(logits, checked, function, arguments, check_target, inplace_backward, backend):
+    # function(chosen backend, check, *arguments), or None where the reference is to compute it.
+    volumes, options, _ = checked
+    if not isinstance(inplace_backward, bool):
+        raise TypeError(f"inplace_backward: expected True or False, got {inplace_backward!r}")
+    differentiable_target = volumes.target.requires_grad and torch.is_grad_enabled()
+    unsupported = "the gradient of a target" if differentiable_target else None
+    chosen = _backends.choose(backend, logits.device, unsupported)
+    if chosen == "reference":
+        return None
+    compiling = torch.compiler.is_compiling()
+    check = logits.device.type == "cpu" if check_target is None else check_target
+    if check and chosen != "cpu" and not compiling:  # the CPU kernels check while they read
+        _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
+    if compiling:
+        return function(chosen, check, *arguments)
+    try:
+        return function(chosen, check, *arguments)
+    except RuntimeError:
+        # The kernel found a bad label or weight. Say it as an error of the argument; anything else is passed on.
+        _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
+        raise
+
+
+def _apply_loss(chosen, check, logits, checked, inplace_backward, process_group):
+    (target, voxel_weight, _), options, class_parameters = checked
+    return autograd.TverskyLoss.apply(
+        logits, target, voxel_weight, class_parameters, options, check, inplace_backward, process_group, chosen
+    )[0]
+
+
+def _loss(logits, checked, check_target, inplace_backward, process_group, backend):
+    arguments = (logits, checked, inplace_backward, process_group)
+    loss = _on_backend(logits, checked, _apply_loss, arguments, check_target, inplace_backward, backend)
+    return reference.checked_loss(logits, *checked, process_group, check_target) if loss is None else loss
+
+
+def _apply_counts(chosen, check, logits, checked, inplace_backward):
+    (target, voxel_weight, _), options, _ = checked
+    return autograd.OverlapCounts.apply(logits, target, voxel_weight, options, check, inplace_backward, chosen)
 
 
 def tversky_loss(
@@ -47,8 +112,8 @@ def tversky_loss(
             and channels_last(_3d) tensors, and slices of the classes or the batch, are read where they are; other
             layouts are copied once.
         target: Class indices (N, *spatial) or (N, 1, *spatial) of bool, uint8, int8, int16, int32 or int64, read in
-            their own type; or a dense target (N, C, *spatial), one-hot or soft, of any real type. Dense targets,
-            and with them targets that require a gradient, take the reference path for now.
+            their own type; or a dense target (N, C, *spatial), one-hot or soft, of one of these or of a floating type.
+            A dense target that requires a gradient takes the reference path, which gives it one.
         alpha: Weight of the false positives, >= 0: a number, or one a class.
         beta: Weight of the false negatives, >= 0: a number, or one a class.
         gamma: Exponent, > 0. Where 1 - TI is 0 and gamma < 1 the gradient is 0, not infinite.
@@ -58,7 +123,8 @@ def tversky_loss(
             "none", for logits that are probabilities already.
         class_weight: One factor a class, >= 0. It multiplies and is not renormalised.
         include_background: False leaves channel 0 out of the result (without effect at C = 1).
-        ignore_index: Voxels with this label count nowhere, and their gradient is exactly 0. Any integer.
+        ignore_index: Voxels with this label count nowhere, and their gradient is exactly 0. Any integer. In a dense
+            target these are the voxels that hold it in every channel.
         voxel_weight: (N, *spatial) or (N, 1, *spatial), bool, uint8 or floating, >= 0: multiplies the voxel's part in
             all sums.
         batch: True sums the counts over the batch first, and gives one index a class.
@@ -90,7 +156,7 @@ def tversky_loss(
         >>> loss = tk.tversky_loss(model(image), label, alpha=0.3, beta=0.7)
         >>> loss.backward()
     """
-    volumes, options, class_parameters = _arguments.check_arguments(
+    checked = _arguments.check_arguments(
         logits,
         target,
         voxel_weight,
@@ -109,35 +175,272 @@ def tversky_loss(
         reduction=reduction,
         check_target=check_target,
     )
-    if not isinstance(inplace_backward, bool):
-        raise TypeError(f"inplace_backward: expected True or False, got {inplace_backward!r}")
-    chosen = _backends.choose(backend, logits.device, "dense targets" if volumes.dense else None)
-    if chosen == "reference":
-        return reference.checked_loss(logits, volumes, options, class_parameters, process_group, check_target)
+    return _loss(logits, checked, check_target, inplace_backward, process_group, backend)
 
-    compiling = torch.compiler.is_compiling()
-    check = logits.device.type == "cpu" if check_target is None else check_target
-    if check and chosen != "cpu" and not compiling:  # the CPU kernels check while they read
-        _arguments.raise_for_bad_values(logits, volumes, ignore_index)
-    arguments = (
+
+def tversky_ce_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    tversky_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    ce_class_weight=None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    alpha=0.3,
+    beta=0.7,
+    gamma: float = 1.0,
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    activation: str = "softmax",
+    class_weight=None,
+    include_background: bool = True,
+    ignore_index: int | None = None,
+    voxel_weight: torch.Tensor | None = None,
+    batch: bool = False,
+    absent: str = "keep",
+    soft_label: bool = False,
+    reduction: str = "mean",
+    process_group=None,
+    inplace_backward: bool = False,
+    check_target: bool | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Tversky loss plus cross-entropy, in the same two passes over the volume.
+
+    ``tversky_weight * tversky_loss(...) + ce_weight * CE`` with, over the voxels that count, each with its weight w,
+    class weights b, q = (1 - label_smoothing) g + label_smoothing / K, and f = focal_gamma::
+
+        softmax (K = C)    CE = sum w sum_c b_c q_c (1 - p_c)^f (-log p_c)
+        sigmoid (K = 2)    CE = sum w sum_c b_c (q_c (1 - p_c)^f (-log p_c) + (1 - q_c) p_c^f (-log(1 - p_c)))
+
+    Its mean is torch's: for class indices it is divided by sum w b_label, as `torch.nn.functional.cross_entropy` does;
+    for a dense target by sum w; with a sigmoid by C sum w, as `binary_cross_entropy_with_logits` does. alpha = beta =
+    0.5 is the Dice + CE of MONAI and nnU-Net. Log-probabilities are exact at logits of any size.
+
+    Args:
+        logits: See `tversky_loss`, as for all arguments that are not named here.
+        target: Class indices or a dense target, for both parts.
+        tversky_weight: Factor of the Tversky part, >= 0.
+        ce_weight: Factor of the cross-entropy, >= 0.
+        ce_class_weight: Class weights b of the cross-entropy, >= 0; `class_weight` is the Tversky part's.
+        label_smoothing: In [0, 1]; of the cross-entropy alone.
+        focal_gamma: Focal exponent of the cross-entropy, >= 0 (Lin et al. 2017, arXiv:1708.02002).
+        ignore_index: For both parts, as voxel_weight.
+        include_background: Of the Tversky part alone, as alpha to absent.
+        reduction: "mean", the sum of both parts' means; "sum"; or "none": the Tversky part (N, C') or, with ``batch``,
+            (C'), to each of which the mean cross-entropy of its sample, or of the batch, is added.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: As `tversky_loss`; also activation="none", from which no cross-entropy is made.
+
+    Example:
+        >>> loss = tk.tversky_ce_loss(model(image), label, alpha=0.5, beta=0.5, batch=True, include_background=False)
+    """
+    checked = _arguments.check_arguments(
         logits,
-        volumes.target,
-        volumes.voxel_weight,
-        class_parameters,
-        options,
-        check,
-        inplace_backward,
-        process_group,
-        chosen,
+        target,
+        voxel_weight,
+        tversky_weight=tversky_weight,
+        ce_weight=ce_weight,
+        ce_class_weight=ce_class_weight,
+        label_smoothing=label_smoothing,
+        focal_gamma=focal_gamma,
+        alpha=alpha,
+        beta=beta,
+        class_weight=class_weight,
+        gamma=gamma,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        activation=activation,
+        include_background=include_background,
+        ignore_index=ignore_index,
+        batch=batch,
+        absent=absent,
+        soft_label=soft_label,
+        reduction=reduction,
+        check_target=check_target,
     )
-    if compiling:
-        return autograd.TverskyLoss.apply(*arguments)[0]
-    try:
-        return autograd.TverskyLoss.apply(*arguments)[0]
-    except RuntimeError:
-        # The kernel found a bad label or weight. Say it as an error of the argument; anything else is passed on.
-        _arguments.raise_for_bad_values(logits, volumes, ignore_index)
-        raise
+    return _loss(logits, checked, check_target, inplace_backward, process_group, backend)
+
+
+def overlap_counts(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    activation: str = "softmax",
+    ignore_index: int | None = None,
+    voxel_weight: torch.Tensor | None = None,
+    soft_label: bool = False,
+    process_group=None,
+    inplace_backward: bool = False,
+    check_target: bool | None = None,
+    backend: str = "auto",
+) -> OverlapCounts:
+    """The sums that every overlap loss is made of, differentiable: build your own loss from them in a few lines.
+
+    Per sample and class, over the voxels that count: tp = sum p g, fp = sum p (1 - g), fn = sum (1 - p) g. So sum p is
+    tp + fp, and sum g is tp + fn. The arguments are those of `tversky_loss`. What you compute from the counts is
+    small; the passes over the volume, forward and backward, are fused as they are there.
+
+    Returns:
+        OverlapCounts(tp, fp, fn), each (N, C) in float32, or float64 for float64 logits.
+
+    Example:
+        >>> tp, fp, fn = tk.overlap_counts(model(image), label)
+        >>> dice = 2 * tp / (2 * tp + fp + fn)
+        >>> dice.cosh().log().mean().backward()
+    """
+    checked = _arguments.check_arguments(
+        logits,
+        target,
+        voxel_weight,
+        alpha=0.5,
+        beta=0.5,
+        class_weight=None,
+        gamma=1.0,
+        smooth_nr=0.0,
+        smooth_dr=0.0,
+        activation=activation,
+        include_background=True,
+        ignore_index=ignore_index,
+        batch=False,
+        absent="keep",
+        soft_label=soft_label,
+        reduction="none",
+        check_target=check_target,
+    )
+    arguments = (logits, checked, inplace_backward)
+    counts = _on_backend(logits, checked, _apply_counts, arguments, check_target, inplace_backward, backend)
+    if counts is None:
+        counts = reference.checked_counts(logits, *checked[:2], check_target)
+    if process_group is not None:
+        counts = sum_over_group(counts, process_group)
+    return OverlapCounts(*counts.unbind(-1))
+
+
+GENERALIZED_WEIGHTS = ("square", "simple", "uniform")
+
+
+def generalized_dice_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: str = "square",
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    include_background: bool = True,
+    batch: bool = False,
+    reduction: str = "mean",
+    **options,
+) -> torch.Tensor:
+    """Generalised Dice loss (Sudre et al. 2017, arXiv:1707.03237): all classes in one quotient.
+
+    ``1 - (2 sum_c w_c TP_c + smooth_nr) / (sum_c w_c (P_c + G_c) + smooth_dr)`` for P = TP + FP and G = TP + FN.
+
+    Args:
+        logits: See `tversky_loss`.
+        target: See `tversky_loss`.
+        weight: w_c: "square" 1 / G_c^2, "simple" 1 / G_c, or "uniform" 1. A class that the target lacks gets the
+            largest weight that any other has.
+        smooth_nr: Added to the numerator, >= 0.
+        smooth_dr: Added to the denominator, >= 0. Where the denominator is still 0, the loss is 0.
+        include_background: False leaves channel 0 out (without effect at C = 1).
+        batch: True sums the counts over the batch first.
+        reduction: "mean" or "sum" over the samples, or "none": (N), or (1) with ``batch``.
+        **options: The other arguments of `overlap_counts`.
+    """
+    _arguments.one_of("weight", weight, GENERALIZED_WEIGHTS)
+    _arguments.one_of("reduction", reduction, ("mean", "sum", "none"))
+    smooth_nr, smooth_dr = _arguments.number("smooth_nr", smooth_nr), _arguments.number("smooth_dr", smooth_dr)
+    counts = overlap_counts(logits, target, **options)
+    if _arguments.flag("batch", batch):
+        counts = [x.sum(0, keepdim=True) for x in counts]
+    if not _arguments.flag("include_background", include_background) and logits.size(1) > 1:
+        counts = [x[:, 1:] for x in counts]
+    tp, fp, fn = counts
+    volume = (tp + fn).detach()
+    w = 1 / volume ** {"square": 2, "simple": 1, "uniform": 0}[weight]
+    infinite = torch.isinf(w)
+    w = torch.where(infinite, 0.0, w)
+    w = torch.where(infinite, w.amax(1, keepdim=True), w)
+    # 1 - Dice without cancellation: the numerator is what the denominator has more.
+    error = (w * (fp + fn)).sum(1) + (smooth_dr - smooth_nr)
+    denominator = (w * (2 * tp + fp + fn)).sum(1) + smooth_dr
+    some = denominator != 0
+    loss = torch.where(some, error, 0.0 * error) / torch.where(some, denominator, 1.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" or loss.numel() == 0 else loss.mean()
+
+
+def deep_supervision_loss(
+    logits: Sequence[torch.Tensor],
+    target: torch.Tensor,
+    weights: Sequence[float] | None = None,
+    *,
+    loss: str = "tversky",
+    **options,
+) -> torch.Tensor:
+    """The weighted sum of a loss over the outputs of several resolutions, all against one full-resolution target.
+
+    No resampled target is made: each voxel of a coarser output reads its label, and its voxel_weight, where
+    `torch.nn.functional.interpolate(mode="nearest")` would take them, for any ratio of the sizes.
+
+    Args:
+        logits: One (N, C, *spatial) tensor a level, of 1 to 3 spatial dimensions, the finest first.
+        target: Class indices (N, *any) or (N, 1, *any), or dense (N, C, *any), see `tversky_loss`.
+        weights: One factor a level, >= 0; None: 1, 1/2, 1/4, ... divided by their sum. (nnU-Net's trainer sets the
+            last of these to 0.) A level of weight 0 is not computed.
+        loss: "tversky", for `tversky_loss`, or "tversky_ce", for `tversky_ce_loss`.
+        **options: The arguments of that loss. voxel_weight has the target's spatial sizes.
+
+    Example:
+        >>> full, half, quarter = model(image)
+        >>> loss = tk.deep_supervision_loss([full, half, quarter], label, batch=True)
+    """
+    if isinstance(logits, torch.Tensor) or not isinstance(logits, Sequence):
+        raise TypeError(f"logits: expected a list of tensors, one a level, got {type(logits).__name__}")
+    if len(logits) == 0:
+        raise ValueError("logits: expected at least one level, got none")
+    _arguments.one_of("loss", loss, ("tversky", "tversky_ce"))
+    if weights is None:
+        weights = [0.5**i for i in range(len(logits))]
+        weights = [w / sum(weights) for w in weights]
+    if len(weights) != len(logits):
+        raise ValueError(f"weights: expected {len(logits)} numbers, one a level, got {len(weights)}")
+    weights = [_arguments.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
+    run = {name: options.pop(name, default) for name, default in _RUN.items()}
+    defaults = _DEFAULTS if loss == "tversky" else {**_DEFAULTS, **_CE_DEFAULTS}
+    for name in options:
+        if name not in defaults:
+            raise TypeError(f"deep_supervision_loss: unexpected argument {name!r} for loss={loss!r}")
+    options = {**defaults, **options}
+    voxel_weight = options.pop("voxel_weight")
+    total = None
+    for level, w in zip(logits, weights, strict=True):
+        checked = _arguments.check_arguments(
+            level, target, voxel_weight, check_target=run["check_target"], any_resolution=True, **options
+        )
+        if w > 0:
+            part = w * _loss(level, checked, **run)
+            total = part if total is None else total + part
+    return sum(0.0 * level.sum() for level in logits) if total is None else total
+
+
+def _keywords(function) -> dict:
+    return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.kind == p.KEYWORD_ONLY}
+
+
+#: How a loss is run, and what it computes, with the defaults.
+_RUN = {
+    name: _keywords(tversky_loss)[name] for name in ("check_target", "inplace_backward", "process_group", "backend")
+}
+_DEFAULTS = {name: value for name, value in _keywords(tversky_loss).items() if name not in _RUN}
+_CE_DEFAULTS = {
+    name: value for name, value in _keywords(tversky_ce_loss).items() if name not in _RUN and name not in _DEFAULTS
+}
 
 
 def dice_loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:

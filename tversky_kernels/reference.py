@@ -13,10 +13,22 @@ average over classes and gamma (Abraham and Khan, arXiv:1810.07842) came later. 
 (P + G - sum_v w |p - g|) / 2 for P = sum_v w p and G = sum_v w g, FP = P - TP and FN = G - TP (Wang et al.,
 arXiv:2303.16296), which for a one-hot g is the same and for a soft g is least at p = g.
 
+The cross-entropy of the compound loss, with class weights b, label smoothing s, focal exponent f and
+q = (1 - s) g + s / K:
+
+    softmax (K = C)    CE = sum_v w sum_c b_c q_c (1 - p_c)^f (-log p_c)
+    sigmoid (K = 2)    CE = sum_v w sum_c b_c [q_c (1 - p_c)^f (-log p_c) + (1 - q_c) p_c^f (-log(1 - p_c))]
+
+Its mean is that of `torch.nn.functional.cross_entropy` (divided by sum_v w b_label for class indices, by sum_v w for a
+dense target) or of `binary_cross_entropy_with_logits` (by C sum_v w). f is the exponent of Lin et al.,
+arXiv:1708.02002.
+
 Nothing here is fused, and every product is a tensor. Half precision is computed in float32, float64 in float64.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +36,22 @@ from . import _arguments
 from ._arguments import Options, Volumes
 from .distributed import sum_over_group
 
-__all__ = ["tversky_loss"]
+__all__ = ["tversky_ce_loss", "tversky_loss"]
+
+
+class Counts(NamedTuple):
+    """Sums over the voxels of each sample, (N, C) each. The last three belong to the cross-entropy (None without it).
+
+    cross_entropy is the sum with q = g and no class weights, smoothing that with q = 1 (sigmoid: with both terms
+    whole), voxels the sum of the voxels' weights (the same for every class).
+    """
+
+    tp: torch.Tensor
+    fp: torch.Tensor
+    fn: torch.Tensor
+    cross_entropy: torch.Tensor | None = None
+    smoothing: torch.Tensor | None = None
+    voxels: torch.Tensor | None = None
 
 
 def tversky_loss(
@@ -49,7 +76,7 @@ def tversky_loss(
     check_target: bool | None = None,
 ) -> torch.Tensor:
     """The same arguments, result and errors as `tversky_kernels.tversky_loss`, differentiable any number of times."""
-    volumes, options, class_parameters = _arguments.check_arguments(
+    checked = _arguments.check_arguments(
         logits,
         target,
         voxel_weight,
@@ -68,7 +95,61 @@ def tversky_loss(
         reduction=reduction,
         check_target=check_target,
     )
-    return checked_loss(logits, volumes, options, class_parameters, process_group, check_target)
+    return checked_loss(logits, *checked, process_group, check_target)
+
+
+def tversky_ce_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    tversky_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    ce_class_weight=None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    alpha=0.3,
+    beta=0.7,
+    gamma: float = 1.0,
+    smooth_nr: float = 1e-5,
+    smooth_dr: float = 1e-5,
+    activation: str = "softmax",
+    class_weight=None,
+    include_background: bool = True,
+    ignore_index: int | None = None,
+    voxel_weight: torch.Tensor | None = None,
+    batch: bool = False,
+    absent: str = "keep",
+    soft_label: bool = False,
+    reduction: str = "mean",
+    process_group=None,
+    check_target: bool | None = None,
+) -> torch.Tensor:
+    """The same arguments, result and errors as `tversky_kernels.tversky_ce_loss`."""
+    checked = _arguments.check_arguments(
+        logits,
+        target,
+        voxel_weight,
+        tversky_weight=tversky_weight,
+        ce_weight=ce_weight,
+        ce_class_weight=ce_class_weight,
+        label_smoothing=label_smoothing,
+        focal_gamma=focal_gamma,
+        alpha=alpha,
+        beta=beta,
+        class_weight=class_weight,
+        gamma=gamma,
+        smooth_nr=smooth_nr,
+        smooth_dr=smooth_dr,
+        activation=activation,
+        include_background=include_background,
+        ignore_index=ignore_index,
+        batch=batch,
+        absent=absent,
+        soft_label=soft_label,
+        reduction=reduction,
+        check_target=check_target,
+    )
+    return checked_loss(logits, *checked, process_group, check_target)
 
 
 def checked_loss(
@@ -80,23 +161,45 @@ def checked_loss(
     check_target: bool | None = None,
 ) -> torch.Tensor:
     """The loss of arguments that have been checked, but for the labels' range."""
+    _check_values(logits, volumes, options, check_target)
+    counts = _counts(logits, volumes, options)
+    if options.batch:
+        counts = Counts(*(None if x is None else x.sum(0, keepdim=True) for x in counts))
+    if process_group is not None:
+        there = [x for x in counts if x is not None]
+        counts = Counts(*sum_over_group(torch.stack(there), process_group))
+    return loss_of_counts(counts, options, class_parameters, volumes.dense)
+
+
+def checked_counts(
+    logits: torch.Tensor, volumes: Volumes, options: Options, check_target: bool | None = None
+) -> torch.Tensor:
+    """tp, fp and fn, (N, C, 3), of arguments that have been checked, but for the labels' range."""
+    _check_values(logits, volumes, options, check_target)
+    return torch.stack(_counts(logits, volumes, options)[:3], -1)
+
+
+def _check_values(logits: torch.Tensor, volumes: Volumes, options: Options, check_target: bool | None) -> None:
     check = logits.device.type == "cpu" if check_target is None else check_target
     if check and not torch.compiler.is_compiling():
         _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
-    tp, fp, fn = overlap_counts(logits, volumes, options)
-    if options.batch:
-        tp, fp, fn = (x.sum(0, keepdim=True) for x in (tp, fp, fn))
-    if process_group is not None:
-        tp, fp, fn = sum_over_group(torch.stack((tp, fp, fn)), process_group)
-    return loss_of_counts(tp, fp, fn, options, class_parameters)
 
 
-def overlap_counts(
-    logits: torch.Tensor, volumes: Volumes, options: Options
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """TP, FP and FN, each (N, C). NaN where a label or voxel weight is out of range."""
+def _nearest(x: torch.Tensor, first: int, spatial) -> torch.Tensor:
+    # x at the voxels that torch's interpolation takes for these spatial sizes.
+    for d, size in enumerate(spatial, first):
+        if x.size(d) != size:
+            places = torch.arange(x.size(d), dtype=torch.float64, device=x.device)
+            taken = torch.nn.functional.interpolate(places[None, None], size=size, mode="nearest")[0, 0]
+            x = x.index_select(d, taken.long())
+    return x
+
+
+def _counts(logits: torch.Tensor, volumes: Volumes, options: Options) -> Counts:
+    # NaN where a label or voxel weight is out of range.
     z = logits if logits.dtype == torch.float64 else logits.float()
     target, weight, dense = volumes
+    target = _nearest(target, 2 if dense else 1, logits.shape[2:])
     if dense:
         g = target.to(z.dtype)
         counts = torch.ones_like(z[:, 0], dtype=torch.bool)
@@ -115,6 +218,7 @@ def overlap_counts(
         g = g.to(z.dtype)
     w = counts.to(z.dtype)
     if weight is not None:
+        weight = _nearest(weight, 1, logits.shape[2:])
         bad = bad | ~(weight >= 0).all() if weight.dtype.is_floating_point else bad
         counts = counts & (weight != 0)
         w = w * weight.to(z.dtype)
@@ -123,29 +227,50 @@ def overlap_counts(
     z = torch.where(counts, z, torch.zeros_like(z))
     g = torch.where(counts, g, torch.zeros_like(g))
     w = torch.where(counts, w, torch.zeros_like(w))
+    z, g, w = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (z, g, w))
     p = {"softmax": lambda: z.softmax(1), "sigmoid": z.sigmoid, "none": lambda: z}[options.activation]()
-    p, g, w = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (p, g, w))
     if options.soft_label:
         predicted, wanted = (w * p).sum(-1), (w * g).sum(-1)
         tp = (predicted + wanted - (w * (p - g).abs()).sum(-1)) / 2
         fp, fn = predicted - tp, wanted - tp
     else:
         tp, fp, fn = (w * p * g).sum(-1), (w * p * (1 - g)).sum(-1), (w * (1 - p) * g).sum(-1)
+    sums = (tp, fp, fn)
+    if options.ce_weight:
+        # Terms of g = 1 and, for the sigmoid, of g = 0: (1 - p)^f (-log p) and p^f (-log(1 - p)).
+        if options.activation == "softmax":
+            of_one, of_zero = _focal(z.log_softmax(1), options.focal_gamma), torch.zeros_like(z)
+        else:
+            of_one, of_zero = (_focal(x, options.focal_gamma) for x in (_log_sigmoid(z), _log_sigmoid(-z)))
+        # Without g a term may be infinite, and is not wanted.
+        cross_entropy = torch.where(g != 0, g * of_one, 0.0) + torch.where(g != 1, (1 - g) * of_zero, 0.0)
+        smoothing = of_one + of_zero if options.label_smoothing else torch.zeros_like(z)
+        sums += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), w.sum(-1).expand_as(tp))
     poison = torch.where(bad, torch.nan, 0.0).to(z.dtype)
-    return tp + poison, fp + poison, fn + poison
+    return Counts(*(x + poison for x in sums))
+
+
+def _log_sigmoid(z: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.logsigmoid(z)
+
+
+def _focal(log_p: torch.Tensor, focal_gamma: float) -> torch.Tensor:
+    # (1 - p)^f (-log p); at p = 1 it is 0 and so is its slope, also where the power's is infinite.
+    if focal_gamma == 0:
+        return -log_p
+    complement = -torch.expm1(log_p)
+    positive = complement > 0
+    return torch.where(positive, torch.where(positive, complement, 1.0) ** focal_gamma, 0.0) * -log_p
 
 
 def loss_of_counts(
-    tp: torch.Tensor,
-    fp: torch.Tensor,
-    fn: torch.Tensor,
-    options: Options,
-    class_parameters: torch.Tensor | None = None,
+    counts: Counts, options: Options, class_parameters: torch.Tensor | None = None, dense: bool = False
 ) -> torch.Tensor:
     """The reduced loss of (rows, C) counts; rows is N, or 1 where the batch was summed."""
-    alpha, beta, class_weight = options.alpha, options.beta, None
+    tp, fp, fn = counts[:3]
+    alpha, beta, class_weight, ce_class_weight = options.alpha, options.beta, None, None
     if class_parameters is not None:
-        alpha, beta, class_weight = class_parameters.to(tp.dtype)
+        alpha, beta, class_weight, ce_class_weight = class_parameters.to(tp.dtype)
     is_absent = tp + fn == 0
     error = alpha * fp + beta * fn + (options.smooth_dr - options.smooth_nr)
     denominator = tp + alpha * fp + beta * fn + options.smooth_dr
@@ -161,12 +286,41 @@ def loss_of_counts(
         loss = torch.where(is_absent, 0.0, loss)
     if not options.include_background and loss.size(1) > 1:
         loss, is_absent = loss[:, 1:], is_absent[:, 1:]
-    if options.reduction == "none":
-        return loss.squeeze(0) if options.batch else loss
-    total = loss.sum()
+    if options.reduction == "mean":
+        loss = _ratio(loss.sum(), (~is_absent).sum() if options.absent == "skip" else loss.numel())
+    elif options.reduction == "sum":
+        loss = loss.sum()
+    elif options.batch:
+        loss = loss.squeeze(0)
+    if options.tversky_weight != 1:
+        loss = options.tversky_weight * loss
+    if options.ce_weight:
+        loss = loss + options.ce_weight * _cross_entropy(counts, options, ce_class_weight, dense)
+    return loss
+
+
+def _ratio(numerator: torch.Tensor, denominator) -> torch.Tensor:
+    # 0 where there is nothing to divide by.
+    if not isinstance(denominator, torch.Tensor):
+        return numerator / denominator if denominator else numerator
+    some = denominator != 0
+    return torch.where(some, numerator, 0.0 * numerator) / torch.where(some, denominator, 1)
+
+
+def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) -> torch.Tensor:
+    # Reduced as the Tversky part is; without a reduction, the mean of each row (N, 1), or of the summed batch.
+    tp, _, fn, cross_entropy, smoothing, voxels = counts
+    softmax, smooth = options.activation == "softmax", options.label_smoothing
+    weight = torch.ones_like(tp[0]) if class_weight is None else class_weight
+    total = (1 - smooth) * cross_entropy + smooth / (tp.size(1) if softmax else 2) * smoothing
+    total = (weight * total).sum(1, keepdim=True)
     if options.reduction == "sum":
-        return total
-    averaged = (~is_absent).sum() if options.absent == "skip" else loss.numel()
-    if isinstance(averaged, torch.Tensor):
-        return torch.where(averaged > 0, total / averaged.clamp(min=1), 0.0 * total)
-    return total / averaged if averaged else total
+        return total.sum()
+    if softmax and not dense:
+        divisor = (weight * (tp + fn).detach()).sum(1, keepdim=True)  # Σ w b_label: tp + fn is the weight of a label
+    else:
+        divisor = voxels[:, :1] * (1 if softmax else tp.size(1))
+    if options.reduction == "mean":
+        return _ratio(total.sum(), divisor.sum())
+    each = _ratio(total, divisor)
+    return each.squeeze(0) if options.batch else each

@@ -1,14 +1,12 @@
-// The count pass on the CPU: logits and target in, tp, fp, fn of every class out. Compiled once per instruction set.
-#include "tile.h"
+// The count pass on the CPU: logits and target in, the counts of every class out. Compiled once per instruction set.
+#include "general.h"
 
 namespace {
-
-enum Count { kTp, kFp, kFn, kCounts };
 
 template <typename T>
 using LogitsVector = Vector<Compute<T>>;
 template <typename T>
-using CountVectors = LogitsVector<T>[kCounts];
+using CountVectors = LogitsVector<T>[kAllCounts];  // kVoxels: of class 0 only
 
 // Accumulated in A inside a tile, in double across tiles.
 template <typename A>
@@ -25,25 +23,35 @@ TK_INLINE void add_to_double(DoubleVector& total, Vector<A> v) {
 
 // Softmax over two classes is a sigmoid of the difference: one exponential, and each class's false positives are the
 // other's false negatives.
-template <typename T, bool kMasked>
+template <typename T, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T>* counts) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  V right0{}, right1{}, missed0{}, missed1{};
+  V right0{}, right1{}, missed0{}, missed1{}, cross_entropy0{}, cross_entropy1{}, voxels{};
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = load<I>(tile.labels + i);
-    const V difference = two_class_logit(load_logits(tile.rows + i), load_logits(tile.rows + tile.row_stride + i));
+    V z[2];
+    load_classes<2, kInner>(tile, i, z);
+    const V difference = two_class_logit(z[0], z[1]);
     const I negative = difference < V{};
-    const V e = exp_nonpositive<A>(negative ? difference : -difference);
-    Probability<V> p = logistic(negative, e, 1 / (1 + e));
+    const V e = exp_nonpositive<A>(negative_magnitude<A>(difference));
+    Probability<V> p = logistic(negative, e, reciprocal<A>(1 + e));
+    const I is1 = label == 1;
+    const I is0 = kMasked ? label == 0 : ~is1;
+    V weight = broadcast<A>(1);
     if (tile.weights != nullptr) {
-      const V weight = load<V>(tile.weights + i);
+      weight = load<V>(tile.weights + i);
       p.p *= weight;
       p.complement *= weight;
     }
-    const I is1 = label == 1;
-    const I is0 = kMasked ? label == 0 : ~is1;
+    if constexpr (kCrossEntropy) {  // -log p of the label: log(1 + e), and the difference where the other is larger
+      const V common = log1p_of_fraction<A>(e);
+      const V of1 = common + (negative ? -difference : V{}), of0 = common + (negative ? V{} : difference);
+      cross_entropy1 += is1 ? of1 * weight : V{};
+      cross_entropy0 += is0 ? of0 * weight : V{};
+      voxels += kMasked ? (label >= 0 ? weight : V{}) : weight;
+    }
     right1 += is1 ? p.p : V{};
     missed1 += is1 ? p.complement : V{};
     right0 += is0 ? p.complement : V{};
@@ -55,10 +63,15 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   counts[1][kTp] += right1;
   counts[1][kFp] += missed0;
   counts[1][kFn] += missed1;
+  if constexpr (kCrossEntropy) {
+    counts[0][kCe] += cross_entropy0;
+    counts[1][kCe] += cross_entropy1;
+    counts[0][kVoxels] += voxels;
+  }
 }
 
 // kClasses: the number of classes where it is known when this is compiled, else 0.
-template <typename T, int kClasses, int kVectors, bool kMasked>
+template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_classes, PresentClasses& present,
                                    LogitsVector<T>* exponentials, CountVectors<T>* counts) {
   using A = Compute<T>;
@@ -69,12 +82,14 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
   constexpr bool kFew = kClasses > 0;
   const int classes = kFew ? kClasses : runtime_classes;
   const T* rows = tile.rows + at;
+  V few[kFew ? kClasses : 1];
+  if constexpr (kFew) load_classes<kClasses, kInner>(tile, at, few);  // one vector
 
   V top[kVectors];
   I label[kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
-    top[k] = load_logits(rows + k * kLanes);
+    top[k] = kFew ? few[0] : load_logits(rows + k * kLanes);
     label[k] = load<I>(tile.labels + at + k * kLanes);
   }
 #pragma GCC unroll 8
@@ -82,22 +97,25 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
     const T* row = rows + c * tile.row_stride;
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      top[k] = maximum(top[k], load_logits(row + k * kLanes));
+      top[k] = maximum(top[k], kFew ? few[kFew ? c : 0] : load_logits(row + k * kLanes));
       if (!kFew) prefetch(row + (kVectors + k) * kLanes);
     }
   }
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
   SoftmaxSums<V> sums[kVectors];
+  V below_top[kVectors] = {};  // z_top - z_t
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
     const T* row = rows + c * tile.row_stride;
     const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      const V e = exp_nonpositive<A>(load_logits(row + k * kLanes) - top[k]);
+      const V difference = (kFew ? few[kFew ? c : 0] : load_logits(row + k * kLanes)) - top[k];
+      const V e = exp_nonpositive<A>(difference);
       if (is_present) {
         const I is_target = label[k] == static_cast<Int>(c);
+        if (kCrossEntropy) below_top[k] = is_target ? -difference : below_top[k];
         const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
         exponentials[c * kVectors + k] = sums[k].add(is_target, is_other, e);
       } else {
@@ -106,14 +124,19 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
     }
   }
 
-  V inverse[kVectors], right[kVectors], missed[kVectors];
+  V inverse[kVectors], right[kVectors], missed[kVectors], cross_entropy[kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
-    inverse[k] = 1 / (sums[k].target + sums[k].others);
+    inverse[k] = reciprocal<A>(sums[k].target + sums[k].others);
     if (kMasked) inverse[k] = label[k] >= 0 ? inverse[k] : V{};
-    if (tile.weights != nullptr) inverse[k] *= load<V>(tile.weights + at + k * kLanes);
+    const V weight = tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
+    if (tile.weights != nullptr) inverse[k] *= weight;
     right[k] = sums[k].target * inverse[k];
     missed[k] = sums[k].others * inverse[k];
+    if constexpr (kCrossEntropy) {
+      cross_entropy[k] = (below_top[k] + log1p<A>(exponentials_beyond_one(sums[k]))) * weight;
+      counts[0][kVoxels] += kMasked ? (label[k] >= 0 ? weight : V{}) : weight;
+    }
   }
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
@@ -122,103 +145,281 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
     for (int k = 0; k < kVectors; ++k) fp += exponentials[c * kVectors + k] * inverse[k];
     counts[c][kFp] = fp;
     if (kFew || present.has(c)) {
-      V tp = counts[c][kTp], fn = counts[c][kFn];
+      V tp = counts[c][kTp], fn = counts[c][kFn], ce = counts[c][kCe];
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const I is_target = label[k] == static_cast<Int>(c);
         tp += is_target ? right[k] : V{};
         fn += is_target ? missed[k] : V{};
+        if (kCrossEntropy) ce += is_target ? cross_entropy[k] : V{};
       }
       counts[c][kTp] = tp;
       counts[c][kFn] = fn;
+      if (kCrossEntropy) counts[c][kCe] = ce;
     }
   }
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, bool kMasked>
+template <typename T, int kClasses, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, PresentClasses& present,
                              LogitsVector<T>* exponentials, CountVectors<T>* counts) {
   if constexpr (kClasses == 2) {
-    count_two_classes<T, kMasked>(tile, padded, counts);
+    count_two_classes<T, kMasked, kCrossEntropy, kInner>(tile, padded, counts);
   } else if constexpr (kClasses > 0) {
     constexpr int kVectors = 1;
     LogitsVector<T> registers[kClasses * kVectors];
     CountVectors<T> sums[kClasses] = {};
     for (int at = 0; at < padded; at += kVectors * Lanes<Compute<T>>::count) {
-      count_softmax_block<T, kClasses, kVectors, kMasked>(tile, at, kClasses, present, registers, sums);
+      count_softmax_block<T, kClasses, kVectors, kMasked, kCrossEntropy, kInner>(tile, at, kClasses, present, registers,
+                                                                                 sums);
     }
     for (int c = 0; c < kClasses; ++c) {
-      for (int q = 0; q < kCounts; ++q) counts[c][q] += sums[c][q];
+      for (int q = 0; q < (kCrossEntropy ? kAllCounts : kOverlapCounts); ++q) counts[c][q] += sums[c][q];
     }
   } else {
     for (int at = 0; at < padded; at += kBlock<Compute<T>>) {
-      count_softmax_block<T, 0, kBlockVectors, kMasked>(tile, at, classes, present, exponentials, counts);
+      count_softmax_block<T, 0, kBlockVectors, kMasked, kCrossEntropy, false>(tile, at, classes, present, exponentials,
+                                                                              counts);
     }
   }
 }
 
-template <typename T, Activation kActivation>
-TK_INLINE void count_channels(const Tile<T>& tile, int padded, int classes, int first_label, CountVectors<T>* counts) {
+// Every channel by itself. kPresent: the channel's label occurs in the tile.
+template <typename T, Activation kActivation, bool kPresent>
+TK_INLINE void count_channel(const Tile<T>& tile, int padded, int c, int first_label, LogitsVector<T>* counts) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  for (int c = 0; c < classes; ++c) {
-    const T* row = tile.rows + c * tile.row_stride;
-    V tp{}, fp{}, fn{};
-    for (int i = 0; i < padded; i += Lanes<A>::count) {
-      const I label = load<I>(tile.labels + i);
-      const V z = load_logits(row + i);
-      Probability<V> p;
-      if constexpr (kActivation == Activation::kSigmoid) {
-        const I negative = z < V{};
-        const V e = exp_nonpositive<A>(negative ? z : -z);
-        p = logistic(negative, e, 1 / (1 + e));
-      } else {
-        p = {z, 1 - z};
-      }
-      const I is_target = label == static_cast<typename Lanes<A>::Int>(c + first_label);
-      const I is_other = (label >= 0) & ~is_target;
-      if (tile.weights != nullptr) {
-        const V weight = load<V>(tile.weights + i);
-        p.p *= weight;
-        p.complement *= weight;
-      }
+  const T* row = tile.rows + c * tile.row_stride;
+  V tp{}, fp{}, fn{};
+  for (int i = 0; i < padded; i += Lanes<A>::count) {
+    const I label = load<I>(tile.labels + i);
+    const V z = load_logits(row + i);
+    Probability<V> p{z, 1 - z};
+    if constexpr (kActivation == Activation::kSigmoid) {
+      const I negative = z < V{};
+      const V e = exp_nonpositive<A>(negative_magnitude<A>(z));
+      p = logistic(negative, e, reciprocal<A>(1 + e));
+    }
+    if (tile.weights != nullptr) {
+      const V weight = load<V>(tile.weights + i);
+      p.p *= weight;
+      p.complement *= weight;
+    }
+    const I is_target = label == static_cast<typename Lanes<A>::Int>(c + first_label);
+    const I is_other = kPresent ? (label >= 0) & ~is_target : label >= 0;
+    fp += is_other ? p.p : V{};
+    if constexpr (kPresent) {
       tp += is_target ? p.p : V{};
       fn += is_target ? p.complement : V{};
-      fp += is_other ? p.p : V{};
+    }
+  }
+  counts[kTp] += tp;
+  counts[kFp] += fp;
+  counts[kFn] += fn;
+}
+
+template <typename T, Activation kActivation>
+void count_channels(const Tile<T>& tile, int padded, int classes, int first_label, PresentClasses& present,
+                    CountVectors<T>* counts) {
+  const bool few = classes < kFewChannels;
+  if (!few) present.set(tile.labels, padded, true);
+  for (int c = 0; c < classes; ++c) {
+    if (few || present.has(c + first_label)) {
+      count_channel<T, kActivation, true>(tile, padded, c, first_label, counts[c]);
+    } else {
+      count_channel<T, kActivation, false>(tile, padded, c, first_label, counts[c]);
+    }
+  }
+  if (!few) present.set(tile.labels, padded, false);
+}
+
+template <typename T, int kClasses, bool kMasked, bool kCrossEntropy>
+void count_few_classes(const Tile<T>& tile, PresentClasses& present, CountVectors<T>* counts) {
+  const int padded = tile.padded_voxels();
+  if (tile.is_inner) {
+    count_softmax<T, kClasses, kMasked, kCrossEntropy, true>(tile, padded, kClasses, present, nullptr, counts);
+  } else {
+    count_softmax<T, kClasses, kMasked, kCrossEntropy, false>(tile, padded, kClasses, present, nullptr, counts);
+  }
+}
+
+template <typename T, bool kMasked, bool kCrossEntropy>
+void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& present, LogitsVector<T>* exponentials,
+                        CountVectors<T>* counts) {
+  const int padded = tile.padded_voxels();
+  switch (classes) {
+    case 2: return count_few_classes<T, 2, kMasked, kCrossEntropy>(tile, present, counts);
+    case 3: return count_few_classes<T, 3, kMasked, kCrossEntropy>(tile, present, counts);
+    case 4: return count_few_classes<T, 4, kMasked, kCrossEntropy>(tile, present, counts);
+    default:
+      return count_softmax<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, present, exponentials, counts);
+  }
+}
+
+// ---- A target of its own for every class: dense, or class indices as one-hot rows
+
+template <typename A, bool kSoftLabel>
+TK_INLINE void add_overlap(Probability<Vector<A>> p, Vector<A> g, bool weighted, Vector<A> weight, Vector<A>& tp,
+                           Vector<A>& fp, Vector<A>& fn) {
+  if (kSoftLabel) {
+    const Overlap<Vector<A>> overlap = overlap_of(p, g, true);
+    tp += overlap.tp * weight;
+    fp += overlap.fp * weight;
+    fn += overlap.fn * weight;
+    return;
+  }
+  if (weighted) {
+    p.p *= weight;
+    p.complement *= weight;
+  }
+  if (!any(g != 0)) {  // most classes are nowhere in a block
+    fp += p.p;
+    return;
+  }
+  const Overlap<Vector<A>> overlap = overlap_of(p, g, false);
+  tp += overlap.tp;
+  fp += overlap.fp;
+  fn += overlap.fn;
+}
+
+template <typename T, bool kSoftLabel, bool kCrossEntropy>
+void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts) {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  using I = IntVector<A>;
+  constexpr int kLanes = Lanes<A>::count;
+  const int classes = static_cast<int>(v.classes);
+  const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed;
+  V* const exponentials = scratch + classes * kGeneralVectors;
+  for (int at = 0; at < tile.padded_voxels(); at += kGeneralVectors * kLanes) {
+    const GeneralSoftmax<T> softmax(tile, at, classes, scratch, exponentials);
+    V log_sum[kGeneralVectors];
+    for (int k = 0; k < kGeneralVectors; ++k) {
+      if (kCrossEntropy) log_sum[k] = log1p<A>(softmax.beyond_one[k]);
+      if (kCrossEntropy) counts[0][kVoxels] += softmax.weight[k];
+    }
+    for (int c = 0; c < classes; ++c) {
+      V tp = counts[c][kTp], fp = counts[c][kFp], fn = counts[c][kFn];
+      V ce = counts[c][kCe], smoothing = counts[c][kSmoothing];
+#pragma GCC unroll 2
+      for (int k = 0; k < kGeneralVectors; ++k) {
+        const V below_top = scratch[c * kGeneralVectors + k];
+        const Probability<V> p = softmax.probability(k, below_top, exponentials[c * kGeneralVectors + k]);
+        const V g = general_target(tile, c, at + k * kLanes);
+        const V weight = softmax.weight[k];
+        add_overlap<A, kSoftLabel>(p, g, softmax.weighted, weight, tp, fp, fn);
+        if constexpr (kCrossEntropy) {
+          V term = below_top + log_sum[k];
+          if (v.focal_gamma != 0) term *= focal_power<A>(p.complement, static_cast<A>(v.focal_gamma));
+          term *= weight;
+          const I wanted = g != 0;  // without it the term may be infinite
+          ce += wanted ? g * term : V{};
+          if (smoothed) smoothing += term;
+        }
+      }
+      counts[c][kTp] = tp;
+      counts[c][kFp] = fp;
+      counts[c][kFn] = fn;
+      if (kCrossEntropy) counts[c][kCe] = ce;
+      if (kCrossEntropy) counts[c][kSmoothing] = smoothing;
+    }
+  }
+}
+
+template <typename T, Activation kActivation, bool kSoftLabel, bool kCrossEntropy>
+void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T>* counts) {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  using I = IntVector<A>;
+  const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed, weighted = is_weighted(tile);
+  for (int c = 0; c < v.classes; ++c) {
+    V tp{}, fp{}, fn{}, ce{}, smoothing{};
+    for (int i = 0; i < tile.padded_voxels(); i += Lanes<A>::count) {
+      const V z = general_logit(tile, c, i), g = general_target(tile, c, i), weight = general_weight(tile, i);
+      Probability<V> p{z, 1 - z};
+      V e{};
+      if constexpr (kActivation == Activation::kSigmoid) {
+        const I negative = z < 0;
+        e = exp_nonpositive<A>(negative_magnitude<A>(z));
+        p = logistic(negative, e, reciprocal<A>(1 + e));
+      }
+      add_overlap<A, kSoftLabel>(p, g, weighted, weight, tp, fp, fn);
+      if constexpr (kCrossEntropy) {
+        const V common = log1p_of_fraction<A>(e);
+        V of_one = common + (z < 0 ? -z : V{}), of_zero = common + (z > 0 ? z : V{});
+        if (v.focal_gamma != 0) {
+          of_one *= focal_power<A>(p.complement, static_cast<A>(v.focal_gamma));
+          of_zero *= focal_power<A>(p.p, static_cast<A>(v.focal_gamma));
+        }
+        of_one *= weight;
+        of_zero *= weight;
+        const I some = g != 0, not_all = g != 1;
+        ce += (some ? g * of_one : V{}) + (not_all ? (1 - g) * of_zero : V{});
+        if (smoothed) smoothing += of_one + of_zero;
+        if (c == 0) counts[0][kVoxels] += weight;
+      }
     }
     counts[c][kTp] += tp;
     counts[c][kFp] += fp;
     counts[c][kFn] += fn;
+    if (kCrossEntropy) counts[c][kCe] += ce;
+    if (kCrossEntropy) counts[c][kSmoothing] += smoothing;
   }
 }
 
-template <typename T, bool kMasked>
-TK_INLINE void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, LogitsVector<T>* exponentials,
-                          CountVectors<T>* counts) {
-  const int padded = tile.padded_voxels();
-  const int classes = static_cast<int>(v.classes);
+template <typename T>
+void count_general(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts) {
+  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   switch (v.activation) {
     case Activation::kSoftmax:
-      switch (classes) {
-        case 2: return count_softmax<T, 2, kMasked>(tile, padded, classes, present, exponentials, counts);
-        case 3: return count_softmax<T, 3, kMasked>(tile, padded, classes, present, exponentials, counts);
-        case 4: return count_softmax<T, 4, kMasked>(tile, padded, classes, present, exponentials, counts);
-        default: return count_softmax<T, 0, kMasked>(tile, padded, classes, present, exponentials, counts);
+      if (v.soft_label) {
+        return cross_entropy ? count_general_softmax<T, true, true>(v, tile, scratch, counts)
+                             : count_general_softmax<T, true, false>(v, tile, scratch, counts);
       }
+      return cross_entropy ? count_general_softmax<T, false, true>(v, tile, scratch, counts)
+                           : count_general_softmax<T, false, false>(v, tile, scratch, counts);
     case Activation::kSigmoid:
-      return count_channels<T, Activation::kSigmoid>(tile, padded, classes, static_cast<int>(v.first_label), counts);
+      if (v.soft_label) {
+        return cross_entropy ? count_general_channels<T, Activation::kSigmoid, true, true>(v, tile, counts)
+                             : count_general_channels<T, Activation::kSigmoid, true, false>(v, tile, counts);
+      }
+      return cross_entropy ? count_general_channels<T, Activation::kSigmoid, false, true>(v, tile, counts)
+                           : count_general_channels<T, Activation::kSigmoid, false, false>(v, tile, counts);
     case Activation::kNone:
-      return count_channels<T, Activation::kNone>(tile, padded, classes, static_cast<int>(v.first_label), counts);
+      return v.soft_label ? count_general_channels<T, Activation::kNone, true, false>(v, tile, counts)
+                          : count_general_channels<T, Activation::kNone, false, false>(v, tile, counts);
   }
 }
 
-// Scratch: the tile's buffers, exponentials[C][kBlockVectors], tile sums[C][kCounts], totals[C][kCounts], present
+template <typename T>
+void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, LogitsVector<T>* exponentials,
+                CountVectors<T>* counts) {
+  const int padded = tile.padded_voxels();
+  const int classes = static_cast<int>(v.classes), first_label = static_cast<int>(v.first_label);
+  if (tile.targets != nullptr) return count_general(v, tile, exponentials, counts);
+  switch (v.activation) {
+    case Activation::kSoftmax:
+      if (v.cross_entropy != CrossEntropy::kNone) {
+        return tile.masked ? count_softmax_tile<T, true, true>(tile, classes, present, exponentials, counts)
+                           : count_softmax_tile<T, false, true>(tile, classes, present, exponentials, counts);
+      }
+      return tile.masked ? count_softmax_tile<T, true, false>(tile, classes, present, exponentials, counts)
+                         : count_softmax_tile<T, false, false>(tile, classes, present, exponentials, counts);
+    case Activation::kSigmoid:
+      return count_channels<T, Activation::kSigmoid>(tile, padded, classes, first_label, present, counts);
+    case Activation::kNone:
+      return count_channels<T, Activation::kNone>(tile, padded, classes, first_label, present, counts);
+  }
+}
+
+// Scratch: the tile's buffers, exponentials[C][kBlockVectors], tile sums[C][kAllCounts], totals[C][kAllCounts], present
 // classes.
 template <typename T>
 int64_t scratch_bytes(const Volume& v) {
-  return TileBuffers<T>::bytes(v) + v.classes * (kBlockVectors + kCounts + kCounts) * kVectorBytes +
+  static_assert(2 * kGeneralVectors <= kBlockVectors, "the general kernels keep logits and exponentials");
+  return TileBuffers<T>::bytes(v) + v.classes * (kBlockVectors + kAllCounts + kAllCounts) * kVectorBytes +
          PresentClasses::bytes(v.classes);
 }
 
@@ -226,26 +427,22 @@ template <typename T>
 void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch, BadInput* bad) {
   using A = Compute<T>;
   const TileBuffers<T> buffers(v, scratch);
+  const int columns = v.count_columns();
   Vector<A>* exponentials = reinterpret_cast<Vector<A>*>(buffers.rest);
   CountVectors<T>* sums = reinterpret_cast<CountVectors<T>*>(exponentials + v.classes * kBlockVectors);
-  auto* totals = reinterpret_cast<DoubleVector(*)[kCounts]>(sums + v.classes);
+  auto* totals = reinterpret_cast<DoubleVector(*)[kAllCounts]>(sums + v.classes);
   PresentClasses present(totals + v.classes, v.classes);
   memset(sums, 0, v.classes * sizeof(*sums));
   memset(totals, 0, v.classes * sizeof(*totals));
   int since_flush = 0;
   for (int64_t at = begin; at < end;) {
     const int voxels = static_cast<int>(smaller(buffers.tile_voxels, end - at));
-    const Tile<T> tile = load_tile<T>(v, sample, at, voxels, buffers, *bad);
-    if (tile.masked) {
-      count_tile<T, true>(v, tile, present, exponentials, sums);
-    } else {
-      count_tile<T, false>(v, tile, present, exponentials, sums);
-    }
+    count_tile(v, load_tile<T>(v, sample, at, voxels, buffers, true, *bad), present, exponentials, sums);
     at += voxels;
     since_flush += voxels;
     if (since_flush >= kTileVoxels || at >= end) {
       for (int64_t c = 0; c < v.classes; ++c) {
-        for (int q = 0; q < kCounts; ++q) {
+        for (int q = 0; q < columns; ++q) {
           add_to_double<A>(totals[c][q], sums[c][q]);
           sums[c][q] = Vector<A>{};
         }
@@ -254,7 +451,9 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
     }
   }
   for (int64_t c = 0; c < v.classes; ++c) {
-    for (int q = 0; q < kCounts; ++q) counts[c * kCounts + q] += horizontal_sum<double>(totals[c][q]);
+    for (int q = 0; q < columns; ++q) {
+      counts[c * columns + q] += horizontal_sum<double>(totals[q == kVoxels ? 0 : c][q]);
+    }
   }
 }
 

@@ -1,5 +1,5 @@
 // The gradient pass on the CPU: logits, target and coefficients in, dL/dlogits out. Compiled once per instruction set.
-#include "tile.h"
+#include "general.h"
 
 namespace {
 
@@ -10,29 +10,37 @@ struct GradientRows {
   int64_t row_stride;
 };
 
-enum Coefficient { kBackground, kForeground, kCoefficients };
+template <bool kCrossEntropy>
+constexpr int kCoefficients = kCrossEntropy ? kAllCoefficients : kOverlapCoefficients;
 
-template <typename T, bool kMasked>
+template <typename T, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compute<T>* u, const GradientRows<T>& out) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  const A difference0 = u[kCoefficients + kBackground] - u[kForeground];  // u_1 - u_0 where the label is 0
-  const A difference1 = u[kCoefficients + kForeground] - u[kBackground];  // where it is 1
+  const A* u1 = u + kCoefficients<kCrossEntropy>;
+  const A difference0 = u1[kBackground] - u[kForeground];  // u_1 - u_0 where the label is 0
+  const A difference1 = u1[kForeground] - u[kBackground];  // where it is 1
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = load<I>(tile.labels + i);
-    const V d = two_class_logit(load_logits(tile.rows + i), load_logits(tile.rows + tile.row_stride + i));
-    const V e = exp_nonpositive<A>(d < V{} ? d : -d);
-    const V inverse = 1 / (1 + e);
+    V z[2];
+    load_classes<2, kInner>(tile, i, z);
+    const V d = two_class_logit(z[0], z[1]);
+    const V e = exp_nonpositive<A>(negative_magnitude<A>(d));
+    const V inverse = reciprocal<A>(1 + e);
     V dz1 = logistic_gradient(e, inverse, label == 1 ? broadcast<A>(difference1) : broadcast<A>(difference0));
+    if constexpr (kCrossEntropy) {  // k_0 p_1 where the label is 0, -k_1 p_0 where it is 1
+      const Probability<V> p = logistic(d < V{}, e, inverse);
+      dz1 += label == 1 ? -u1[kCeCoefficient] * p.complement : u[kCeCoefficient] * p.p;
+    }
     if (tile.weights != nullptr) dz1 *= load<V>(tile.weights + i);
     if (kMasked) dz1 = label >= 0 ? dz1 : V{};
-    store_logits(out.rows + i, -dz1);
-    store_logits(out.rows + out.row_stride + i, dz1);
+    const V dz[2] = {-dz1, dz1};
+    store_classes<2, kInner>(out.rows, out.row_stride, i, dz);
   }
 }
 
-template <typename T, int kClasses, int kVectors, bool kMasked>
+template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const Compute<T>* u,
                                       PresentClasses& present, Vector<Compute<T>>* exponentials,
                                       const GradientRows<T>& out) {
@@ -44,12 +52,14 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   constexpr bool kFew = kClasses > 0;
   const int classes = kFew ? kClasses : runtime_classes;
   const T* rows = tile.rows + at;
+  V few[kFew ? kClasses : 1];
+  if constexpr (kFew) load_classes<kClasses, kInner>(tile, at, few);  // one vector
 
   V top[kVectors];
   I label[kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
-    top[k] = load_logits(rows + k * kLanes);
+    top[k] = kFew ? few[0] : load_logits(rows + k * kLanes);
     label[k] = load<I>(tile.labels + at + k * kLanes);
   }
 #pragma GCC unroll 8
@@ -57,29 +67,31 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
     const T* row = rows + c * tile.row_stride;
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      top[k] = maximum(top[k], load_logits(row + k * kLanes));
+      top[k] = maximum(top[k], kFew ? few[kFew ? c : 0] : load_logits(row + k * kLanes));
       if (!kFew) prefetch(row + (kVectors + k) * kLanes);
     }
   }
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
   SoftmaxSums<V> sums[kVectors];
-  V weighted_others[kVectors] = {}, u_target[kVectors] = {};
+  V weighted_others[kVectors] = {}, u_target[kVectors] = {}, k_target[kVectors] = {};
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
     const T* row = rows + c * tile.row_stride;
-    const V background = broadcast<A>(u[c * kCoefficients + kBackground]);
-    const V foreground = broadcast<A>(u[c * kCoefficients + kForeground]);
+    const A* of_class = u + c * kCoefficients<kCrossEntropy>;
+    const V background = broadcast<A>(of_class[kBackground]);
+    const V foreground = broadcast<A>(of_class[kForeground]);
     const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      const V e = exp_nonpositive<A>(load_logits(row + k * kLanes) - top[k]);
+      const V e = exp_nonpositive<A>((kFew ? few[kFew ? c : 0] : load_logits(row + k * kLanes)) - top[k]);
       V other;
       if (is_present) {
         const I is_target = label[k] == static_cast<Int>(c);
         const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
         other = sums[k].add(is_target, is_other, e);
         u_target[k] = is_target ? foreground : u_target[k];
+        if (kCrossEntropy) k_target[k] = is_target ? broadcast<A>(of_class[kCeCoefficient]) : k_target[k];
       } else {
         other = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
       }
@@ -91,91 +103,283 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   SoftmaxGradient<V> gradient[kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
-    V inverse = 1 / (sums[k].target + sums[k].others);
+    V inverse = reciprocal<A>(sums[k].target + sums[k].others);
     if (kMasked) inverse = label[k] >= 0 ? inverse : V{};
     const V weight = tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
     gradient[k] = softmax_gradient(sums[k], weighted_others[k], u_target[k], inverse, weight);
+    if (kCrossEntropy) gradient[k].add_cross_entropy(sums[k], k_target[k]);
   }
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
     T* row = out.rows + at + c * out.row_stride;
-    const V background = broadcast<A>(u[c * kCoefficients + kBackground]);
+    const V background = broadcast<A>(u[c * kCoefficients<kCrossEntropy> + kBackground]);
     const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
       V dz = gradient[k].other(exponentials[c * kVectors + k], background);
       if (is_present) dz = label[k] == static_cast<Int>(c) ? gradient[k].at_target : dz;
-      store_logits(row + k * kLanes, dz);
+      if constexpr (kFew) {
+        few[c] = dz;
+      } else {
+        store_logits(row + k * kLanes, dz);
+      }
     }
   }
+  if constexpr (kFew) store_classes<kClasses, kInner>(out.rows, out.row_stride, at, few);
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, bool kMasked>
+template <typename T, int kClasses, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classes, const Compute<T>* u,
                                      PresentClasses& present, Vector<Compute<T>>* exponentials,
                                      const GradientRows<T>& out) {
   if constexpr (kClasses == 2) {
-    two_classes_gradient<T, kMasked>(tile, padded, u, out);
+    two_classes_gradient<T, kMasked, kCrossEntropy, kInner>(tile, padded, u, out);
   } else if constexpr (kClasses > 0) {
     Vector<Compute<T>> registers[kClasses];
     for (int at = 0; at < padded; at += Lanes<Compute<T>>::count) {
-      softmax_gradient_block<T, kClasses, 1, kMasked>(tile, at, kClasses, u, present, registers, out);
+      softmax_gradient_block<T, kClasses, 1, kMasked, kCrossEntropy, kInner>(tile, at, kClasses, u, present, registers,
+                                                                             out);
     }
   } else {
     for (int at = 0; at < padded; at += kBlock<Compute<T>>) {
-      softmax_gradient_block<T, 0, kBlockVectors, kMasked>(tile, at, classes, u, present, exponentials, out);
+      softmax_gradient_block<T, 0, kBlockVectors, kMasked, kCrossEntropy, false>(tile, at, classes, u, present,
+                                                                                 exponentials, out);
     }
   }
 }
 
-template <typename T, Activation kActivation>
-TK_INLINE void channels_gradient(const Tile<T>& tile, int padded, int classes, int first_label, const Compute<T>* u,
-                                 const GradientRows<T>& out) {
+// kPresent: the channel's label occurs in the tile.
+template <typename T, Activation kActivation, bool kPresent, bool kMasked>
+TK_INLINE void channel_gradient(const Tile<T>& tile, int padded, int c, int first_label, const Compute<T>* u,
+                                const GradientRows<T>& out) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
+  const V background = broadcast<A>(u[c * kOverlapCoefficients + kBackground]);
+  const V foreground = broadcast<A>(u[c * kOverlapCoefficients + kForeground]);
+  for (int i = 0; i < padded; i += Lanes<A>::count) {
+    const I label = load<I>(tile.labels + i);
+    V dz = background;
+    if (kPresent) dz = label == static_cast<typename Lanes<A>::Int>(c + first_label) ? foreground : background;
+    if constexpr (kActivation == Activation::kSigmoid) {
+      const V z = load_logits(tile.rows + c * tile.row_stride + i);
+      const V e = exp_nonpositive<A>(negative_magnitude<A>(z));
+      dz = logistic_gradient(e, reciprocal<A>(1 + e), dz);
+    }
+    if (tile.weights != nullptr) dz *= load<V>(tile.weights + i);
+    if (kMasked) dz = label >= 0 ? dz : V{};
+    store_logits(out.rows + c * out.row_stride + i, dz);
+  }
+}
+
+template <typename T, Activation kActivation, bool kMasked>
+void channels_gradient_tile(const Tile<T>& tile, int padded, int classes, int first_label, const Compute<T>* u,
+                            PresentClasses& present, const GradientRows<T>& out) {
+  const bool few = classes < kFewChannels;
+  if (!few) present.set(tile.labels, padded, true);
   for (int c = 0; c < classes; ++c) {
-    const V background = broadcast<A>(u[c * kCoefficients + kBackground]);
-    const V foreground = broadcast<A>(u[c * kCoefficients + kForeground]);
-    for (int i = 0; i < padded; i += Lanes<A>::count) {
-      const I label = load<I>(tile.labels + i);
-      V dz = label == static_cast<typename Lanes<A>::Int>(c + first_label) ? foreground : background;
-      if constexpr (kActivation == Activation::kSigmoid) {
-        const V z = load_logits(tile.rows + c * tile.row_stride + i);
-        const V e = exp_nonpositive<A>(z < V{} ? z : -z);
-        dz = logistic_gradient(e, 1 / (1 + e), dz);
+    if (few || present.has(c + first_label)) {
+      channel_gradient<T, kActivation, true, kMasked>(tile, padded, c, first_label, u, out);
+    } else {
+      channel_gradient<T, kActivation, false, kMasked>(tile, padded, c, first_label, u, out);
+    }
+  }
+  if (!few) present.set(tile.labels, padded, false);
+}
+
+template <typename T, Activation kActivation>
+void channels_gradient(const Tile<T>& tile, int padded, int classes, int first_label, const Compute<T>* u,
+                       PresentClasses& present, const GradientRows<T>& out) {
+  if (tile.masked) {
+    channels_gradient_tile<T, kActivation, true>(tile, padded, classes, first_label, u, present, out);
+  } else {
+    channels_gradient_tile<T, kActivation, false>(tile, padded, classes, first_label, u, present, out);
+  }
+}
+
+template <typename T, int kClasses, bool kMasked, bool kCrossEntropy>
+void few_classes_gradient(const Tile<T>& tile, const Compute<T>* u, PresentClasses& present,
+                          const GradientRows<T>& out) {
+  const int padded = tile.padded_voxels();
+  if (tile.is_inner) {
+    softmax_gradient_rows<T, kClasses, kMasked, kCrossEntropy, true>(tile, padded, kClasses, u, present, nullptr, out);
+  } else {
+    softmax_gradient_rows<T, kClasses, kMasked, kCrossEntropy, false>(tile, padded, kClasses, u, present, nullptr, out);
+  }
+}
+
+template <typename T, bool kMasked, bool kCrossEntropy>
+void softmax_gradient_tile(const Tile<T>& tile, int classes, const Compute<T>* u, PresentClasses& present,
+                           Vector<Compute<T>>* e, const GradientRows<T>& out) {
+  const int padded = tile.padded_voxels();
+  switch (classes) {
+    case 2: return few_classes_gradient<T, 2, kMasked, kCrossEntropy>(tile, u, present, out);
+    case 3: return few_classes_gradient<T, 3, kMasked, kCrossEntropy>(tile, u, present, out);
+    case 4: return few_classes_gradient<T, 4, kMasked, kCrossEntropy>(tile, u, present, out);
+    default:
+      return softmax_gradient_rows<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, u, present, e, out);
+  }
+}
+
+// ---- A target of its own for every class: dense, or class indices as one-hot rows
+
+template <typename T, bool kSoftLabel, bool kCrossEntropy>
+void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Vector<Compute<T>>* scratch,
+                              const GradientRows<T>& out) {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  using I = IntVector<A>;
+  constexpr int kLanes = Lanes<A>::count;
+  const int classes = static_cast<int>(v.classes);
+  const bool focal = kCrossEntropy && v.focal_gamma != 0;
+  V* const exponentials = scratch + classes * kGeneralVectors;
+  V* const slopes = exponentials + classes * kGeneralVectors;  // u_c
+  V* const ce_slopes = slopes + classes * kGeneralVectors;     // b_c
+  for (int at = 0; at < tile.padded_voxels(); at += kGeneralVectors * kLanes) {
+    const GeneralSoftmax<T> softmax(tile, at, classes, scratch, exponentials);
+    V log_sum[kGeneralVectors] = {}, rest_u[kGeneralVectors] = {}, top_u[kGeneralVectors] = {};
+    V b_all[kGeneralVectors] = {};
+    for (int k = 0; focal && k < kGeneralVectors; ++k) log_sum[k] = log1p<A>(softmax.beyond_one[k]);
+    for (int c = 0; c < classes; ++c) {
+      const A* of_class = u + c * kCoefficients<kCrossEntropy>;
+      const V background = broadcast<A>(of_class[kBackground]), foreground = broadcast<A>(of_class[kForeground]);
+#pragma GCC unroll 2
+      for (int k = 0; k < kGeneralVectors; ++k) {
+        const int slot = c * kGeneralVectors + k;
+        const V below_top = scratch[slot];
+        const V g = general_target(tile, c, at + k * kLanes);
+        Probability<V> p{exponentials[slot] * softmax.inverse[k], V{}};
+        if (kSoftLabel || focal) p = softmax.probability(k, below_top, exponentials[slot]);
+        const V slope = overlap_slope(p, g, background, foreground, kSoftLabel);
+        const I is_top = below_top == 0;
+        rest_u[k] += is_top ? V{} : p.p * slope;
+        top_u[k] += is_top ? slope : V{};
+        slopes[slot] = slope;
+        if constexpr (kCrossEntropy) {
+          V b = g * of_class[kCeCoefficient] + of_class[kSmoothingCoefficient];
+          if (focal) {
+            const V gamma = broadcast<A>(static_cast<A>(v.focal_gamma));
+            b *= focal_slope(p, below_top + log_sum[k], focal_power<A>(p.complement, gamma[0]), gamma);
+          }
+          b_all[k] += b;
+          ce_slopes[slot] = b;
+        }
       }
-      if (tile.weights != nullptr) dz *= load<V>(tile.weights + i);
-      store_logits(out.rows + c * out.row_stride + i, label >= 0 ? dz : V{});
+    }
+    DenseSoftmaxGradient<V> gradient[kGeneralVectors];
+    for (int k = 0; k < kGeneralVectors; ++k) {
+      gradient[k] = dense_softmax_gradient(rest_u[k], top_u[k], softmax.beyond_one[k], softmax.inverse[k]);
+    }
+    for (int c = 0; c < classes; ++c) {
+#pragma GCC unroll 2
+      for (int k = 0; k < kGeneralVectors; ++k) {
+        const int slot = c * kGeneralVectors + k;
+        V dz;
+        if constexpr (kCrossEntropy) {
+          const Probability<V> p = softmax.probability(k, scratch[slot], exponentials[slot]);
+          dz = gradient[k].overlap(p.p, slopes[slot]) + softmax_cross_entropy_gradient(p, ce_slopes[slot], b_all[k]);
+        } else {
+          dz = gradient[k].overlap(exponentials[slot] * softmax.inverse[k], slopes[slot]);
+        }
+        if (softmax.weighted) dz *= softmax.weight[k];
+        store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz);
+      }
     }
   }
 }
 
-template <typename T, bool kMasked>
-TK_INLINE void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, PresentClasses& present,
-                             Vector<Compute<T>>* exponentials, const GradientRows<T>& out) {
-  const int padded = tile.padded_voxels();
-  const int classes = static_cast<int>(v.classes);
-  const int first_label = static_cast<int>(v.first_label);
-  switch (v.activation) {
-    case Activation::kSoftmax:
-      switch (classes) {
-        case 2: return softmax_gradient_rows<T, 2, kMasked>(tile, padded, classes, u, present, exponentials, out);
-        case 3: return softmax_gradient_rows<T, 3, kMasked>(tile, padded, classes, u, present, exponentials, out);
-        case 4: return softmax_gradient_rows<T, 4, kMasked>(tile, padded, classes, u, present, exponentials, out);
-        default: return softmax_gradient_rows<T, 0, kMasked>(tile, padded, classes, u, present, exponentials, out);
+template <typename T, Activation kActivation, bool kSoftLabel, bool kCrossEntropy>
+void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, const GradientRows<T>& out) {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  using I = IntVector<A>;
+  const bool weighted = is_weighted(tile);
+  for (int c = 0; c < v.classes; ++c) {
+    const A* of_class = u + c * kCoefficients<kCrossEntropy>;
+    const V background = broadcast<A>(of_class[kBackground]), foreground = broadcast<A>(of_class[kForeground]);
+    for (int i = 0; i < tile.padded_voxels(); i += Lanes<A>::count) {
+      const V z = general_logit(tile, c, i), g = general_target(tile, c, i);
+      Probability<V> p{z, 1 - z};
+      V e{}, inverse{};
+      if constexpr (kActivation == Activation::kSigmoid) {
+        const I negative = z < 0;
+        e = exp_nonpositive<A>(negative_magnitude<A>(z));
+        inverse = reciprocal<A>(1 + e);
+        p = logistic(negative, e, inverse);
       }
-    case Activation::kSigmoid:
-      return channels_gradient<T, Activation::kSigmoid>(tile, padded, classes, first_label, u, out);
-    case Activation::kNone: return channels_gradient<T, Activation::kNone>(tile, padded, classes, first_label, u, out);
+      V dz = overlap_slope(p, g, background, foreground, kSoftLabel);
+      if (kActivation == Activation::kSigmoid) dz = logistic_gradient(e, inverse, dz);
+      if constexpr (kCrossEntropy) {
+        V of_one = g * of_class[kCeCoefficient] + of_class[kSmoothingCoefficient];
+        V of_zero = (1 - g) * of_class[kCeCoefficient] + of_class[kSmoothingCoefficient];
+        if (v.focal_gamma != 0) {
+          const V gamma = broadcast<A>(static_cast<A>(v.focal_gamma)), common = log1p_of_fraction<A>(e);
+          const Probability<V> not_p{p.complement, p.p};
+          of_one *= focal_slope(p, common + (z < 0 ? -z : V{}), focal_power<A>(p.complement, gamma[0]), gamma);
+          of_zero *= focal_slope(not_p, common + (z > 0 ? z : V{}), focal_power<A>(p.p, gamma[0]), gamma);
+        }
+        dz += p.p * of_zero - p.complement * of_one;
+      }
+      if (weighted) dz *= general_weight(tile, i);
+      store_logits(out.rows + c * out.row_stride + i, dz);
+    }
   }
 }
 
-// Scratch: the tile's buffers, exponentials[C][kBlockVectors], gradient rows[C][tile voxels], present classes.
+template <typename T>
+void general_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Vector<Compute<T>>* scratch,
+                      const GradientRows<T>& out) {
+  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+  switch (v.activation) {
+    case Activation::kSoftmax:
+      if (v.soft_label) {
+        return cross_entropy ? general_softmax_gradient<T, true, true>(v, tile, u, scratch, out)
+                             : general_softmax_gradient<T, true, false>(v, tile, u, scratch, out);
+      }
+      return cross_entropy ? general_softmax_gradient<T, false, true>(v, tile, u, scratch, out)
+                           : general_softmax_gradient<T, false, false>(v, tile, u, scratch, out);
+    case Activation::kSigmoid:
+      if (v.soft_label) {
+        return cross_entropy ? general_channels_gradient<T, Activation::kSigmoid, true, true>(v, tile, u, out)
+                             : general_channels_gradient<T, Activation::kSigmoid, true, false>(v, tile, u, out);
+      }
+      return cross_entropy ? general_channels_gradient<T, Activation::kSigmoid, false, true>(v, tile, u, out)
+                           : general_channels_gradient<T, Activation::kSigmoid, false, false>(v, tile, u, out);
+    case Activation::kNone:
+      return v.soft_label ? general_channels_gradient<T, Activation::kNone, true, false>(v, tile, u, out)
+                          : general_channels_gradient<T, Activation::kNone, false, false>(v, tile, u, out);
+  }
+}
+
+template <typename T>
+void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, PresentClasses& present,
+                   Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
+  const int padded = tile.padded_voxels();
+  const int classes = static_cast<int>(v.classes), first_label = static_cast<int>(v.first_label);
+  if (tile.targets != nullptr) return general_gradient(v, tile, u, scratch, out);
+  switch (v.activation) {
+    case Activation::kSoftmax:
+      if (v.cross_entropy != CrossEntropy::kNone) {
+        return tile.masked ? softmax_gradient_tile<T, true, true>(tile, classes, u, present, scratch, out)
+                           : softmax_gradient_tile<T, false, true>(tile, classes, u, present, scratch, out);
+      }
+      return tile.masked ? softmax_gradient_tile<T, true, false>(tile, classes, u, present, scratch, out)
+                         : softmax_gradient_tile<T, false, false>(tile, classes, u, present, scratch, out);
+    case Activation::kSigmoid:
+      return channels_gradient<T, Activation::kSigmoid>(tile, padded, classes, first_label, u, present, out);
+    case Activation::kNone:
+      return channels_gradient<T, Activation::kNone>(tile, padded, classes, first_label, u, present, out);
+  }
+}
+
+// Vectors of a class that a block keeps: the exponentials, or four things in the general kernels.
+constexpr int kScratchVectors = larger(kBlockVectors, 4 * kGeneralVectors);
+
+// Scratch: the tile's buffers, kScratchVectors a class, gradient rows[C][tile voxels], present classes.
 template <typename T>
 int64_t scratch_bytes(const Volume& v) {
-  return TileBuffers<T>::bytes(v) + v.classes * kBlockVectors * kVectorBytes +
+  return TileBuffers<T>::bytes(v) + v.classes * kScratchVectors * kVectorBytes +
          v.classes * TileBuffers<T>::voxels_per_tile(v) * static_cast<int64_t>(sizeof(T)) +
          PresentClasses::bytes(v.classes);
 }
@@ -186,22 +390,19 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
   using A = Compute<T>;
   const A* u = static_cast<const A*>(coefficients);
   const TileBuffers<T> buffers(v, scratch);
-  Vector<A>* exponentials = reinterpret_cast<Vector<A>*>(buffers.rest);
-  T* buffer = reinterpret_cast<T*>(exponentials + v.classes * kBlockVectors);
+  Vector<A>* block = reinterpret_cast<Vector<A>*>(buffers.rest);
+  T* buffer = reinterpret_cast<T*>(block + v.classes * kScratchVectors);
   PresentClasses present(buffer + v.classes * buffers.tile_voxels, v.classes);
+  const bool inner = is_inner(v, view.class_stride, view.voxel_stride);
   BadInput bad;  // the count pass has told of it, and its coefficients are NaN then
   for (int64_t at = begin; at < end; at += buffers.tile_voxels) {
     const int voxels = static_cast<int>(smaller(buffers.tile_voxels, end - at));
-    const Tile<T> tile = load_tile<T>(v, sample, at, voxels, buffers, bad);
+    const Tile<T> tile = load_tile<T>(v, sample, at, voxels, buffers, inner, bad);
     T* there = static_cast<T*>(view.data) + sample * view.sample_stride + at * view.voxel_stride;
-    const bool direct = view.voxel_stride == 1 && voxels == tile.padded_voxels();
+    const bool direct = tile.is_inner || (view.voxel_stride == 1 && voxels == tile.padded_voxels());
     const GradientRows<T> out =
         direct ? GradientRows<T>{there, view.class_stride} : GradientRows<T>{buffer, buffers.tile_voxels};
-    if (tile.masked) {
-      gradient_tile<T, true>(v, tile, u, present, exponentials, out);
-    } else {
-      gradient_tile<T, false>(v, tile, u, present, exponentials, out);
-    }
+    gradient_tile(v, tile, u, present, block, out);
     if (!direct) {
       copy_rows<true>(there, view.class_stride, view.voxel_stride, buffer, buffers.tile_voxels, v.classes, voxels);
     }

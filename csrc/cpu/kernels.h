@@ -15,11 +15,11 @@ struct BadInput {
   bool weight = false;  // a voxel weight that is negative or NaN
 };
 
-// Adds the overlap counts of voxels [begin, end) of one sample to counts[C][3] (tp, fp, fn).
+// Adds the counts of voxels [begin, end) of one sample to counts[C][3 or 6], see enum Count.
 using CountPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch,
                            BadInput*);
 
-// Writes the gradient of voxels [begin, end) of one sample. coefficients[C][2]: u_background, u_foreground, in the type
+// Writes the gradient of voxels [begin, end) of one sample. coefficients[C][2 or 4], see enum Coefficient, in the type
 // in which is computed (double for double logits, else float).
 using GradientPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, const void* coefficients,
                               const GradientView&, void* scratch);

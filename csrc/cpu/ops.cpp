@@ -1,7 +1,4 @@
 // The operators on CPU tensors.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -12,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../volume.h"
+#include "../operators.h"
 #include "capability.h"
 
 namespace tversky_kernels {
@@ -27,7 +24,7 @@ struct Chunks {
     constexpr int64_t kLogits = 32768;           // fewer in a chunk are not worth handing out
     constexpr int64_t kTableBytes = 640 * 1024;  // of partial counts, all chunks together
     constexpr int64_t kRound = 1024;
-    const int64_t row_bytes = v.samples * v.classes * 3 * static_cast<int64_t>(sizeof(double));
+    const int64_t row_bytes = v.samples * v.classes * v.count_columns() * static_cast<int64_t>(sizeof(double));
     const int64_t most = std::max<int64_t>(1, std::min<int64_t>(1024, kTableBytes / std::max<int64_t>(1, row_bytes)));
     const int64_t least_voxels = std::max(kLogits / v.classes, (v.voxels + most - 1) / most);
     voxels_each = std::max<int64_t>(1, (least_voxels + kRound - 1) / kRound) * kRound;
@@ -89,9 +86,10 @@ void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes
   });
 }
 
-// counts[N][C][3], in a fixed order whatever the number of threads. NaN where the data are bad and that is not raised.
+// counts[N][C][columns], in a fixed order whatever the number of threads. NaN where the data are bad and that is not
+// raised.
 void count(const Volume& v, bool raise, double* counts) {
-  const int64_t row = v.classes * 3;
+  const int64_t row = v.classes * v.count_columns();
   std::fill(counts, counts + v.samples * row, 0.0);
   if (v.samples * v.voxels == 0) return;
   const Chunks chunks(v);
@@ -124,211 +122,140 @@ void count(const Volume& v, bool raise, double* counts) {
   }
 }
 
-// The whole loss from counts[N][C][3]: writes loss (one value, or one a row and class) and coefficients[rows][C][2].
-struct Table {
-  int64_t samples, classes, first_class, rows;
-  Reduction reduction;
-  Absent absent;
-  TverskyParameters parameters;
-  const double* class_parameters;  // [3][C]: alpha, beta, class weight; null: the same for all
-
-  TverskyParameters of_class(int64_t c) const {
-    TverskyParameters p = parameters;
-    if (class_parameters != nullptr) {
-      p.alpha = class_parameters[c];
-      p.beta = class_parameters[classes + c];
-      p.class_weight = class_parameters[2 * classes + c];
-    }
-    return p;
-  }
-
-  int64_t values() const { return reduction == Reduction::kNone ? rows * (classes - first_class) : 1; }
-
-  void evaluate(const double* counts, double* loss, double* coefficients) const {
-    const auto power = [](double x, double y) { return std::pow(x, y); };
-    double sum = 0;
-    int64_t averaged = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < classes; ++c) {
-        double* u = coefficients + (r * classes + c) * 2;
-        u[0] = u[1] = 0;
-        if (c < first_class) continue;
-        double tp = 0, fp = 0, fn = 0;
-        for (int64_t n = rows == samples ? r : 0; n < (rows == samples ? r + 1 : samples); ++n) {
-          const double* q = counts + (n * classes + c) * 3;
-          tp += q[0];
-          fp += q[1];
-          fn += q[2];
-        }
-        const bool is_absent = tp + fn == 0.0;
-        averaged += !(is_absent && absent == Absent::kSkip);
-        double value = 0;
-        if (!is_absent || absent == Absent::kKeep) {
-          const TverskyRow row = tversky_row(tp, fp, fn, of_class(c), power);
-          value = row.loss;
-          u[0] = row.u_background;
-          u[1] = row.u_foreground;
-        }
-        if (reduction == Reduction::kNone) {
-          loss[r * (classes - first_class) + c - first_class] = value;
-        } else {
-          sum += value;
-        }
+// The whole loss from counts[N][C][columns]: writes loss (one value, or one a row and class) and coefficients.
+void evaluate_table(const Table& t, const double* counts, double* loss, double* coefficients) {
+  const auto power = [](double x, double y) { return std::pow(x, y); };
+  const int columns = t.columns(), width = t.coefficient_columns();
+  const bool none = t.reduction == Reduction::kNone;
+  double sum = 0, ce_sum = 0, ce_divisor = 0;
+  int64_t averaged = 0;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    double row_ce = 0, row_divisor = 0;
+    for (int64_t c = 0; c < t.classes; ++c) {
+      double* u = coefficients + (r * t.classes + c) * width;
+      u[kBackground] = u[kForeground] = 0;
+      double q[kAllCounts] = {};
+      for (int64_t n = r * t.together(); n < (r + 1) * t.together(); ++n) {
+        for (int i = 0; i < columns; ++i) q[i] += counts[(n * t.classes + c) * columns + i];
+      }
+      if (t.has_cross_entropy) {
+        const CeTerms terms = ce_terms(q, t.ce_class_weight(c), t.classes, t.ce);
+        row_ce += terms.sum;
+        row_divisor += terms.divisor;
+      }
+      if (c < t.first_class) continue;
+      const bool is_absent = q[kTp] + q[kFn] == 0.0;
+      averaged += !(is_absent && t.absent == Absent::kSkip);
+      double value = 0;
+      if (!is_absent || t.absent == Absent::kKeep) {
+        const TverskyRow row = tversky_row(q[kTp], q[kFp], q[kFn], t.tversky_of_class(c), power);
+        value = row.loss;
+        u[kBackground] = row.u_background;
+        u[kForeground] = row.u_foreground;
+      }
+      if (none) {
+        loss[r * t.kept() + c - t.first_class] = t.ce.tversky_weight * value;
+      } else {
+        sum += value;
       }
     }
-    if (reduction == Reduction::kNone) return;
-    const double scale = reduction == Reduction::kSum ? 1.0 : averaged == 0 ? 0.0 : 1.0 / averaged;
-    *loss = sum * scale;
-    for (int64_t i = 0; i < rows * classes * 2; ++i) coefficients[i] *= scale;
-  }
-};
-
-Table make_table(int64_t samples, int64_t classes, const std::optional<Tensor>& class_parameters, double alpha,
-                 double beta, double gamma, double smooth_nr, double smooth_dr, bool include_background, bool batch,
-                 int64_t absent, int64_t reduction) {
-  if (class_parameters.has_value()) {
-    STD_TORCH_CHECK(class_parameters->scalar_type() == ScalarType::Double && class_parameters->is_cpu() &&
-                        class_parameters->is_contiguous() && class_parameters->dim() == 2 &&
-                        class_parameters->size(0) == 3 && class_parameters->size(1) == classes,
-                    "class_parameters: expected a contiguous (3, C) tensor of float64 on the CPU");
-  }
-  Table t;
-  t.samples = samples;
-  t.classes = classes;
-  t.first_class = include_background || classes == 1 ? 0 : 1;
-  t.rows = batch ? 1 : samples;
-  t.reduction = static_cast<Reduction>(reduction);
-  t.absent = static_cast<Absent>(absent);
-  t.parameters = {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0};
-  t.class_parameters = class_parameters.has_value() ? class_parameters->const_data_ptr<double>() : nullptr;
-  return t;
-}
-
-std::tuple<Tensor, Tensor> evaluate_table(const Table& table, const double* counts, const Tensor& like, ScalarType type,
-                                          bool batch) {
-  std::vector<int64_t> shape;
-  if (table.reduction == Reduction::kNone) {
-    if (!batch) shape.push_back(table.rows);
-    shape.push_back(table.classes - table.first_class);
-  }
-  Tensor loss = torch::stable::new_empty(like, shape, type);
-  const std::vector<int64_t> coefficient_shape{table.rows, table.classes, 2};
-  Tensor coefficients = torch::stable::new_empty(like, coefficient_shape, ScalarType::Double);
-  std::vector<double> values(std::max<int64_t>(1, table.values()));
-  table.evaluate(counts, values.data(), coefficients.mutable_data_ptr<double>());
-  for (int64_t i = 0; i < table.values(); ++i) {
-    if (type == ScalarType::Double) {
-      loss.mutable_data_ptr<double>()[i] = values[i];
-    } else {
-      loss.mutable_data_ptr<float>()[i] = static_cast<float>(values[i]);
+    ce_sum += row_ce;
+    ce_divisor += row_divisor;
+    if (none && t.has_cross_entropy) {
+      const double per = row_divisor == 0.0 ? 0.0 : 1.0 / row_divisor;
+      for (int64_t i = 0; i < t.kept(); ++i) loss[r * t.kept() + i] += t.ce.ce_weight * row_ce * per;
+      for (int64_t c = 0; c < t.classes; ++c) coefficients[(r * t.classes + c) * width + kCeCoefficient] = per;
     }
   }
-  return {loss, coefficients};
+  const bool mean = t.reduction == Reduction::kMean;
+  const double scale = t.ce.tversky_weight * (!mean ? 1.0 : averaged == 0 ? 0.0 : 1.0 / averaged);
+  const double ce_scale = !mean ? 1.0 : ce_divisor == 0.0 ? 0.0 : 1.0 / ce_divisor;
+  if (!none) *loss = sum * scale + t.ce.ce_weight * ce_sum * ce_scale;
+  for (int64_t i = 0; i < t.rows * t.classes; ++i) {
+    double* u = coefficients + i * width;
+    u[kBackground] *= scale;
+    u[kForeground] *= scale;
+    if (t.has_cross_entropy) {
+      const double per = none ? u[kCeCoefficient] : ce_scale;
+      const CeCoefficients k = ce_coefficients(t.ce_class_weight(i % t.classes), t.classes, t.ce);
+      u[kCeCoefficient] = k.ce * per;
+      u[kSmoothingCoefficient] = k.smoothing * per;
+    }
+  }
 }
 
-Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                  int64_t activation, std::optional<int64_t> ignore_index, bool raise_bad_input) {
-  check_inputs(logits, target, voxel_weight, activation);
-  const VolumeTensors volume(logits, target, voxel_weight, activation, ignore_index);
-  const std::vector<int64_t> shape{volume.view.samples, volume.view.classes, 3};
-  Tensor counts = torch::stable::new_empty(logits, shape, ScalarType::Double);
-  count(volume.view, raise_bad_input, counts.mutable_data_ptr<double>());
-  return counts;
-}
-
-std::tuple<Tensor, Tensor> table(const Tensor& counts, const std::optional<Tensor>& class_parameters, double alpha,
-                                 double beta, double gamma, double smooth_nr, double smooth_dr, bool include_background,
-                                 bool batch, int64_t absent, int64_t reduction) {
-  check_counts(counts);
-  const Tensor contiguous = torch::stable::contiguous(counts);
-  const Table t = make_table(counts.size(0), counts.size(1), class_parameters, alpha, beta, gamma, smooth_nr, smooth_dr,
-                             include_background, batch, absent, reduction);
-  return evaluate_table(t, contiguous.const_data_ptr<double>(), counts, ScalarType::Double, batch);
-}
-
-std::tuple<Tensor, Tensor> tversky_loss(const Tensor& logits, const Tensor& target,
-                                        const std::optional<Tensor>& voxel_weight, int64_t activation,
-                                        std::optional<int64_t> ignore_index, bool raise_bad_input,
-                                        const std::optional<Tensor>& class_parameters, double alpha, double beta,
-                                        double gamma, double smooth_nr, double smooth_dr, bool include_background,
-                                        bool batch, int64_t absent, int64_t reduction) {
-  check_inputs(logits, target, voxel_weight, activation);
-  const VolumeTensors volume(logits, target, voxel_weight, activation, ignore_index);
-  const Table t = make_table(volume.view.samples, volume.view.classes, class_parameters, alpha, beta, gamma, smooth_nr,
-                             smooth_dr, include_background, batch, absent, reduction);
-  std::vector<double> counts(volume.view.samples * volume.view.classes * 3);
-  count(volume.view, raise_bad_input, counts.data());
-  const ScalarType type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return evaluate_table(t, counts.data(), logits, type, batch);
-}
-
+// coefficients[rows][C][columns] times the upstream gradient, in the type in which is computed.
 template <typename A>
 std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coefficients) {
-  const int64_t rows = coefficients.size(0), classes = coefficients.size(1);
-  const int64_t kept = grad_loss.dim() == 0 ? classes : grad_loss.size(grad_loss.dim() - 1);
-  const Tensor u = torch::stable::contiguous(coefficients), g = torch::stable::contiguous(grad_loss);
-  const auto upstream = [&](int64_t r, int64_t c) -> double {
-    if (g.dim() != 0 && c < classes - kept) return 0.0;
-    const int64_t i = g.dim() == 0 ? 0 : r * kept + c - (classes - kept);
-    return g.scalar_type() == ScalarType::Double ? g.const_data_ptr<double>()[i] : g.const_data_ptr<float>()[i];
+  const int64_t rows = coefficients.size(0), classes = coefficients.size(1), columns = coefficients.size(2);
+  const int64_t kept = grad_loss.dim() == 0 ? 1 : grad_loss.size(grad_loss.dim() - 1);
+  const auto upstream = [&](int64_t i) -> double {
+    return grad_loss.scalar_type() == ScalarType::Double ? grad_loss.const_data_ptr<double>()[i]
+                                                         : grad_loss.const_data_ptr<float>()[i];
   };
-  std::vector<A> scaled(rows * classes * 2);
+  const double* u = coefficients.const_data_ptr<double>();
+  std::vector<A> scaled(rows * classes * columns);
   for (int64_t r = 0; r < rows; ++r) {
+    double of_row = 0;  // of the cross-entropy, which every value of the row contains
+    for (int64_t i = 0; i < kept; ++i) of_row += upstream(grad_loss.dim() == 0 ? 0 : r * kept + i);
     for (int64_t c = 0; c < classes; ++c) {
-      for (int64_t q = 0; q < 2; ++q) {
-        const int64_t i = (r * classes + c) * 2 + q;
-        scaled[i] = static_cast<A>(upstream(r, c) * u.const_data_ptr<double>()[i]);
+      const int64_t of_class = c - (classes - kept);
+      const double g = grad_loss.dim() == 0 ? of_row : of_class < 0 ? 0.0 : upstream(r * kept + of_class);
+      for (int64_t q = 0; q < columns; ++q) {
+        const int64_t i = (r * classes + c) * columns + q;
+        scaled[i] = static_cast<A>((q < kOverlapCoefficients ? g : of_row) * u[i]);
       }
     }
   }
   return scaled;
 }
 
-void write_gradient(const VolumeTensors& volume, const Tensor& grad_loss, const Tensor& coefficients,
-                    const Tensor& out) {
-  const Volume& v = volume.view;
-  if (v.samples * v.voxels == 0) return;
-  const GradientView view{out.mutable_data_ptr(), out.stride(0), out.stride(1), *single_stride(out, 2)};
-  std::vector<float> u_float;
-  std::vector<double> u_double;
-  if (v.logits.type == ElementType::kDouble) {
-    u_double = scaled_coefficients<double>(grad_loss, coefficients);
-  } else {
-    u_float = scaled_coefficients<float>(grad_loss, coefficients);
+struct Cpu {
+  static void count(const Tensor&, const Volume& v, bool raise, const Tensor& counts) {
+    tversky_kernels::cpu::count(v, raise, counts.mutable_data_ptr<double>());
   }
-  const int64_t row = coefficients.size(0) == 1 ? 0 : v.classes * 2;
-  const Kernels& k = kernels();
-  for_each_chunk(v, Chunks(v), k.gradient_scratch_bytes(v),
-                 [&](int64_t sample, int64_t, int64_t begin, int64_t end, void* scratch, int64_t) {
-                   const void* u = u_double.empty() ? static_cast<const void*>(&u_float[sample * row])
-                                                    : static_cast<const void*>(&u_double[sample * row]);
-                   k.gradient_pass(v, sample, begin, end, u, view, scratch);
-                 });
-}
 
-Tensor gradient_pass(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                     const std::optional<Tensor>& voxel_weight, const Tensor& coefficients, int64_t activation,
-                     std::optional<int64_t> ignore_index) {
-  check_inputs(logits, target, voxel_weight, activation);
-  check_coefficients(coefficients, logits);
-  check_grad_loss(grad_loss, coefficients);
-  const VolumeTensors volume(logits, target, voxel_weight, activation, ignore_index);
-  Tensor gradient = torch::stable::empty_like(volume.logits);
-  if (!single_stride(gradient, 2).has_value()) gradient = torch::stable::contiguous(gradient);
-  write_gradient(volume, grad_loss, coefficients, gradient);
-  return gradient;
-}
+  static void evaluate(const Table& t, const double* counts, const Tensor& loss, const Tensor& coefficients) {
+    std::vector<double> values(std::max<int64_t>(1, loss.numel()));
+    evaluate_table(t, counts, values.data(), coefficients.mutable_data_ptr<double>());
+    for (int64_t i = 0; i < loss.numel(); ++i) {
+      if (loss.scalar_type() == ScalarType::Double) {
+        loss.mutable_data_ptr<double>()[i] = values[i];
+      } else {
+        loss.mutable_data_ptr<float>()[i] = static_cast<float>(values[i]);
+      }
+    }
+  }
+  static void evaluate(const Table& t, const Tensor& counts, const Tensor& loss, const Tensor& coefficients) {
+    evaluate(t, counts.const_data_ptr<double>(), loss, coefficients);
+  }
 
-void gradient_pass_(Tensor logits, const Tensor& grad_loss, const Tensor& target,
-                    const std::optional<Tensor>& voxel_weight, const Tensor& coefficients, int64_t activation,
-                    std::optional<int64_t> ignore_index) {
-  check_inputs(logits, target, voxel_weight, activation);
-  check_coefficients(coefficients, logits);
-  check_grad_loss(grad_loss, coefficients);
-  STD_TORCH_CHECK(single_stride(logits, 2).has_value(), "logits: in place, its voxels must lie one stride apart");
-  const VolumeTensors volume(logits, target, voxel_weight, activation, ignore_index);
-  write_gradient(volume, grad_loss, coefficients, logits);
-}
+  static void forward(const Tensor&, const Volume& v, bool raise, const Table& t, const Tensor& loss,
+                      const Tensor& coefficients) {
+    std::vector<double> counts(v.samples * v.classes * v.count_columns());
+    tversky_kernels::cpu::count(v, raise, counts.data());
+    evaluate(t, counts.data(), loss, coefficients);
+  }
+
+  static void gradient(const Volume& v, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& out) {
+    const GradientView view{out.mutable_data_ptr(), out.stride(0), out.stride(1), *single_stride(out, 2)};
+    std::vector<float> u_float;
+    std::vector<double> u_double;
+    if (v.logits.type == ElementType::kDouble) {
+      u_double = scaled_coefficients<double>(grad_loss, coefficients);
+    } else {
+      u_float = scaled_coefficients<float>(grad_loss, coefficients);
+    }
+    const int64_t row = coefficients.size(0) == 1 ? 0 : v.classes * v.coefficient_columns();
+    const Kernels& k = kernels();
+    for_each_chunk(v, Chunks(v), k.gradient_scratch_bytes(v),
+                   [&](int64_t sample, int64_t, int64_t begin, int64_t end, void* scratch, int64_t) {
+                     const void* u = u_double.empty() ? static_cast<const void*>(&u_float[sample * row])
+                                                      : static_cast<const void*>(&u_double[sample * row]);
+                     k.gradient_pass(v, sample, begin, end, u, view, scratch);
+                   });
+  }
+};
 
 int64_t cpu_capability(std::optional<int64_t> force) {
   if (force.has_value()) set_capability(static_cast<Capability>(*force));
@@ -340,11 +267,7 @@ int64_t cpu_capability(std::optional<int64_t> force) {
 }  // namespace tversky_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(tversky_kernels, CPU, m) {
-  m.impl("count_pass", TORCH_BOX(&tversky_kernels::cpu::count_pass));
-  m.impl("table", TORCH_BOX(&tversky_kernels::cpu::table));
-  m.impl("tversky_loss", TORCH_BOX(&tversky_kernels::cpu::tversky_loss));
-  m.impl("gradient_pass", TORCH_BOX(&tversky_kernels::cpu::gradient_pass));
-  m.impl("gradient_pass_", TORCH_BOX(&tversky_kernels::cpu::gradient_pass_));
+  tversky_kernels::Operators<tversky_kernels::cpu::Cpu>::implement(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tversky_kernels, CompositeExplicitAutograd, m) {

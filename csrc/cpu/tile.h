@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace {
 
@@ -28,16 +29,19 @@ struct Tile {
   int64_t row_stride;
   const typename Lanes<A>::Int* labels;
   const A* weights;  // null: all are 1
-  int voxels;        // before padding
-  bool masked;       // some label is kUncounted
+  const A* targets;  // g of class c: targets + c * target_stride; null but for Volume::is_general
+  int64_t target_stride;
+  int voxels;     // before padding
+  bool masked;    // some label is kUncounted
+  bool is_inner;  // the few classes of a voxel lie side by side from `rows` on, and are read there
 
   int padded_voxels() const { return (voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>; }
 };
 
-TK_INLINE int64_t smaller(int64_t a, int64_t b) {
+constexpr TK_INLINE int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
-TK_INLINE int64_t larger(int64_t a, int64_t b) {
+constexpr TK_INLINE int64_t larger(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
@@ -63,6 +67,27 @@ TK_INLINE double to_accumulation<BFloat16, double>(BFloat16 x) {
 }
 
 // ---- Labels and weights
+
+// Where the tile's voxels are found in a volume of other sizes, as offsets from the start of the sample.
+TK_INLINE void resampled_offsets(const Resampling& r, int64_t begin, int count, int64_t* offsets) {
+  for (int i = 0; i < count;) {
+    const int64_t row = (begin + i) / r.sizes[2], first = (begin + i) % r.sizes[2];
+    const int64_t start = r.source(0, row / r.sizes[1]) + r.source(1, row % r.sizes[1]);
+    const int run = static_cast<int>(smaller(r.sizes[2] - first, count - i));
+    for (int k = 0; k < run; ++k) offsets[i + k] = start + r.source(2, first + k);
+    i += run;
+  }
+}
+
+// The tile's values of a volume that is resampled, gathered; null where they can be read in place.
+template <typename T>
+TK_INLINE const T* gather_resampled(const VoxelView& view, const T* sample, int64_t begin, int count, T* gathered) {
+  if (!view.resampling.active) return nullptr;
+  int64_t offsets[kTileVoxels];
+  resampled_offsets(view.resampling, begin, count, offsets);
+  for (int i = 0; i < count; ++i) gathered[i] = sample[offsets[i]];
+  return gathered;
+}
 
 // Labels of type T become Int, those that do not count kUncounted. Wide is the type in which they are compared.
 template <typename T, typename Wide, typename Int>
@@ -106,34 +131,42 @@ TK_INLINE void load_labels_as(const T* p, int64_t stride, int count, Wide label_
 }
 
 template <typename T, typename Int>
-TK_INLINE void load_labels_of(const Volume& v, int64_t offset, int count, Int* out, bool& masked, BadInput& bad) {
+TK_INLINE void load_labels_of(const Volume& v, int64_t sample, int64_t begin, int count, Int* out, bool& masked,
+                              BadInput& bad) {
   using Wide = std::conditional_t<(sizeof(T) > sizeof(Int)), T, Int>;
   constexpr int64_t kLargest = sizeof(Wide) == 4 ? INT32_MAX : INT64_MAX;
   const bool ignorable = v.has_ignore_index && v.ignore_index >= -kLargest - 1 && v.ignore_index <= kLargest;
-  load_labels_as<T, Wide, Int>(static_cast<const T*>(v.target.data) + offset, v.target.voxel_stride, count,
+  const T* labels = static_cast<const T*>(v.target.data) + sample * v.target.sample_stride;
+  T memory[kTileVoxels];
+  const T* gathered = gather_resampled(v.target, labels, begin, count, memory);
+  load_labels_as<T, Wide, Int>(gathered != nullptr ? gathered : labels + begin * v.target.voxel_stride,
+                               gathered != nullptr ? 1 : v.target.voxel_stride, count,
                                static_cast<Wide>(v.classes + v.first_label), ignorable,
                                static_cast<Wide>(ignorable ? v.ignore_index : 0), out, masked, bad);
 }
 
 template <typename Int>
 void load_labels(const Volume& v, int64_t sample, int64_t begin, int count, Int* out, bool& masked, BadInput& bad) {
-  const int64_t offset = sample * v.target.sample_stride + begin * v.target.voxel_stride;
   switch (v.target.type) {
     case ElementType::kBool:
-    case ElementType::kUint8: return load_labels_of<uint8_t>(v, offset, count, out, masked, bad);
-    case ElementType::kInt8: return load_labels_of<int8_t>(v, offset, count, out, masked, bad);
-    case ElementType::kInt16: return load_labels_of<int16_t>(v, offset, count, out, masked, bad);
-    case ElementType::kInt32: return load_labels_of<int32_t>(v, offset, count, out, masked, bad);
-    default: return load_labels_of<int64_t>(v, offset, count, out, masked, bad);
+    case ElementType::kUint8: return load_labels_of<uint8_t>(v, sample, begin, count, out, masked, bad);
+    case ElementType::kInt8: return load_labels_of<int8_t>(v, sample, begin, count, out, masked, bad);
+    case ElementType::kInt16: return load_labels_of<int16_t>(v, sample, begin, count, out, masked, bad);
+    case ElementType::kInt32: return load_labels_of<int32_t>(v, sample, begin, count, out, masked, bad);
+    default: return load_labels_of<int64_t>(v, sample, begin, count, out, masked, bad);
   }
 }
 
 template <typename T, typename A>
-TK_INLINE void load_weights_of(const Volume& v, int64_t offset, int count, A* weights, typename Lanes<A>::Int* labels,
-                               bool& masked, BadInput& bad) {
-  const T* p = static_cast<const T*>(v.weight.data) + offset;
+TK_INLINE void load_weights_of(const Volume& v, int64_t sample, int64_t begin, int count, A* weights,
+                               typename Lanes<A>::Int* labels, bool& masked, BadInput& bad) {
+  const T* p = static_cast<const T*>(v.weight.data) + sample * v.weight.sample_stride;
+  T memory[kTileVoxels];
+  const T* gathered = gather_resampled(v.weight, p, begin, count, memory);
+  const int64_t stride = gathered != nullptr ? 1 : v.weight.voxel_stride;
+  p = gathered != nullptr ? gathered : p + begin * stride;
   for (int i = 0; i < count; ++i) {
-    const A w = to_accumulation<T, A>(p[i * v.weight.voxel_stride]);
+    const A w = to_accumulation<T, A>(p[i * stride]);
     weights[i] = w;
     if (w == 0) {  // so that not even a NaN logit of this voxel counts
       labels[i] = kUncounted;
@@ -146,14 +179,80 @@ TK_INLINE void load_weights_of(const Volume& v, int64_t offset, int count, A* we
 template <typename A>
 void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* weights, typename Lanes<A>::Int* labels,
                   bool& masked, BadInput& bad) {
-  const int64_t offset = sample * v.weight.sample_stride + begin * v.weight.voxel_stride;
   switch (v.weight.type) {
     case ElementType::kBool:
-    case ElementType::kUint8: return load_weights_of<uint8_t>(v, offset, count, weights, labels, masked, bad);
-    case ElementType::kHalf: return load_weights_of<Half>(v, offset, count, weights, labels, masked, bad);
-    case ElementType::kBFloat16: return load_weights_of<BFloat16>(v, offset, count, weights, labels, masked, bad);
-    case ElementType::kDouble: return load_weights_of<double>(v, offset, count, weights, labels, masked, bad);
-    default: return load_weights_of<float>(v, offset, count, weights, labels, masked, bad);
+    case ElementType::kUint8: return load_weights_of<uint8_t>(v, sample, begin, count, weights, labels, masked, bad);
+    case ElementType::kHalf: return load_weights_of<Half>(v, sample, begin, count, weights, labels, masked, bad);
+    case ElementType::kBFloat16:
+      return load_weights_of<BFloat16>(v, sample, begin, count, weights, labels, masked, bad);
+    case ElementType::kDouble: return load_weights_of<double>(v, sample, begin, count, weights, labels, masked, bad);
+    default: return load_weights_of<float>(v, sample, begin, count, weights, labels, masked, bad);
+  }
+}
+
+// ---- Dense targets
+
+// One class's g of `count` voxels.
+template <typename T, typename A>
+TK_INLINE void load_targets_row(const T* p, int64_t stride, const int64_t* offsets, int count, A* out) {
+  if (offsets != nullptr) {
+    for (int i = 0; i < count; ++i) out[i] = to_accumulation<T, A>(p[offsets[i]]);
+  } else if (stride == 1) {
+    for (int i = 0; i < count; ++i) out[i] = to_accumulation<T, A>(p[i]);
+  } else {
+    for (int i = 0; i < count; ++i) out[i] = to_accumulation<T, A>(p[i * stride]);
+  }
+}
+
+template <typename T, typename A>
+TK_INLINE void load_targets_of(const Volume& v, int64_t sample, int64_t begin, int count, A* rows, int64_t row_stride,
+                               typename Lanes<A>::Int* labels, bool& masked) {
+  const VoxelView& t = v.target;
+  const T* p = static_cast<const T*>(t.data) + sample * t.sample_stride;
+  int64_t memory[kTileVoxels];
+  const int64_t* offsets = nullptr;
+  if (t.resampling.active) {
+    resampled_offsets(t.resampling, begin, count, memory);
+    offsets = memory;
+  } else {
+    p += begin * t.voxel_stride;
+  }
+  for (int64_t c = 0; c < v.classes; ++c) {
+    load_targets_row<T, A>(p + c * t.class_stride, t.voxel_stride, offsets, count, rows + c * row_stride);
+  }
+  for (int i = 0; i < count; ++i) labels[i] = 0;
+  if (!v.has_ignore_index) return;
+  // A voxel that holds the ignore_index in every class does not count.
+  const A ignored = static_cast<A>(v.ignore_index);
+  for (int i = 0; i < count; ++i) {
+    bool all = true;
+    for (int64_t c = 0; all && c < v.classes; ++c) all = rows[c * row_stride + i] == ignored;
+    labels[i] = all ? kUncounted : 0;
+    masked |= all;
+  }
+}
+
+// The dense target as rows of g; labels become 0, or kUncounted where a voxel does not count.
+template <typename A>
+void load_targets(const Volume& v, int64_t sample, int64_t begin, int count, A* rows, int64_t row_stride,
+                  typename Lanes<A>::Int* labels, bool& masked) {
+  switch (v.target.type) {
+    case ElementType::kBool:
+    case ElementType::kUint8:
+      return load_targets_of<uint8_t>(v, sample, begin, count, rows, row_stride, labels, masked);
+    case ElementType::kInt8: return load_targets_of<int8_t>(v, sample, begin, count, rows, row_stride, labels, masked);
+    case ElementType::kInt16:
+      return load_targets_of<int16_t>(v, sample, begin, count, rows, row_stride, labels, masked);
+    case ElementType::kInt32:
+      return load_targets_of<int32_t>(v, sample, begin, count, rows, row_stride, labels, masked);
+    case ElementType::kInt64:
+      return load_targets_of<int64_t>(v, sample, begin, count, rows, row_stride, labels, masked);
+    case ElementType::kHalf: return load_targets_of<Half>(v, sample, begin, count, rows, row_stride, labels, masked);
+    case ElementType::kBFloat16:
+      return load_targets_of<BFloat16>(v, sample, begin, count, rows, row_stride, labels, masked);
+    case ElementType::kDouble:
+      return load_targets_of<double>(v, sample, begin, count, rows, row_stride, labels, masked);
+    default: return load_targets_of<float>(v, sample, begin, count, rows, row_stride, labels, masked);
   }
 }
 
@@ -171,10 +270,13 @@ TK_INLINE void copy_rows(T* at, int64_t class_stride, int64_t voxel_stride, T* r
     }
     return;
   }
+  const int done = class_stride == 1 && voxel_stride == classes
+                       ? copy_class_inner<kScatter>(at, static_cast<int>(classes), rows, row_stride, count)
+                       : 0;
   constexpr int64_t kTogether = 16;  // classes of a voxel that lie in one cache line, if any do
   for (int64_t first = 0; first < classes; first += kTogether) {
     const int64_t last = smaller(first + kTogether, classes);
-    for (int i = 0; i < count; ++i) {
+    for (int i = done; i < count; ++i) {
       for (int64_t c = first; c < last; ++c) {
         T& there = at[c * class_stride + i * voxel_stride];
         T& here = rows[c * row_stride + i];
@@ -188,10 +290,72 @@ TK_INLINE void copy_rows(T* at, int64_t class_stride, int64_t voxel_stride, T* r
   }
 }
 
+constexpr int kFewChannels = 8;  // fewer are not worth asking which of them occur
+
+// ---- A few classes of one vector of voxels at a time, from rows or from where they lie side by side
+
+template <typename T>
+TK_INLINE Vector<Compute<T>> to_compute(typename Stored<T>::Vector v) {
+  if constexpr (sizeof(T) == 2) {
+    return widen(v, T{});
+  } else {
+    return v;
+  }
+}
+
+#if defined(TK_HAS_SHUFFLES)
+constexpr int kMostInner = 4;  // classes that the kernels read so
+
+template <typename T, int C, int... K>
+TK_INLINE void load_inner(const T* at, Vector<Compute<T>>* z, std::integer_sequence<int, K...>) {
+  using S = typename Stored<T>::Vector;
+  constexpr int kLanes = sizeof(S) / sizeof(T);
+  S vectors[C];
+  ((vectors[K] = load<S>(at + K * kLanes)), ...);
+  ((z[K] = to_compute<T>(pick<C, K, kLanes>(vectors, std::make_integer_sequence<int, C - 1>{}))), ...);
+}
+template <typename T, int C, int... K>
+TK_INLINE void store_inner(T* at, const Vector<Compute<T>>* dz, std::integer_sequence<int, K...>) {
+  using S = typename Stored<T>::Vector;
+  constexpr int kLanes = sizeof(S) / sizeof(T);
+  S rows[C];
+  if constexpr (sizeof(T) == 2) {
+    ((rows[K] = narrow(dz[K], T{})), ...);
+  } else {
+    ((rows[K] = dz[K]), ...);
+  }
+  (store(at + K * kLanes, place<C, K, kLanes>(rows, std::make_integer_sequence<int, C - 1>{})), ...);
+}
+#else
+constexpr int kMostInner = 0;
+#endif
+
+template <int C, bool kInner, typename T>
+TK_INLINE void load_classes(const Tile<T>& tile, int i, Vector<Compute<T>>* z) {
+#if defined(TK_HAS_SHUFFLES)
+  if constexpr (kInner) return load_inner<T, C>(tile.rows + i * C, z, std::make_integer_sequence<int, C>{});
+#endif
+  for (int c = 0; c < C; ++c) z[c] = load_logits(tile.rows + c * tile.row_stride + i);
+}
+
+template <int C, bool kInner, typename T>
+TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, const Vector<Compute<T>>* dz) {
+#if defined(TK_HAS_SHUFFLES)
+  if constexpr (kInner) return store_inner<T, C>(rows + i * C, dz, std::make_integer_sequence<int, C>{});
+#endif
+  for (int c = 0; c < C; ++c) store_logits(rows + c * row_stride + i, dz[c]);
+}
+
+// Whether memory with these strides is read and written so.
+TK_INLINE bool is_inner(const Volume& v, int64_t class_stride, int64_t voxel_stride) {
+  return v.activation == Activation::kSoftmax && !v.is_general() && v.classes <= kMostInner && class_stride == 1 &&
+         voxel_stride == v.classes;
+}
+
 // Which classes occur among the labels of a block. Most do not, where there are many, and need no masks.
 class PresentClasses {
  public:
-  static int64_t bytes(int64_t classes) { return (classes + 1 + 63) / 64 * 64; }
+  static int64_t bytes(int64_t classes) { return (classes + 2 + 63) / 64 * 64; }  // kUncounted, and label 1 of a C = 1
   PresentClasses(void* memory, int64_t classes) : flags_(static_cast<uint8_t*>(memory) - kUncounted) {
     memset(memory, 0, bytes(classes));
   }
@@ -211,36 +375,49 @@ struct TileBuffers {
   using A = Compute<T>;
   using Int = typename Lanes<A>::Int;
   int tile_voxels;
-  T* rows;  // [C][tile_voxels]
+  T* rows;     // [C][tile_voxels]
+  A* targets;  // [C][tile_voxels]; none but for Volume::is_general
   Int* labels;
   A* weights;
   char* rest;
 
+  static int64_t bytes_per_voxel(const Volume& v) {
+    return v.classes * static_cast<int64_t>(sizeof(T) + (v.is_general() ? sizeof(A) : 0));
+  }
   static int voxels_per_tile(const Volume& v) {
-    const int64_t fit = kRowBytes / (v.classes * static_cast<int64_t>(sizeof(T))) / kBlock<A> * kBlock<A>;
+    const int64_t fit = kRowBytes / bytes_per_voxel(v) / kBlock<A> * kBlock<A>;
     return static_cast<int>(smaller(larger(fit, kBlock<A>), kTileVoxels));
   }
   static int64_t bytes(const Volume& v) {
-    return voxels_per_tile(v) * static_cast<int64_t>(v.classes * sizeof(T) + sizeof(Int) + sizeof(A));
+    return voxels_per_tile(v) * (bytes_per_voxel(v) + static_cast<int64_t>(sizeof(Int) + sizeof(A)));
   }
   TileBuffers(const Volume& v, void* scratch) : tile_voxels(voxels_per_tile(v)) {
     labels = static_cast<Int*>(scratch);
     weights = reinterpret_cast<A*>(labels + tile_voxels);
-    rows = reinterpret_cast<T*>(weights + tile_voxels);
+    targets = weights + tile_voxels;
+    rows = reinterpret_cast<T*>(targets + (v.is_general() ? v.classes * tile_voxels : 0));
     rest = reinterpret_cast<char*>(rows + v.classes * tile_voxels);
   }
 };
 
+// inner_allowed: the caller reads and writes classes that lie side by side where they are.
 template <typename T>
-TK_INLINE Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, const TileBuffers<T>& buffers,
-                            BadInput& bad) {
+Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, const TileBuffers<T>& buffers,
+                  bool inner_allowed, BadInput& bad) {
   Tile<T> tile;
   tile.voxels = count;
   tile.labels = buffers.labels;
   tile.weights = nullptr;
+  tile.targets = v.is_general() ? buffers.targets : nullptr;
+  tile.target_stride = buffers.tile_voxels;
   tile.masked = false;
+  tile.is_inner = false;
   const int padded = tile.padded_voxels();
-  load_labels(v, sample, begin, count, buffers.labels, tile.masked, bad);
+  if (v.dense) {
+    load_targets(v, sample, begin, count, buffers.targets, tile.target_stride, buffers.labels, tile.masked);
+  } else {
+    load_labels(v, sample, begin, count, buffers.labels, tile.masked, bad);
+  }
   if (v.weight.data != nullptr) {
     load_weights(v, sample, begin, count, buffers.weights, buffers.labels, tile.masked, bad);
     tile.weights = buffers.weights;
@@ -250,6 +427,17 @@ TK_INLINE Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int 
     buffers.weights[i] = 0;
     tile.masked = true;
   }
+  if (tile.targets != nullptr && !v.dense) {  // the labels as one-hot rows
+    for (int64_t c = 0; c < v.classes; ++c) {
+      typename Tile<T>::A* row = buffers.targets + c * tile.target_stride;
+      const auto label = static_cast<typename TileBuffers<T>::Int>(c + v.first_label);
+      for (int i = 0; i < padded; ++i) row[i] = buffers.labels[i] == label;
+    }
+  } else if (tile.targets != nullptr) {
+    for (int64_t c = 0; c < v.classes; ++c) {
+      for (int i = count; i < padded; ++i) buffers.targets[c * tile.target_stride + i] = 0;
+    }
+  }
 
   // Only copied from.
   T* at = const_cast<T*>(static_cast<const T*>(v.logits.data)) + sample * v.logits.sample_stride +
@@ -257,6 +445,12 @@ TK_INLINE Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int 
   if (v.logits.voxel_stride == 1 && count == padded) {
     tile.rows = at;
     tile.row_stride = v.logits.class_stride;
+    return tile;
+  }
+  if (inner_allowed && count == padded && is_inner(v, v.logits.class_stride, v.logits.voxel_stride)) {
+    tile.rows = at;
+    tile.row_stride = 0;
+    tile.is_inner = true;
     return tile;
   }
   copy_rows<false>(at, v.logits.class_stride, v.logits.voxel_stride, buffers.rows, buffers.tile_voxels, v.classes,

@@ -1,4 +1,4 @@
-// The count pass on CUDA: logits and target in, one partial sum of tp, fp, fn a block out.
+// The count pass on CUDA: logits and target in, one partial sum of the counts a block out.
 #include "kernels.h"
 #include "tile.cuh"
 
@@ -7,7 +7,8 @@ namespace cuda {
 namespace {
 
 // Sums kValues values of every thread over the block, in a fixed order, and stores them; NaN where a thread is bad.
-template <typename A, int kValues>
+// With a cross-entropy there are 4 columns and the sum of the weights, which belongs to every class.
+template <typename A, int kClasses, bool kCrossEntropy, int kValues>
 __device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
   TK_SHARED(memory);
   A* sums = reinterpret_cast<A*>(memory);  // [warps][kValues]
@@ -21,18 +22,26 @@ __device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
   for (int i = threadIdx.x; i < kValues; i += blockDim.x) {
     A total = 0;
     for (int w = 0; w < warps; ++w) total += sums[w * kValues + i];
-    out[i] = total;
+    if (i < kSmoothing * kClasses) {
+      out[i] = total;
+    } else {
+      for (int c = 0; c < kClasses; ++c) out[kVoxels * kClasses + c] = total;
+    }
+  }
+  if (kCrossEntropy) {
+    for (int c = threadIdx.x; c < kClasses; c += blockDim.x) out[kSmoothing * kClasses + c] = A(0);
   }
 }
 
 // All classes of kVoxels voxels in the registers of one thread: each class one aligned load.
-template <typename T, int kClasses, int kVoxels>
+template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
     count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs) {
   using A = Compute<T>;
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
-  A counts[3 * kClasses] = {};
+  constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
+  A counts[kCrossEntropy ? kSmoothing * kClasses + 1 : kOverlapCounts * kClasses] = {};  // the last: sum of the weights
   bool bad = false;
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
@@ -47,6 +56,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weigh<A>(v, share.sample, at + k, labels[k], bad);
       const int label = labels[k];
+      if (kCrossEntropy) counts[kSmoothing * kClasses] += label == kUncounted ? A(0) : weight;
       if constexpr (kClasses == 2) {
         const A d = two_class_logit(static_cast<A>(z[0].values[k]), static_cast<A>(z[1].values[k]));
         const A e = exponential(d < A(0) ? d : -d);
@@ -56,6 +66,11 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         counts[1] += label == 1 ? p1 : A(0);
         counts[2] += label == 1 ? p0 : A(0);
         counts[3] += label == 0 ? p1 : A(0);
+        if constexpr (kCrossEntropy) {
+          const A common = log_one_plus(e);
+          counts[6] += label == 0 ? (common + (d > A(0) ? d : A(0))) * weight : A(0);
+          counts[7] += label == 1 ? (common + (d < A(0) ? -d : A(0))) * weight : A(0);
+        }
       } else {
         A top = static_cast<A>(z[0].values[k]);
 #pragma unroll
@@ -64,12 +79,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
           top = x > top ? x : top;
         }
         SoftmaxSums<A> sums;
-        A others[kClasses];
+        A others[kClasses], below_top = A(0);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          const A e = exponential(static_cast<A>(z[c].values[k]) - top);
-          others[c] = sums.add(label == c, label != c && label != kUncounted, e);
+          const A difference = static_cast<A>(z[c].values[k]) - top;
+          if (kCrossEntropy) below_top = label == c ? -difference : below_top;
+          others[c] = sums.add(label == c, label != c && label != kUncounted, exponential(difference));
         }
+        A cross_entropy = A(0);
+        if (kCrossEntropy) cross_entropy = (below_top + log_one_plus(exponentials_beyond_one(sums))) * weight;
         const A inverse = label == kUncounted ? A(0) : weight / (sums.target + sums.others);
         const A right = sums.target * inverse, missed = sums.others * inverse;
 #pragma unroll
@@ -77,6 +95,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
           counts[c] += label == c ? right : A(0);
           counts[kClasses + c] += others[c] * inverse;
           counts[2 * kClasses + c] += label == c ? missed : A(0);
+          if (kCrossEntropy) counts[3 * kClasses + c] += label == c ? cross_entropy : A(0);
         }
       }
     }
@@ -85,24 +104,38 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     counts[4] = counts[3];
     counts[5] = counts[2];
   }
-  store_block_sums(counts, bad, partial + (share.sample * programs + share.first) * 3 * kClasses);
+  A* out = partial + (share.sample * programs + share.first) * kColumns * kClasses;
+  store_block_sums<A, kClasses, kCrossEntropy>(counts, bad, out);
+}
+
+// The sums of [halves][values], NaN where something is bad.
+template <typename A>
+__device__ void store_tile_sums(const A* sums, int halves, int values, bool bad, A* out) {
+  for (int i = threadIdx.x; i < values; i += Plan::kThreads) {
+    A total = 0;
+    for (int half = 0; half < halves; ++half) total += sums[half * values + i];
+    out[i] = bad ? static_cast<A>(NAN) : total;
+  }
 }
 
 // Any number of classes: a tile of voxels of all classes in shared memory, read once.
-template <typename T, Activation kActivation>
+template <typename T, Activation kActivation, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
     tiled_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int tile_voxels) {
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes);
   const TileLayout layout(classes, tile_voxels, Plan::kThreads);
   TK_SHARED(memory);
-  A* tile = reinterpret_cast<A*>(memory);                  // [C][tile_stride]
-  A* sums = tile + classes * layout.tile_stride;           // [halves][3][C]
-  A* reduction = sums + 3 * classes * layout.halves;       // [2][groups][tile_voxels]
-  A* scale = reduction + 2 * layout.groups * tile_voxels;  // [tile_voxels], and so on
+  A* tile = reinterpret_cast<A*>(memory);  // [C][tile_stride]
+  constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
+  A* sums = tile + classes * layout.tile_stride;             // [halves][kColumns][C]
+  A* reduction = sums + kColumns * classes * layout.halves;  // [2][groups][tile_voxels]
+  A* scale = reduction + 2 * layout.groups * tile_voxels;    // [tile_voxels], and so on
   A* right = scale + tile_voxels;
   A* missed = right + tile_voxels;
-  int* labels = reinterpret_cast<int*>(missed + tile_voxels);  // [tile_voxels]
+  A* weights = missed + tile_voxels;
+  A* cross_entropy = weights + tile_voxels;
+  int* labels = reinterpret_cast<int*>(cross_entropy + tile_voxels);  // [tile_voxels]
   int* any_bad = labels + tile_voxels;
 
   const int thread = threadIdx.x;
@@ -110,7 +143,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const bool works = group < layout.groups;
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
-  for (int i = thread; i < 3 * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
+  for (int i = thread; i < kColumns * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
   if (thread == 0) *any_bad = 0;
   __syncthreads();
 
@@ -122,10 +155,21 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     if (load_tile_labels(v, share.sample, begin, count, tile_voxels, labels, scale)) *any_bad = 1;
     __syncthreads();
     if (kActivation == Activation::kSoftmax) {
+      // The label's logit, before the tile becomes exponentials; group 0 has one thread a voxel.
+      A at_label = A(0), top = -INFINITY;
+      if (kCrossEntropy && group == 0 && labels[voxel] != kUncounted) {
+        at_label = tile[labels[voxel] * layout.tile_stride + voxel];
+      }
       const SoftmaxSums<A> total =
-          softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, group, voxel, works);
+          softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, group, voxel, works, top);
       if (group == 0) {
-        const A inverse = labels[voxel] == kUncounted ? A(0) : scale[voxel] / (total.target + total.others);
+        const bool counts = labels[voxel] != kUncounted;
+        const A inverse = counts ? scale[voxel] / (total.target + total.others) : A(0);
+        if (kCrossEntropy) {
+          weights[voxel] = counts ? scale[voxel] : A(0);
+          const A of_label = (top - at_label) + log_one_plus(exponentials_beyond_one(total));
+          cross_entropy[voxel] = counts ? of_label * scale[voxel] : A(0);
+        }
         scale[voxel] = inverse;
         right[voxel] = total.target * inverse;
         missed[voxel] = total.others * inverse;
@@ -135,9 +179,11 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     // A class a thread; where there are threads enough, several share a class's voxels.
     for (int i = thread; i < classes * layout.halves; i += Plan::kThreads) {
       const int c = i % classes, half = i / classes;
-      A tp = 0, fp = 0, fn = 0;
+      A tp = 0, fp = 0, fn = 0, ce = 0, voxels = 0;
       for (int k = half; k < count; k += layout.halves) {
         const int label = labels[k];
+        if (kCrossEntropy) ce += label == c ? cross_entropy[k] : A(0);
+        if (kCrossEntropy) voxels += weights[k];
         const A x = tile[c * layout.tile_stride + k];
         if (kActivation == Activation::kSoftmax) {
           fp += x * scale[k];
@@ -155,50 +201,139 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
           fn += is_target ? p.complement * scale[k] : A(0);
         }
       }
-      A* mine = sums + half * 3 * classes + c;
-      mine[0] += tp;
-      mine[classes] += fp;
-      mine[2 * classes] += fn;
+      A* mine = sums + half * kColumns * classes + c;
+      mine[kTp * classes] += tp;
+      mine[kFp * classes] += fp;
+      mine[kFn * classes] += fn;
+      if (kCrossEntropy) mine[kCe * classes] += ce;
+      if (kCrossEntropy) mine[kVoxels * classes] += voxels;
     }
     __syncthreads();
   }
-  A* out = partial + (share.sample * programs + share.first) * 3 * classes;
-  for (int i = thread; i < 3 * classes; i += Plan::kThreads) {
-    A total = 0;
-    for (int half = 0; half < layout.halves; ++half) total += sums[half * 3 * classes + i];
-    out[i] = *any_bad ? static_cast<A>(NAN) : total;
+  A* out = partial + (share.sample * programs + share.first) * kColumns * classes;
+  store_tile_sums(sums, layout.halves, kColumns * classes, *any_bad, out);
+}
+
+// Every class of a voxel with a target of its own, and all options of the cross-entropy.
+template <typename T, Activation kActivation>
+__global__ void __launch_bounds__(Plan::kThreads, 2)
+    general_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int tile_voxels) {
+  using A = Compute<T>;
+  const int classes = static_cast<int>(v.classes), columns = v.count_columns();
+  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+  const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed;
+  const A gamma = static_cast<A>(v.focal_gamma);
+  const TileLayout layout(classes, tile_voxels, Plan::kThreads);
+  TK_SHARED(memory);
+  A* tile = reinterpret_cast<A*>(memory);                    // [C][tile_stride]
+  A* targets = tile + classes * layout.tile_stride;          // [C][tile_stride]
+  A* sums = targets + classes * layout.tile_stride;          // [halves][columns][C]
+  A* reduction = sums + columns * classes * layout.halves;   // [2][groups][tile_voxels]
+  A* weights = reduction + 2 * layout.groups * tile_voxels;  // [tile_voxels], and so on
+  A* beyond_one = weights + tile_voxels;
+  A* log_sum = beyond_one + tile_voxels;
+  int* labels = reinterpret_cast<int*>(log_sum + tile_voxels);  // [tile_voxels]
+  int* any_bad = labels + tile_voxels;
+
+  const int thread = threadIdx.x;
+  const int group = thread / tile_voxels, voxel = thread % tile_voxels;
+  const bool works = group < layout.groups;
+  const Share share = share_of_block(programs);
+  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  for (int i = thread; i < columns * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
+  if (thread == 0) *any_bad = 0;
+  __syncthreads();
+
+  for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
+       begin += static_cast<int64_t>(programs) * tile_voxels) {
+    const int64_t left = v.voxels - begin;
+    const int count = left < tile_voxels ? static_cast<int>(left) : tile_voxels;
+    if (load_general_tile<T>(v, rows, share.sample, begin, count, tile, targets, layout.tile_stride, tile_voxels,
+                             labels, weights)) {
+      *any_bad = 1;
+    }
+    if (kActivation == Activation::kSoftmax) {
+      const TopSums<A> total = top_of_tile(tile, layout, reduction, classes, tile_voxels, group, voxel, works);
+      if (group == 0) {
+        beyond_one[voxel] = total.beyond_one();
+        if (cross_entropy) log_sum[voxel] = log_one_plus(total.beyond_one());
+      }
+      __syncthreads();
+    }
+    for (int i = thread; i < classes * layout.halves; i += Plan::kThreads) {
+      const int c = i % classes, half = i / classes;
+      A tp = 0, fp = 0, fn = 0, ce = 0, smoothing = 0, voxels = 0;
+      for (int k = half; k < count; k += layout.halves) {
+        if (labels[k] == kUncounted) continue;
+        const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k], weight = weights[k];
+        Probability<A> p{x, A(1) - x};
+        if (kActivation == Activation::kSoftmax) p = dense_probability(x, beyond_one[k], A(1) / (A(1) + beyond_one[k]));
+        if (kActivation == Activation::kSigmoid) p = sigmoid(x);
+        const Overlap<A> overlap = overlap_of(p, g, v.soft_label);
+        tp += overlap.tp * weight;
+        fp += overlap.fp * weight;
+        fn += overlap.fn * weight;
+        if (kActivation == Activation::kNone || !cross_entropy) continue;
+        A of_one = kActivation == Activation::kSoftmax ? x + log_sum[k] : minus_log_sigmoid(x);
+        A of_zero = kActivation == Activation::kSoftmax ? A(0) : minus_log_sigmoid(-x);
+        if (v.focal_gamma != 0) {
+          of_one *= focal_power(p.complement, gamma);
+          if (kActivation == Activation::kSigmoid) of_zero *= focal_power(p.p, gamma);
+        }
+        // Without g a term may be infinite, and is not wanted.
+        if (g != A(0)) ce += g * of_one * weight;
+        if (kActivation == Activation::kSigmoid && g != A(1)) ce += (A(1) - g) * of_zero * weight;
+        if (smoothed) smoothing += (of_one + of_zero) * weight;
+        voxels += weight;
+      }
+      A* mine = sums + half * columns * classes + c;
+      mine[kTp * classes] += tp;
+      mine[kFp * classes] += fp;
+      mine[kFn * classes] += fn;
+      if (cross_entropy) mine[kCe * classes] += ce;
+      if (cross_entropy) mine[kSmoothing * classes] += smoothing;
+      if (cross_entropy) mine[kVoxels * classes] += voxels;
+    }
+    __syncthreads();
   }
+  A* out = partial + (share.sample * programs + share.first) * columns * classes;
+  store_tile_sums(sums, layout.halves, columns * classes, *any_bad, out);
 }
 
 }  // namespace
 
 void launch_count_pass(const Volume& v, const Plan& plan, void* partial, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(v.samples * plan.programs)), block(Plan::kThreads);
+  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   with_logits_type(v.logits.type, [&](auto element) {
     using T = decltype(element);
     Compute<T>* out = static_cast<Compute<T>*>(partial);
     if (plan.in_registers) {
       with_few_classes<T>(v.classes, [&](auto classes) {
-        constexpr int kClasses = decltype(classes)::value;
-        TK_LAUNCH((count_pass_kernel<T, kClasses, kVoxelsOf<T, kClasses>>), grid, block, plan.shared_bytes, stream, v,
-                  out, plan.programs);
+        constexpr int kClasses = decltype(classes)::value, kVoxels = kVoxelsOf<T, kClasses>;
+        if (cross_entropy) {
+          TK_LAUNCH((count_pass_kernel<T, kClasses, kVoxels, true>), grid, block, plan.shared_bytes, stream, v, out,
+                    plan.programs);
+        } else {
+          TK_LAUNCH((count_pass_kernel<T, kClasses, kVoxels, false>), grid, block, plan.shared_bytes, stream, v, out,
+                    plan.programs);
+        }
       });
       return;
     }
-    switch (v.activation) {
-      case Activation::kSoftmax:
-        TK_LAUNCH((tiled_count_pass_kernel<T, Activation::kSoftmax>), grid, block, plan.shared_bytes, stream, v, out,
+    with_activation(v.activation, [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      if (v.is_general()) {
+        TK_LAUNCH((general_count_pass_kernel<T, kActivation>), grid, block, plan.shared_bytes, stream, v, out,
                   plan.programs, plan.voxels);
-        break;
-      case Activation::kSigmoid:
-        TK_LAUNCH((tiled_count_pass_kernel<T, Activation::kSigmoid>), grid, block, plan.shared_bytes, stream, v, out,
+      } else if (cross_entropy) {  // softmax, for the rest is general
+        TK_LAUNCH((tiled_count_pass_kernel<T, Activation::kSoftmax, true>), grid, block, plan.shared_bytes, stream, v,
+                  out, plan.programs, plan.voxels);
+      } else {
+        TK_LAUNCH((tiled_count_pass_kernel<T, kActivation, false>), grid, block, plan.shared_bytes, stream, v, out,
                   plan.programs, plan.voxels);
-        break;
-      case Activation::kNone:
-        TK_LAUNCH((tiled_count_pass_kernel<T, Activation::kNone>), grid, block, plan.shared_bytes, stream, v, out,
-                  plan.programs, plan.voxels);
-        break;
-    }
+      }
+    });
   });
 }
 

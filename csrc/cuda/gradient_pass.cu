@@ -5,25 +5,37 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// dL/dp of a class where g = 0 and where g = 1.
+// dL/dp of a class where g = 0 and where g = 1, dL/dCE and dL/dsmoothing.
 template <typename A>
 struct Coefficients {
-  A background, foreground;
+  A background, foreground, ce, smoothing;
 };
 
-// Times the upstream gradient, in double.
-template <typename A>
-__device__ Coefficients<A> coefficients_of(const GradientArguments& a, int64_t sample, int64_t c, int64_t classes) {
-  const int64_t row = sample * a.row_stride, dropped = classes - a.grad_classes;
-  if (a.grad_classes > 0 && c < dropped) return {A(0), A(0)};
-  const int64_t at = a.grad_classes > 0 ? row * a.grad_classes + c - dropped : 0;
-  const double upstream =
-      a.grad_is_double ? static_cast<const double*>(a.grad_loss)[at] : static_cast<const float*>(a.grad_loss)[at];
-  const double* u = a.coefficients + (row * classes + c) * 2;
-  return {static_cast<A>(u[0] * upstream), static_cast<A>(u[1] * upstream)};
+__device__ __forceinline__ double upstream_gradient(const GradientArguments& a, int64_t at) {
+  return a.grad_is_double ? static_cast<const double*>(a.grad_loss)[at] : static_cast<const float*>(a.grad_loss)[at];
 }
 
-template <typename T, int kClasses, int kVoxels>
+// Times the upstream gradient, in double.
+template <typename A, bool kCrossEntropy>
+__device__ Coefficients<A> coefficients_of(const GradientArguments& a, int64_t sample, int64_t c, int64_t classes) {
+  const int64_t row = sample * a.row_stride, dropped = classes - a.grad_classes;
+  const double* u = a.coefficients + (row * classes + c) * (kCrossEntropy ? kAllCoefficients : kOverlapCoefficients);
+  Coefficients<A> result{A(0), A(0), A(0), A(0)};
+  if (a.grad_classes == 0 || c >= dropped) {
+    const double upstream = upstream_gradient(a, a.grad_classes > 0 ? row * a.grad_classes + c - dropped : 0);
+    result.background = static_cast<A>(u[kBackground] * upstream);
+    result.foreground = static_cast<A>(u[kForeground] * upstream);
+  }
+  if (kCrossEntropy) {  // every value of the row contains the cross-entropy
+    double of_row = a.grad_classes == 0 ? upstream_gradient(a, 0) : 0.0;
+    for (int64_t i = 0; i < a.grad_classes; ++i) of_row += upstream_gradient(a, row * a.grad_classes + i);
+    result.ce = static_cast<A>(u[kCeCoefficient] * of_row);
+    result.smoothing = static_cast<A>(u[kSmoothingCoefficient] * of_row);
+  }
+  return result;
+}
+
+template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
     gradient_pass_kernel(const Volume v, const GradientArguments a, int programs) {
   using A = Compute<T>;
@@ -32,7 +44,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
   Coefficients<A> u[kClasses];
 #pragma unroll
-  for (int c = 0; c < kClasses; ++c) u[c] = coefficients_of<A>(a, share.sample, c, kClasses);
+  for (int c = 0; c < kClasses; ++c) u[c] = coefficients_of<A, kCrossEntropy>(a, share.sample, c, kClasses);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
@@ -52,8 +64,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         const A d = two_class_logit(static_cast<A>(z[0].values[k]), static_cast<A>(z[1].values[k]));
         const A e = exponential(d < A(0) ? d : -d);
         const A difference = label == 1 ? u[1].foreground - u[0].background : u[1].background - u[0].foreground;
-        A dz = logistic_gradient(e, A(1) / (A(1) + e), difference) * weight;
-        dz = counts ? dz : A(0);
+        const A inverse = A(1) / (A(1) + e);
+        A dz = logistic_gradient(e, inverse, difference);
+        if constexpr (kCrossEntropy) {
+          const Probability<A> p = logistic(d < A(0), e, inverse);
+          dz += label == 1 ? -u[1].ce * p.complement : u[0].ce * p.p;
+        }
+        dz = counts ? dz * weight : A(0);
         z[0].values[k] = static_cast<T>(-dz);
         z[1].values[k] = static_cast<T>(dz);
       } else {
@@ -64,16 +81,18 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
           top = x > top ? x : top;
         }
         SoftmaxSums<A> sums;
-        A others[kClasses], weighted_others = 0, u_target = 0;
+        A others[kClasses], weighted_others = 0, u_target = 0, k_target = 0;
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
           const A e = exponential(static_cast<A>(z[c].values[k]) - top);
           others[c] = sums.add(label == c, label != c && counts, e);
           weighted_others += others[c] * u[c].background;
           u_target = label == c ? u[c].foreground : u_target;
+          if (kCrossEntropy) k_target = label == c ? u[c].ce : k_target;
         }
         const A inverse = counts ? A(1) / (sums.target + sums.others) : A(0);
-        const SoftmaxGradient<A> gradient = softmax_gradient(sums, weighted_others, u_target, inverse, weight);
+        SoftmaxGradient<A> gradient = softmax_gradient(sums, weighted_others, u_target, inverse, weight);
+        if (kCrossEntropy) gradient.add_cross_entropy(sums, k_target);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
           z[c].values[k] = static_cast<T>(label == c ? gradient.at_target : gradient.other(others[c], u[c].background));
@@ -87,7 +106,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   }
 }
 
-template <typename T, Activation kActivation>
+template <typename T, Activation kActivation, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
     tiled_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int tile_voxels) {
   using A = Compute<T>;
@@ -99,9 +118,10 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   A* scale = reduction + 2 * layout.groups * tile_voxels;  // [tile_voxels], and so on
   A* offset = scale + tile_voxels;
   A* at_target = offset + tile_voxels;
-  A* background = at_target + tile_voxels;                     // [C]
-  A* foreground = background + classes;                        // [C]
-  int* labels = reinterpret_cast<int*>(foreground + classes);  // [tile_voxels]
+  A* background = at_target + tile_voxels;  // [C]
+  A* foreground = background + classes;
+  A* of_ce = foreground + classes;
+  int* labels = reinterpret_cast<int*>(of_ce + classes);  // [tile_voxels]
 
   const int thread = threadIdx.x;
   const int group = thread / tile_voxels, voxel = thread % tile_voxels;
@@ -110,9 +130,10 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
   for (int c = thread; c < classes; c += Plan::kThreads) {
-    const Coefficients<A> u = coefficients_of<A>(a, share.sample, c, classes);
+    const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(a, share.sample, c, classes);
     background[c] = u.background;
     foreground[c] = u.foreground;
+    of_ce[c] = u.ce;
   }
 
   for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
@@ -123,8 +144,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     load_tile_labels(v, share.sample, begin, count, tile_voxels, labels, scale);
     __syncthreads();
     if (kActivation == Activation::kSoftmax) {
+      A top;
       const SoftmaxSums<A> total =
-          softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, group, voxel, works);
+          softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, group, voxel, works, top);
       __syncthreads();  // the reduction is used again
       if (works) {
         A mine = A(0);
@@ -139,7 +161,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         const int label = labels[voxel];
         const A u_target = label == kUncounted ? A(0) : foreground[label];
         const A inverse = label == kUncounted ? A(0) : A(1) / (total.target + total.others);
-        const SoftmaxGradient<A> gradient = softmax_gradient(total, weighted_others, u_target, inverse, scale[voxel]);
+        SoftmaxGradient<A> gradient = softmax_gradient(total, weighted_others, u_target, inverse, scale[voxel]);
+        if (kCrossEntropy) gradient.add_cross_entropy(total, label == kUncounted ? A(0) : of_ce[label]);
         scale[voxel] = gradient.scale;
         offset[voxel] = gradient.offset;
         at_target[voxel] = gradient.at_target;
@@ -171,34 +194,160 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   }
 }
 
+// Every class of a voxel with a target of its own, and all options of the cross-entropy.
+template <typename T, Activation kActivation, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, 2)
+    general_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int tile_voxels) {
+  using A = Compute<T>;
+  const int classes = static_cast<int>(v.classes);
+  const bool focal = kCrossEntropy && v.focal_gamma != 0;
+  const A gamma = static_cast<A>(v.focal_gamma);
+  const TileLayout layout(classes, tile_voxels, Plan::kThreads);
+  TK_SHARED(memory);
+  A* tile = reinterpret_cast<A*>(memory);                    // [C][tile_stride]
+  A* targets = tile + classes * layout.tile_stride;          // [C][tile_stride]
+  A* reduction = targets + classes * layout.tile_stride;     // [3][groups][tile_voxels]
+  A* weights = reduction + 3 * layout.groups * tile_voxels;  // [tile_voxels], and so on
+  A* beyond_one = weights + tile_voxels;
+  A* log_sum = beyond_one + tile_voxels;
+  A* shift = log_sum + tile_voxels;
+  A* excess = shift + tile_voxels;
+  A* b_all = excess + tile_voxels;
+  Coefficients<A>* u = reinterpret_cast<Coefficients<A>*>(b_all + tile_voxels);  // [C]
+  int* labels = reinterpret_cast<int*>(u + classes);                             // [tile_voxels]
+
+  const int thread = threadIdx.x;
+  const int group = thread / tile_voxels, voxel = thread % tile_voxels;
+  const bool works = group < layout.groups;
+  const Share share = share_of_block(programs);
+  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
+  for (int c = thread; c < classes; c += Plan::kThreads) {
+    u[c] = coefficients_of<A, kCrossEntropy>(a, share.sample, c, classes);
+  }
+
+  // b of a class: the cross-entropy's part of its slope.
+  const auto ce_slope = [&](const Coefficients<A>& of_class, const Probability<A>& p, A g, A minus_log_p) {
+    A b = g * of_class.ce + of_class.smoothing;
+    if (focal) b *= focal_slope(p, minus_log_p, focal_power(p.complement, gamma), gamma);
+    return b;
+  };
+
+  for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
+       begin += static_cast<int64_t>(programs) * tile_voxels) {
+    const int64_t left = v.voxels - begin;
+    const int count = left < tile_voxels ? static_cast<int>(left) : tile_voxels;
+    // Bad labels and weights: the count pass has told of them, and the coefficients are NaN then.
+    load_general_tile<T>(v, rows, share.sample, begin, count, tile, targets, layout.tile_stride, tile_voxels, labels,
+                         weights);
+    if (kActivation == Activation::kSoftmax) {
+      const TopSums<A> total = top_of_tile(tile, layout, reduction, classes, tile_voxels, group, voxel, works);
+      if (group == 0) {
+        beyond_one[voxel] = total.beyond_one();
+        log_sum[voxel] = focal ? log_one_plus(total.beyond_one()) : A(0);
+      }
+      __syncthreads();
+      A* tops = reduction + layout.groups * tile_voxels;
+      A* slopes = tops + layout.groups * tile_voxels;
+      if (works) {
+        A rest_u = A(0), top_u = A(0), b = A(0);
+        for (int c = group; c < classes; c += layout.groups) {
+          const A below_top = tile[c * layout.tile_stride + voxel], g = targets[c * layout.tile_stride + voxel];
+          const A inverse = A(1) / (A(1) + beyond_one[voxel]);
+          const Probability<A> p = dense_probability(below_top, beyond_one[voxel], inverse);
+          const A slope = overlap_slope(p, g, u[c].background, u[c].foreground, v.soft_label);
+          rest_u += below_top == A(0) ? A(0) : p.p * slope;
+          top_u += below_top == A(0) ? slope : A(0);
+          if (kCrossEntropy) b += ce_slope(u[c], p, g, below_top + log_sum[voxel]);
+        }
+        reduction[group * tile_voxels + voxel] = rest_u;
+        tops[group * tile_voxels + voxel] = top_u;
+        slopes[group * tile_voxels + voxel] = b;
+      }
+      __syncthreads();
+      if (group == 0) {
+        A rest_u = A(0), top_u = A(0), b = A(0);
+        for (int g = 0; g < layout.groups; ++g) {
+          rest_u += reduction[g * tile_voxels + voxel];
+          top_u += tops[g * tile_voxels + voxel];
+          b += slopes[g * tile_voxels + voxel];
+        }
+        const DenseSoftmaxGradient<A> gradient =
+            dense_softmax_gradient(rest_u, top_u, beyond_one[voxel], A(1) / (A(1) + beyond_one[voxel]));
+        shift[voxel] = gradient.shift;
+        excess[voxel] = gradient.excess;
+        b_all[voxel] = b;
+      }
+      __syncthreads();
+    }
+    const bool class_is_inner = a.out.voxel_stride != 1;
+    for (int i = thread; i < classes * tile_voxels; i += Plan::kThreads) {
+      const int c = class_is_inner ? i % classes : i / tile_voxels;
+      const int k = class_is_inner ? i / classes : i % tile_voxels;
+      if (k >= count) continue;
+      const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k];
+      A dz;
+      if (kActivation == Activation::kSoftmax) {
+        const Probability<A> p = dense_probability(x, beyond_one[k], A(1) / (A(1) + beyond_one[k]));
+        const DenseSoftmaxGradient<A> gradient{shift[k], excess[k]};
+        dz = gradient.overlap(p.p, overlap_slope(p, g, u[c].background, u[c].foreground, v.soft_label));
+        if (kCrossEntropy) {
+          dz += softmax_cross_entropy_gradient(p, ce_slope(u[c], p, g, x + log_sum[k]), b_all[k]);
+        }
+      } else {
+        Probability<A> p{x, A(1) - x};
+        if (kActivation == Activation::kSigmoid) p = sigmoid(x);
+        dz = overlap_slope(p, g, u[c].background, u[c].foreground, v.soft_label);
+        if (kActivation == Activation::kSigmoid) dz *= p.p * p.complement;
+        if (kCrossEntropy) {
+          const Probability<A> not_p{p.complement, p.p};
+          const A of_one = ce_slope(u[c], p, g, focal ? minus_log_sigmoid(x) : A(0));
+          const A of_zero = ce_slope(u[c], not_p, A(1) - g, focal ? minus_log_sigmoid(-x) : A(0));
+          dz += p.p * of_zero - p.complement * of_one;
+        }
+      }
+      dz = labels[k] == kUncounted ? A(0) : dz * weights[k];
+      out[c * a.out.class_stride + (begin + k) * a.out.voxel_stride] = static_cast<T>(dz);
+    }
+    __syncthreads();
+  }
+}
+
 }  // namespace
 
 void launch_gradient_pass(const Volume& v, const Plan& plan, const GradientArguments& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(v.samples * plan.programs)), block(Plan::kThreads);
+  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   with_logits_type(v.logits.type, [&](auto element) {
     using T = decltype(element);
     if (plan.in_registers) {
       with_few_classes<T>(v.classes, [&](auto classes) {
-        constexpr int kClasses = decltype(classes)::value;
-        TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxelsOf<T, kClasses>>), grid, block, 0, stream, v, a,
-                  plan.programs);
+        constexpr int kClasses = decltype(classes)::value, kVoxels = kVoxelsOf<T, kClasses>;
+        if (cross_entropy) {
+          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxels, true>), grid, block, 0, stream, v, a, plan.programs);
+        } else {
+          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxels, false>), grid, block, 0, stream, v, a, plan.programs);
+        }
       });
       return;
     }
-    switch (v.activation) {
-      case Activation::kSoftmax:
-        TK_LAUNCH((tiled_gradient_pass_kernel<T, Activation::kSoftmax>), grid, block, plan.shared_bytes, stream, v, a,
+    with_activation(v.activation, [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      constexpr bool kHasCe = kActivation != Activation::kNone;  // else it is not asked for
+      if (v.is_general() && cross_entropy) {
+        TK_LAUNCH((general_gradient_pass_kernel<T, kActivation, kHasCe>), grid, block, plan.shared_bytes, stream, v, a,
                   plan.programs, plan.voxels);
-        break;
-      case Activation::kSigmoid:
-        TK_LAUNCH((tiled_gradient_pass_kernel<T, Activation::kSigmoid>), grid, block, plan.shared_bytes, stream, v, a,
+      } else if (v.is_general()) {
+        TK_LAUNCH((general_gradient_pass_kernel<T, kActivation, false>), grid, block, plan.shared_bytes, stream, v, a,
                   plan.programs, plan.voxels);
-        break;
-      case Activation::kNone:
-        TK_LAUNCH((tiled_gradient_pass_kernel<T, Activation::kNone>), grid, block, plan.shared_bytes, stream, v, a,
+      } else if (cross_entropy) {  // softmax, for the rest is general
+        TK_LAUNCH((tiled_gradient_pass_kernel<T, Activation::kSoftmax, true>), grid, block, plan.shared_bytes, stream,
+                  v, a, plan.programs, plan.voxels);
+      } else {
+        TK_LAUNCH((tiled_gradient_pass_kernel<T, kActivation, false>), grid, block, plan.shared_bytes, stream, v, a,
                   plan.programs, plan.voxels);
-        break;
-    }
+      }
+    });
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../table.h"
 #include "../views.h"
 #include "platform.h"
 
@@ -21,25 +22,20 @@ struct Plan {
 // backward: the gradient pass. multiprocessors: of the device.
 Plan make_plan(const Volume& volume, bool backward, int multiprocessors);
 
-// partial[sample][program][tp, fp, fn][C], float (double for double logits).
+// partial[sample][program][column][C] for the columns of enum Count, float (double for double logits).
 void launch_count_pass(const Volume& volume, const Plan& plan, void* partial, cudaStream_t stream);
 
 struct TableArguments {
+  Table table;
   const void* partial;  // as above, or null: `counts` holds the sums already
   bool partial_is_double;
   int programs;
-  double* counts;                  // [N][C][3], written from partial
-  const double* class_parameters;  // [3][C] alpha, beta, class weight; null: the same for all
-  void* loss;
+  double* counts;  // [N][C][columns], written from partial
+  void* loss;      // null: the counts are all that is wanted
   bool loss_is_double;
-  double* coefficients;  // [rows][C][2]
-  int64_t samples, classes, first_class, rows;
-  Reduction reduction;
-  Absent absent;
-  TverskyParameters parameters;
+  double* coefficients;  // [rows][C][2 or 4]
 };
-// counts_only: leave loss and coefficients alone.
-void launch_table(const TableArguments& arguments, bool counts_only, cudaStream_t stream);
+void launch_table(const TableArguments& arguments, cudaStream_t stream);
 
 struct GradientArguments {
   const void* grad_loss;
@@ -76,6 +72,16 @@ void with_few_classes(int64_t classes, F&& f) {
     f(std::integral_constant<int, kClasses>{});
   } else if constexpr (kClasses < kMostInRegisters<T>) {
     with_few_classes<T, kClasses + 1>(classes, f);
+  }
+}
+
+// Calls f with the activation as a constant.
+template <typename F>
+void with_activation(Activation activation, F&& f) {
+  switch (activation) {
+    case Activation::kSoftmax: return f(std::integral_constant<Activation, Activation::kSoftmax>{});
+    case Activation::kSigmoid: return f(std::integral_constant<Activation, Activation::kSigmoid>{});
+    case Activation::kNone: return f(std::integral_constant<Activation, Activation::kNone>{});
   }
 }
 

@@ -45,6 +45,26 @@ __device__ __forceinline__ double exponential(double x) {
   return exp(x);
 }
 
+// log(1 + x) with relative accuracy as x -> 0; accurate functions, once a voxel or where a class asks for it.
+__device__ __forceinline__ float log_one_plus(float x) {
+  return log1pf(x);
+}
+__device__ __forceinline__ double log_one_plus(double x) {
+  return log1p(x);
+}
+__device__ __forceinline__ float logarithm(float x) {
+  return logf(x);
+}
+__device__ __forceinline__ double logarithm(double x) {
+  return log(x);
+}
+
+// x^gamma for x in [0, 1], gamma > 0.
+template <typename A>
+__device__ __forceinline__ A focal_power(A x, A gamma) {
+  return x > A(0) ? exponential(logarithm(x) * gamma) : x * A(0);  // NaN stays NaN
+}
+
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 

@@ -5,7 +5,7 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-constexpr int kTableThreads = 1024;
+constexpr int kTableThreads = 512;
 
 struct Power {
   __device__ double operator()(double x, double y) const { return pow(x, y); }
@@ -16,13 +16,14 @@ __device__ void sum_partial(const TableArguments& a) {
   // A warp a column, its lanes over the blocks: many loads in flight, and always the same order.
   const A* partial = static_cast<const A*>(a.partial);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  const int64_t row = 3 * a.classes;
-  for (int64_t column = warp; column < a.samples * row; column += warps) {
+  const int columns = a.table.columns();
+  const int64_t classes = a.table.classes, row = columns * classes;
+  for (int64_t column = warp; column < a.table.samples * row; column += warps) {
     const int64_t n = column / row, i = column % row;
     double sum = 0;
     for (int p = lane; p < a.programs; p += kWarp) sum += static_cast<double>(partial[(n * a.programs + p) * row + i]);
     sum = warp_sum(sum);
-    if (lane == 0) a.counts[(n * a.classes + i % a.classes) * 3 + i / a.classes] = sum;
+    if (lane == 0) a.counts[(n * classes + i % classes) * columns + i / classes] = sum;
   }
 }
 
@@ -46,7 +47,24 @@ __device__ double block_sum(double x, double* sums) {
   return total;
 }
 
-__global__ void __launch_bounds__(kTableThreads) table_kernel(const TableArguments a, bool counts_only) {
+// The counts of a row and class: the sum over its samples.
+__device__ void row_counts(const TableArguments& a, int64_t r, int64_t c, double (&q)[kAllCounts]) {
+  const Table& t = a.table;
+#pragma unroll
+  for (int i = 0; i < kAllCounts; ++i) q[i] = 0;
+  for (int64_t n = r * t.together(); n < (r + 1) * t.together(); ++n) {
+    const double* from = a.counts + (n * t.classes + c) * t.columns();
+#pragma unroll
+    for (int i = 0; i < kAllCounts; ++i) q[i] += i < t.columns() ? from[i] : 0.0;
+  }
+}
+
+__device__ double inverse_or_zero(double x) {
+  return x == 0.0 ? 0.0 : 1.0 / x;
+}
+
+__global__ void __launch_bounds__(kTableThreads) table_kernel(const TableArguments a) {
+  const Table& t = a.table;
   if (a.partial != nullptr) {
     if (a.partial_is_double) {
       sum_partial<double>(a);
@@ -55,57 +73,76 @@ __global__ void __launch_bounds__(kTableThreads) table_kernel(const TableArgumen
     }
     __syncthreads();
   }
-  if (counts_only) return;
+  if (a.loss == nullptr) return;
   TK_SHARED(memory);
   double* sums = reinterpret_cast<double*>(memory);
-  double total = 0, averaged = 0;
-  const int64_t kept = a.classes - a.first_class;
-  const int64_t together = a.rows == a.samples ? 1 : a.samples;
-  for (int64_t i = threadIdx.x; i < a.rows * a.classes; i += blockDim.x) {
-    const int64_t r = i / a.classes, c = i % a.classes;
-    double tp = 0, fp = 0, fn = 0;
-    for (int64_t n = r * together; n < (r + 1) * together; ++n) {
-      const double* q = a.counts + (n * a.classes + c) * 3;
-      tp += q[0];
-      fp += q[1];
-      fn += q[2];
-    }
+  double total = 0, averaged = 0, ce_total = 0, divisor = 0;
+  const int width = t.coefficient_columns();
+  for (int64_t i = threadIdx.x; i < t.rows * t.classes; i += blockDim.x) {
+    const int64_t r = i / t.classes, c = i % t.classes;
+    double q[kAllCounts];
+    row_counts(a, r, c, q);
     TverskyRow row{0, 0, 0};
-    if (c >= a.first_class) {
-      TverskyParameters parameters = a.parameters;
-      if (a.class_parameters != nullptr) {
-        parameters.alpha = a.class_parameters[c];
-        parameters.beta = a.class_parameters[a.classes + c];
-        parameters.class_weight = a.class_parameters[2 * a.classes + c];
+    if (c >= t.first_class) {
+      const bool is_absent = q[kTp] + q[kFn] == 0.0;
+      averaged += is_absent && t.absent == Absent::kSkip ? 0.0 : 1.0;
+      if (!is_absent || t.absent == Absent::kKeep) {
+        row = tversky_row(q[kTp], q[kFp], q[kFn], t.tversky_of_class(c), Power{});
       }
-      const bool is_absent = tp + fn == 0.0;
-      averaged += is_absent && a.absent == Absent::kSkip ? 0.0 : 1.0;
-      if (!is_absent || a.absent == Absent::kKeep) row = tversky_row(tp, fp, fn, parameters, Power{});
-      if (a.reduction == Reduction::kNone) store_loss(a, r * kept + c - a.first_class, row.loss);
     }
-    a.coefficients[i * 2] = row.u_background;
-    a.coefficients[i * 2 + 1] = row.u_foreground;
-    total += row.loss;
+    double* u = a.coefficients + i * width;
+    u[kBackground] = row.u_background * t.ce.tversky_weight;
+    u[kForeground] = row.u_foreground * t.ce.tversky_weight;
+    double ce = 0;
+    if (t.has_cross_entropy) {
+      const CeTerms terms = ce_terms(q, t.ce_class_weight(c), t.classes, t.ce);
+      ce_total += terms.sum;
+      divisor += terms.divisor;
+      double per = 1.0;
+      if (t.reduction == Reduction::kNone) {  // the mean of this row
+        double row_sum = 0, row_divisor = 0;
+        for (int64_t k = 0; k < t.classes; ++k) {
+          row_counts(a, r, k, q);
+          const CeTerms of_class = ce_terms(q, t.ce_class_weight(k), t.classes, t.ce);
+          row_sum += of_class.sum;
+          row_divisor += of_class.divisor;
+        }
+        per = inverse_or_zero(row_divisor);
+        ce = t.ce.ce_weight * row_sum * per;
+      }
+      const CeCoefficients k = ce_coefficients(t.ce_class_weight(c), t.classes, t.ce);
+      u[kCeCoefficient] = k.ce * per;
+      u[kSmoothingCoefficient] = k.smoothing * per;
+    }
+    if (t.reduction == Reduction::kNone && c >= t.first_class) {
+      store_loss(a, r * t.kept() + c - t.first_class, t.ce.tversky_weight * row.loss + ce);
+    }
+    total += t.ce.tversky_weight * row.loss;
   }
-  if (a.reduction == Reduction::kNone) return;
+  if (t.reduction == Reduction::kNone) return;
   total = block_sum(total, sums);
-  double scale = 1.0;
-  if (a.reduction == Reduction::kMean) {
-    averaged = block_sum(averaged, sums);
-    scale = averaged == 0.0 ? 0.0 : 1.0 / averaged;
+  ce_total = block_sum(ce_total, sums);
+  double scale = 1.0, ce_scale = 1.0;
+  if (t.reduction == Reduction::kMean) {
+    scale = inverse_or_zero(block_sum(averaged, sums));
+    ce_scale = inverse_or_zero(block_sum(divisor, sums));
   }
-  if (threadIdx.x == 0) store_loss(a, 0, total * scale);
-  for (int64_t i = threadIdx.x; i < a.rows * a.classes; i += blockDim.x) {  // each thread its own
-    a.coefficients[i * 2] *= scale;
-    a.coefficients[i * 2 + 1] *= scale;
+  if (threadIdx.x == 0) store_loss(a, 0, total * scale + t.ce.ce_weight * ce_total * ce_scale);
+  for (int64_t i = threadIdx.x; i < t.rows * t.classes; i += blockDim.x) {  // each thread its own
+    double* u = a.coefficients + i * width;
+    u[kBackground] *= scale;
+    u[kForeground] *= scale;
+    if (t.has_cross_entropy) {
+      u[kCeCoefficient] *= ce_scale;
+      u[kSmoothingCoefficient] *= ce_scale;
+    }
   }
 }
 
 }  // namespace
 
-void launch_table(const TableArguments& arguments, bool counts_only, cudaStream_t stream) {
-  TK_LAUNCH((table_kernel), dim3(1), dim3(kTableThreads), kTableThreads / kWarp * sizeof(double), stream, arguments,
-            counts_only);
+void launch_table(const TableArguments& arguments, cudaStream_t stream) {
+  TK_LAUNCH((table_kernel), dim3(1), dim3(kTableThreads), kTableThreads / kWarp * sizeof(double), stream, arguments);
 }
 
 }  // namespace cuda

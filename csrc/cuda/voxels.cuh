@@ -54,8 +54,15 @@ __device__ __forceinline__ int checked_label(const Volume& v, int64_t label, boo
 }
 
 template <typename L, int kVoxels>
-__device__ __forceinline__ void load_labels_of(const Volume& v, int64_t offset, int (&labels)[kVoxels], bool& bad) {
-  const L* p = static_cast<const L*>(v.target.data) + offset;
+__device__ __forceinline__ void load_labels_of(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
+                                               bool& bad) {
+  const L* p = static_cast<const L*>(v.target.data) + sample * v.target.sample_stride;
+  if (v.target.resampling.active) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) labels[k] = checked_label(v, p[v.target.resampling.offset(voxel + k)], bad);
+    return;
+  }
+  p += voxel * v.target.voxel_stride;
   if (kVoxels > 1 && v.target.voxel_stride == 1 && reinterpret_cast<uintptr_t>(p) % (sizeof(L) * kVoxels) == 0) {
     // In pieces of 16 bytes at most, the widest load there is.
     constexpr int kPiece = sizeof(L) * kVoxels > 16 ? 16 / sizeof(L) : kVoxels;
@@ -75,28 +82,30 @@ __device__ __forceinline__ void load_labels_of(const Volume& v, int64_t offset, 
 template <int kVoxels>
 __device__ __forceinline__ void load_labels(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
                                             bool& bad) {
-  const int64_t offset = sample * v.target.sample_stride + voxel * v.target.voxel_stride;
   switch (v.target.type) {
     case ElementType::kBool:
-    case ElementType::kUint8: return load_labels_of<uint8_t>(v, offset, labels, bad);
-    case ElementType::kInt8: return load_labels_of<int8_t>(v, offset, labels, bad);
-    case ElementType::kInt16: return load_labels_of<int16_t>(v, offset, labels, bad);
-    case ElementType::kInt32: return load_labels_of<int32_t>(v, offset, labels, bad);
-    default: return load_labels_of<int64_t>(v, offset, labels, bad);
+    case ElementType::kUint8: return load_labels_of<uint8_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt8: return load_labels_of<int8_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt16: return load_labels_of<int16_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt32: return load_labels_of<int32_t>(v, sample, voxel, labels, bad);
+    default: return load_labels_of<int64_t>(v, sample, voxel, labels, bad);
   }
 }
 
+// One value of a weight or dense target.
 template <typename A>
-__device__ __forceinline__ A load_weight(const Volume& v, int64_t sample, int64_t voxel) {
-  const int64_t at = sample * v.weight.sample_stride + voxel * v.weight.voxel_stride;
-  switch (v.weight.type) {
+__device__ __forceinline__ A load_value(const VoxelView& x, int64_t at) {
+  switch (x.type) {
     case ElementType::kBool:
-    case ElementType::kUint8: return static_cast<A>(static_cast<const uint8_t*>(v.weight.data)[at]);
-    case ElementType::kHalf: return static_cast<A>(static_cast<float>(static_cast<const Half*>(v.weight.data)[at]));
-    case ElementType::kBFloat16:
-      return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(v.weight.data)[at]));
-    case ElementType::kDouble: return static_cast<A>(static_cast<const double*>(v.weight.data)[at]);
-    default: return static_cast<A>(static_cast<const float*>(v.weight.data)[at]);
+    case ElementType::kUint8: return static_cast<A>(static_cast<const uint8_t*>(x.data)[at]);
+    case ElementType::kInt8: return static_cast<A>(static_cast<const int8_t*>(x.data)[at]);
+    case ElementType::kInt16: return static_cast<A>(static_cast<const int16_t*>(x.data)[at]);
+    case ElementType::kInt32: return static_cast<A>(static_cast<const int32_t*>(x.data)[at]);
+    case ElementType::kInt64: return static_cast<A>(static_cast<const int64_t*>(x.data)[at]);
+    case ElementType::kHalf: return static_cast<A>(static_cast<float>(static_cast<const Half*>(x.data)[at]));
+    case ElementType::kBFloat16: return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(x.data)[at]));
+    case ElementType::kDouble: return static_cast<A>(static_cast<const double*>(x.data)[at]);
+    default: return static_cast<A>(static_cast<const float*>(x.data)[at]);
   }
 }
 
@@ -104,7 +113,7 @@ __device__ __forceinline__ A load_weight(const Volume& v, int64_t sample, int64_
 template <typename A>
 __device__ __forceinline__ A weigh(const Volume& v, int64_t sample, int64_t voxel, int& label, bool& bad) {
   if (v.weight.data == nullptr) return A(1);
-  const A w = load_weight<A>(v, sample, voxel);
+  const A w = load_value<A>(v.weight, sample * v.weight.sample_stride + v.weight.offset(voxel));
   bad |= !(w >= A(0));
   if (w == A(0)) label = kUncounted;
   return w;

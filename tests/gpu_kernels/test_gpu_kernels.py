@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
+from combinations import cases, check_case
 from common import INDEX_DTYPES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient
 
 import tversky_kernels as tk
@@ -20,10 +22,15 @@ WHERE = os.environ["TK_GPU_KERNELS"]
 BACKEND = WHERE if WHERE in ("cuda", "triton") else "triton" if WHERE == "interpreter" else "cpu"
 DEVICE = "cuda" if WHERE in ("cuda", "triton") else "cpu"
 if BACKEND == "cpu":
+    library = torch.library.Library("tversky_kernels_cuda_on_host", "DEF")
+    for schema in _ops.SCHEMAS:
+        library.define(schema)
     torch.ops.load_library(WHERE)
     host = torch.ops.tversky_kernels_cuda_on_host
     _ops.OPERATORS["cpu"] = _ops.Operators(*(getattr(host, name) for name in _ops.NAMES))
 OPERATORS = _ops.OPERATORS[BACKEND]
+#: voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma
+PLAIN = (None, 0, None, False, 0, 0.0)
 
 
 def kernel_loss(logits, target, voxel_weight=None, **options):
@@ -33,10 +40,16 @@ def kernel_loss(logits, target, voxel_weight=None, **options):
     )
 
 
-def check(logits, target, **options):
-    # Triton's interpreter cuts off where it should round to bfloat16, which is twice as far; the compiled code rounds.
-    rounding = 2.5 if WHERE == "interpreter" and logits.dtype == torch.bfloat16 else 1.02
-    check_against_truth(kernel_loss, logits, target, rounding=rounding, **options)
+def kernel_ce_loss(logits, target, **options):
+    return tk.tversky_ce_loss(logits.to(DEVICE), target.to(DEVICE), backend=BACKEND, **options).to(logits.device)
+
+
+def check(logits, target, function=kernel_loss, **options):
+    # Triton's interpreter cuts off where it should round to bfloat16, which is up to three times as far; compiled
+    # code rounds.
+    rounding = 3.0 if WHERE == "interpreter" and logits.dtype == torch.bfloat16 else 1.02
+    reference = tk.reference.tversky_loss if function is kernel_loss else tk.reference.tversky_ce_loss
+    check_against_truth(function, logits, target, rounding=rounding, reference=reference, **options)
 
 
 #: Sizes of which whole 16-byte loads are made, and of which they are not.
@@ -155,11 +168,11 @@ def test_a_bad_label_gives_nan(classes, bad):
     target[1, 17] = classes if bad == "C" else bad
     logits, target = logits.to(DEVICE), target.to(DEVICE)
     loss, coefficients = OPERATORS.tversky_loss(
-        logits, target, None, 0, None, False, None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 0
+        logits, target, *PLAIN, False, None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 0, 1.0, 0.0, 0.0, 0
     )
     assert torch.isnan(loss[1]).all()
     assert torch.isfinite(loss[0]).all()
-    assert torch.isnan(OPERATORS.gradient_pass(loss, logits, target, None, coefficients, 0, None)[1]).any()
+    assert torch.isnan(OPERATORS.gradient_pass(loss, coefficients, logits, target, *PLAIN)[1]).any()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 20])
@@ -208,4 +221,56 @@ def test_gradcheck_and_gradgradcheck(classes, options):
 @pytest.mark.parametrize("classes", [2, 4, 20])
 def test_many_blocks(classes):
     """Several blocks a sample, and more than one turn of each."""
-    check(*inputs(1, classes, (20, 24, 64), torch.float32, torch.uint8))
+    space = (5, 24, 32) if WHERE == "interpreter" and classes == 20 else (20, 24, 64)  # it takes a second a tile
+    check(*inputs(1, classes, space, torch.float32, torch.uint8))
+
+
+@hypothesis.settings(max_examples=60 if WHERE == "interpreter" else 250, deadline=None, derandomize=True)
+@hypothesis.given(cases(most_classes=20, largest=5 if WHERE == "interpreter" else 11))
+def test_any_combination(case):
+    check_case(case, BACKEND, DEVICE, rounding=2.0 if WHERE == "interpreter" else 1.0)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.1, "ce_class_weight": True},
+        {"focal_gamma": 2.0, "ignore_index": 1},
+        {"activation": "sigmoid"},
+        {"reduction": "none", "include_background": False, "batch": True},
+    ],
+)
+def test_cross_entropy(classes, dtype, options):
+    options = dict(options)
+    if options.pop("ce_class_weight", False):
+        options["ce_class_weight"] = [0.5 + c for c in range(classes)]
+    check(*inputs(2, classes, (5, 16), dtype), function=kernel_ce_loss, **options)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 20])
+@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("soft_label", [False, True])
+def test_dense_targets(classes, target_dtype, soft_label):
+    logits, target = inputs(2, classes, (5, 16))
+    one_hot = torch.nn.functional.one_hot(target, max(classes, 2)).movedim(-1, 1)[:, -classes:]
+    if target_dtype.is_floating_point:
+        one_hot = 0.5 * one_hot + 0.5 * torch.rand(one_hot.shape)
+    activation = "sigmoid" if classes == 1 else "softmax"
+    check(logits, one_hot.to(target_dtype), activation=activation, soft_label=soft_label)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20])
+def test_cross_entropy_of_huge_logits(classes):
+    logits, target = inputs(1, classes, (64,))
+    check(logits.sign() * 1e4, target, function=kernel_ce_loss)
+    check(logits.sign() * 1e4, target, function=kernel_ce_loss, activation="sigmoid")
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20])
+def test_cross_entropy_of_a_nearly_perfect_prediction(classes):
+    logits, target = inputs(1, classes, (12, 16), torch.float64, scale=0.5)
+    logits = (logits + 14 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1)).float()
+    check(logits, target, function=kernel_ce_loss, upstream=torch.tensor(2.0**20), smooth_nr=0.0, smooth_dr=0.0)

@@ -32,14 +32,16 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def plan(classes: int, itemsize: int) -> Plan:
+def plan(classes: int, itemsize: int, general: bool = False) -> Plan:
     """Block sizes by the number of classes and the logits' size. A function, for autotuning needs a GPU.
+
+    general: every class of a voxel has a target of its own, which takes about twice the registers.
 
     Few enough elements a thread that nothing spills (tests/triton_aot.py reads what the compiler says), and rows of at
     least 64 voxels, for whole 16-byte loads.
     """
-    half = 2 if itemsize == 8 else 1  # registers of float64 count twice
-    if classes == 2:
+    half = (2 if itemsize == 8 else 1) * (2 if general else 1)  # registers of float64 count twice
+    if classes == 2 and not general:
         return Plan(2, 0, 0, 1024 // half, 4)
     if classes <= FEW_CLASSES:
         padded = next_power_of_two(classes)
@@ -91,28 +93,47 @@ def _real(logits: torch.Tensor):
 class _Volume:
     """The arguments that the count and the gradient kernels have in common."""
 
-    def __init__(self, logits, target, voxel_weight, activation, ignore_index):
+    def __init__(self, logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma):
         self.logits, self.ls_v = _walkable(logits, 2)
-        self.target, self.ts_v = _walkable(target, 1)
-        if target.dtype == torch.bool:
-            self.target = self.target.view(torch.uint8)
-        self.weight, self.ws_n, self.ws_v = self.target, 0, 0  # not read
-        if voxel_weight is not None:
-            self.weight, self.ws_v = _walkable(voxel_weight, 1)
-            self.ws_n = self.weight.stride(0)
-        if self.weight.dtype == torch.bool:
-            self.weight = self.weight.view(torch.uint8)
         self.samples, self.classes = logits.shape[:2]
         self.voxels = logits[0, 0].numel() if self.samples else 0
-        self.plan = plan(self.classes, logits.element_size())
+        dense = target.dim() == logits.dim()
+        first = 2 if dense else 1
+        resampled = target.shape[first:] != logits.shape[2:]
+        # A volume that is resampled is walked by all its strides.
+        self.target, ts_v = (target, 1) if resampled else _walkable(target, first)
+        self.weight, ws_n, ws_v = self.target, 1, 1  # not read
+        if voxel_weight is not None:
+            self.weight, ws_v = (voxel_weight, 1) if resampled else _walkable(voxel_weight, 1)
+            ws_n = self.weight.stride(0)
+        geometry = (1,) * 11 + (1.0,) * 3
+        if resampled:
+            geometry = _resampling(logits.shape[2:], target.shape[first:], self.target.stride()[first:],
+                                   self.weight.stride()[-len(target.shape[first:]):])  # fmt: skip
+        self.target, self.weight = (
+            x.view(torch.uint8) if x.dtype == torch.bool else x for x in (self.target, self.weight)
+        )
+        self.cross_entropy = cross_entropy
+        self.columns = 6 if cross_entropy else 3
+        general = dense or (cross_entropy > 0 and (activation != 0 or cross_entropy == 2 or focal_gamma != 0))
+        self.plan = plan(self.classes, logits.element_size(), general)
         self.programs = programs_per_sample(self.logits, self.voxels, self.plan.block)
-        limits = torch.iinfo(self.target.dtype)
-        ignorable = ignore_index is not None and limits.min <= ignore_index <= limits.max
-        self.two = self.classes == 2 and activation == 0
-        self.strides = (self.target.stride(0), self.ts_v, self.ws_n, self.ws_v)
-        self.tail = (ignore_index if ignorable else 0, self.programs)
+        ignorable = ignore_index is not None
+        if ignorable and not target.dtype.is_floating_point:
+            limits = torch.iinfo(self.target.dtype)
+            ignorable = limits.min <= ignore_index <= limits.max
+        self.two = self.classes == 2 and activation == 0 and not general
+        target_strides = (self.target.stride(0), self.target.stride(1) if dense else 1, ts_v)
+        self.strides = (*target_strides, ws_n, ws_v, *geometry)
+        self.tail = (ignore_index if ignorable else 0, _bits(focal_gamma), self.programs)
         self.flags = {
             "BLOCK": self.plan.block,
+            "DENSE": dense,
+            "RESAMPLED": resampled,
+            "SOFT": soft_label and dense,  # for class indices both forms are the same
+            "CE": cross_entropy,
+            "FOCAL": cross_entropy > 0 and focal_gamma != 0,
+            "GENERAL": general,
             "HAS_IGNORE": ignorable,
             "HAS_WEIGHT": voxel_weight is not None,
             "REAL": _real(logits),
@@ -133,61 +154,77 @@ class _Volume:
         return getattr(kernels, f"{size}_classes_{kind}_kernel")[(self.samples * self.programs,)]
 
 
+def _resampling(sizes, source_sizes, target_strides, weight_strides):
+    # Three dimensions, the last one innermost; those that there are not have size 1. See csrc/views.h.
+    missing = 3 - len(sizes)
+    sizes, source_sizes = (1,) * missing + tuple(sizes), (1,) * missing + tuple(source_sizes)
+    strides = ((0,) * missing + tuple(s) for s in (target_strides, weight_strides))
+    scales = (torch.tensor(source_sizes, dtype=torch.float32) / torch.tensor(sizes, dtype=torch.float32)).tolist()
+    return (*sizes[1:], *source_sizes, *(x for s in strides for x in s), *scales)
+
+
 def _bits(x: float) -> int:
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
-def count_pass(logits, target, voxel_weight, activation, ignore_index, raise_bad_input):
-    """The overlap counts (N, C, 3) in float64; NaN in a sample with a label or weight out of range."""
-    v = _Volume(logits, target, voxel_weight, activation, ignore_index)
-    counts = torch.zeros(v.samples, v.classes, 3, dtype=torch.float64, device=logits.device)
+def count_pass(logits, target, voxel_weight, *arguments):
+    """The counts (N, C, 3 or 6) in float64; NaN in a sample with a label or weight out of range."""
+    v = _Volume(logits, target, voxel_weight, *arguments[:-1])
+    counts = torch.zeros(v.samples, v.classes, v.columns, dtype=torch.float64, device=logits.device)
     if v.samples == 0 or v.voxels == 0:
         return counts
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    partial = torch.empty(v.samples, v.programs, 3, v.classes, dtype=dtype, device=logits.device)
+    partial = torch.empty(v.samples, v.programs, v.columns, v.classes, dtype=dtype, device=logits.device)
     z = v.logits
     with _device_of(logits):
         v.kernel("count")(
             z, v.target, v.weight, partial, v.voxels, z.stride(0), z.stride(1), v.ls_v, *v.strides, *v.tail,
             **v.flags, num_warps=v.plan.num_warps,
         )  # fmt: skip
-        columns = 32
-        kernels.sum_partial_kernel[(v.samples, -(-3 * v.classes // columns))](
-            partial, counts, v.programs, C=v.classes, ROWS=64, COLUMNS=columns, num_warps=4
+        together = 32
+        kernels.sum_partial_kernel[(v.samples, -(-v.columns * v.classes // together))](
+            partial, counts, v.programs, C=v.classes, COLUMNS=v.columns, ROWS=64, TOGETHER=together, num_warps=4
         )
     return counts
 
 
 def table(
     counts, class_parameters, alpha, beta, gamma, smooth_nr, smooth_dr, include_background, batch, absent, reduction,
-    dtype=torch.float64,
+    tversky_weight, ce_weight, label_smoothing, ce_mean, dtype=torch.float64,
 ):  # fmt: skip
-    """Loss and coefficients from counts (N, C, 3)."""
-    samples, classes = counts.shape[:2]
+    """Loss and coefficients from counts (N, C, 3 or 6)."""
+    samples, classes, columns = counts.shape
     first_class = 0 if include_background or classes == 1 else 1
     rows = 1 if batch else samples
     shape = [] if reduction != 0 else [classes - first_class] if batch else [rows, classes - first_class]
     loss = torch.empty(shape, dtype=dtype, device=counts.device)
-    coefficients = torch.empty(rows, classes, 2, dtype=torch.float64, device=counts.device)
+    coefficients = torch.empty(rows, classes, 4 if columns == 6 else 2, dtype=torch.float64, device=counts.device)
+    numbers = (alpha, beta, gamma, smooth_nr, smooth_dr, tversky_weight, ce_weight, label_smoothing)
     with _device_of(counts):
         kernels.table_kernel[(1,)](
             counts, counts if class_parameters is None else class_parameters, loss, coefficients, samples,
-            *(_bits(x) for x in (alpha, beta, gamma, smooth_nr, smooth_dr)),
+            *(_bits(x) for x in numbers),
             C=classes, CLASSES=next_power_of_two(classes), FIRST_CLASS=first_class, BATCH=batch, ABSENT=absent,
-            REDUCTION=reduction, HAS_CLASS_PARAMETERS=class_parameters is not None, num_warps=4,
+            REDUCTION=reduction, HAS_CLASS_PARAMETERS=class_parameters is not None, CE=columns == 6, CE_MEAN=ce_mean,
+            num_warps=4,
         )  # fmt: skip
     return loss, coefficients
 
 
-def tversky_loss(logits, target, voxel_weight, activation, ignore_index, raise_bad_input, *arguments):
+def tversky_loss(
+    logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma, raise_bad_input,
+    *arguments,
+):  # fmt: skip
     """Count pass and table."""
-    counts = count_pass(logits, target, voxel_weight, activation, ignore_index, raise_bad_input)
+    counts = count_pass(
+        logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma, raise_bad_input
+    )
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return table(counts, *arguments, dtype=dtype)
 
 
-def _write_gradient(out, grad_loss, logits, target, voxel_weight, coefficients, activation, ignore_index):
-    v = _Volume(logits, target, voxel_weight, activation, ignore_index)
+def _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, *arguments):
+    v = _Volume(logits, target, voxel_weight, *arguments)
     if v.samples == 0 or v.voxels == 0:
         return
     z = v.logits
@@ -195,23 +232,24 @@ def _write_gradient(out, grad_loss, logits, target, voxel_weight, coefficients, 
     grad_classes = 0 if grad_loss.dim() == 0 else grad_loss.size(-1)
     with _device_of(logits):
         v.kernel("gradient")(
-            grad_loss.contiguous(), z, v.target, v.weight, coefficients, out, v.voxels,
+            grad_loss.contiguous(), z, v.target, v.weight, coefficients.contiguous(), out, v.voxels,
             z.stride(0), z.stride(1), v.ls_v, out.stride(0), out.stride(1), _voxel_stride(out, 2),
             *v.strides, *v.tail, row_stride,
-            **v.flags, GRAD_CLASSES=grad_classes, num_warps=v.plan.num_warps,
+            **v.flags, GRAD_CLASSES=grad_classes, KEPT=next_power_of_two(max(grad_classes, 1)),
+            num_warps=v.plan.num_warps,
         )  # fmt: skip
 
 
-def gradient_pass(grad_loss, logits, target, voxel_weight, coefficients, activation, ignore_index):
+def gradient_pass(grad_loss, coefficients, logits, target, voxel_weight, *arguments):
     """dL/dlogits in a fresh tensor of the logits' layout."""
     logits, _ = _walkable(logits, 2)
     out = torch.empty_like(logits)
     if _voxel_stride(out, 2) is None:
         out = out.contiguous()
-    _write_gradient(out, grad_loss, logits, target, voxel_weight, coefficients, activation, ignore_index)
+    _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, *arguments)
     return out
 
 
-def gradient_pass_(logits, grad_loss, target, voxel_weight, coefficients, activation, ignore_index):
+def gradient_pass_(logits, grad_loss, coefficients, target, voxel_weight, *arguments):
     """dL/dlogits over the logits."""
-    _write_gradient(logits, grad_loss, logits, target, voxel_weight, coefficients, activation, ignore_index)
+    _write_gradient(logits, grad_loss, coefficients, logits, target, voxel_weight, *arguments)

@@ -1,0 +1,96 @@
+// What both passes share where every class of a voxel has a target g of its own (Volume::is_general): the softmax with
+// all its terms. Voxels that do not count have logits, targets and weight 0 here, so that what follows needs no masks.
+#pragma once
+
+#include "tile.h"
+
+namespace {
+
+constexpr int kGeneralVectors = 2;  // vectors of voxels that these kernels work on at once
+
+// All ones where the voxels from `at` on count.
+template <typename T>
+TK_INLINE IntVector<Compute<T>> general_counted(const Tile<T>& tile, int at) {
+  return load<IntVector<Compute<T>>>(tile.labels + at) >= 0;
+}
+
+template <typename T>
+TK_INLINE Vector<Compute<T>> general_logit(const Tile<T>& tile, int c, int at) {
+  using V = Vector<Compute<T>>;
+  const V z = load_logits(tile.rows + c * tile.row_stride + at);
+  return tile.masked ? (general_counted(tile, at) ? z : V{}) : z;
+}
+
+template <typename T>
+TK_INLINE Vector<Compute<T>> general_target(const Tile<T>& tile, int c, int at) {
+  using V = Vector<Compute<T>>;
+  const V g = load<V>(tile.targets + c * tile.target_stride + at);
+  return tile.masked ? (general_counted(tile, at) ? g : V{}) : g;
+}
+
+template <typename T>
+TK_INLINE Vector<Compute<T>> general_weight(const Tile<T>& tile, int at) {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  const V weight = tile.weights != nullptr ? load<V>(tile.weights + at) : broadcast<A>(1);
+  return tile.masked ? (general_counted(tile, at) ? weight : V{}) : weight;
+}
+
+template <typename T>
+TK_INLINE bool is_weighted(const Tile<T>& tile) {
+  return tile.masked || tile.weights != nullptr;
+}
+
+// x^gamma for x in [0, 1], gamma > 0.
+template <typename A>
+TK_INLINE Vector<A> focal_power(Vector<A> x, A gamma) {
+  const Vector<A> power = exp_nonpositive<A>(log_positive<A>(x) * gamma);
+  return x > 0 ? power : x * 0;  // NaN stays NaN
+}
+
+// The softmax of kGeneralVectors vectors of voxels. Fills below_top[c] = z_top - z_c and exponentials[c].
+template <typename T>
+struct GeneralSoftmax {
+  using A = Compute<T>;
+  using V = Vector<A>;
+  V beyond_one[kGeneralVectors], inverse[kGeneralVectors], weight[kGeneralVectors];
+  bool weighted;
+
+  TK_INLINE GeneralSoftmax(const Tile<T>& tile, int at, int classes, V* below_top, V* exponentials) {
+    constexpr int kLanes = Lanes<A>::count;
+    weighted = is_weighted(tile);
+    V top[kGeneralVectors];
+    for (int c = 0; c < classes; ++c) {
+#pragma GCC unroll 2
+      for (int k = 0; k < kGeneralVectors; ++k) {
+        const V z = general_logit(tile, c, at + k * kLanes);
+        prefetch(tile.rows + c * tile.row_stride + at + (kGeneralVectors + k) * kLanes);
+        top[k] = c == 0 ? z : maximum(top[k], z);
+        below_top[c * kGeneralVectors + k] = z;
+      }
+    }
+    TopSums<V> sums[kGeneralVectors];
+    for (int c = 0; c < classes; ++c) {
+#pragma GCC unroll 2
+      for (int k = 0; k < kGeneralVectors; ++k) {
+        const V below = top[k] - below_top[c * kGeneralVectors + k];
+        const V e = exp_nonpositive<A>(-below);
+        sums[k].add(below == 0, e);
+        below_top[c * kGeneralVectors + k] = below;
+        exponentials[c * kGeneralVectors + k] = e;
+      }
+    }
+    for (int k = 0; k < kGeneralVectors; ++k) {
+      beyond_one[k] = sums[k].beyond_one();
+      inverse[k] = reciprocal<A>(1 + beyond_one[k]);
+      weight[k] = general_weight(tile, at + k * kLanes);
+    }
+  }
+
+  TK_INLINE Probability<V> probability(int k, V below_top, V exponential) const {
+    const V p = exponential * inverse[k];
+    return {p, below_top == 0 ? beyond_one[k] * inverse[k] : 1 - p};
+  }
+};
+
+}  // namespace

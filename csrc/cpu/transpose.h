@@ -1,0 +1,193 @@
+// Copies between class-inner memory (channels_last: the classes of a voxel lie side by side) and rows of one class, in
+// registers. See simd.h for why all of this has internal linkage.
+#pragma once
+
+#include <utility>
+
+#include "simd.h"
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define TK_HAS_SHUFFLES 1
+#endif
+#endif
+
+namespace {
+
+// As many stored elements as a vector of the type in which is computed has lanes.
+template <typename T>
+struct Stored {
+  using Vector = HalfVector;
+};
+template <>
+struct Stored<float> {
+  using Vector = FloatVector;
+};
+template <>
+struct Stored<double> {
+  using Vector = DoubleVector;
+};
+
+#if defined(TK_HAS_SHUFFLES)
+
+// Up to this many classes a row is picked out of the few vectors that hold all classes of its voxels.
+constexpr int kMostPicked = 8;
+
+// Lane `i` of class c's row is element i * C + c of the C vectors. step(j): what lane i takes from (row so far, vector
+// j).
+template <int C, int kLanes>
+constexpr int picked_lane(int c, int j, int i) {
+  const int at = i * C + c;
+  return at / kLanes == j ? kLanes + at % kLanes : j == 1 && at / kLanes == 0 ? at : i;
+}
+// Lane `i` of vector v is class (v * kLanes + i) % C of voxel (v * kLanes + i) / C.
+template <int C, int kLanes>
+constexpr int placed_lane(int v, int c, int i) {
+  const int at = v * kLanes + i;
+  return at % C == c ? kLanes + at / C : c == 1 && at % C == 0 ? at / C : i;
+}
+
+template <int C, int c, int j, typename V, int... I>
+TK_INLINE V pick_step(V row, V vector, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(row, vector, picked_lane<C, sizeof...(I)>(c, j, I)...);
+}
+template <int C, int v, int c, typename V, int... I>
+TK_INLINE V place_step(V vector, V row, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(vector, row, placed_lane<C, sizeof...(I)>(v, c, I)...);
+}
+template <int C, int c, int kLanes, typename V, int... J>
+TK_INLINE V pick(const V* vectors, std::integer_sequence<int, J...>) {
+  V row = vectors[0];
+  ((row = pick_step<C, c, J + 1>(row, vectors[J + 1], std::make_integer_sequence<int, kLanes>{})), ...);
+  return row;
+}
+template <int C, int v, int kLanes, typename V, int... J>
+TK_INLINE V place(const V* rows, std::integer_sequence<int, J...>) {
+  V vector = rows[0];
+  ((vector = place_step<C, v, J + 1>(vector, rows[J + 1], std::make_integer_sequence<int, kLanes>{})), ...);
+  return vector;
+}
+
+template <bool kScatter, int C, typename T, int... K>
+TK_INLINE void copy_few_classes(T* at, T* rows, int64_t row_stride, std::integer_sequence<int, K...>) {
+  using V = typename Stored<T>::Vector;
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  constexpr std::make_integer_sequence<int, C - 1> others{};
+  V vectors[C];
+  if (kScatter) {
+    ((vectors[K] = load<V>(rows + K * row_stride)), ...);
+    (store(at + K * kLanes, place<C, K, kLanes>(vectors, others)), ...);
+  } else {
+    ((vectors[K] = load<V>(at + K * kLanes)), ...);
+    (store(rows + K * row_stride, pick<C, K, kLanes>(vectors, others)), ...);
+  }
+}
+
+// One stage of the transposition of a square of vectors: swaps its off-diagonal blocks of kDistance.
+template <int kDistance, typename V, int... I>
+TK_INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
+  constexpr int kLanes = sizeof...(I);
+  const V first = __builtin_shufflevector(a, b, ((I & kDistance) == 0 ? I : kLanes + I - kDistance)...);
+  b = __builtin_shufflevector(a, b, ((I & kDistance) == 0 ? I + kDistance : kLanes + I)...);
+  a = first;
+}
+// The pairs of one stage: J is 0 ... kLanes / 2, and its bits around that of kDistance are the pair's first.
+constexpr int first_of_pair(int j, int distance) {
+  return j / distance * 2 * distance + j % distance;
+}
+template <int kDistance, typename V, int... J>
+TK_INLINE void transpose(V* square, std::integer_sequence<int, J...> pairs) {
+  if constexpr (kDistance > 0) {
+    constexpr std::make_integer_sequence<int, 2 * sizeof...(J)> lanes{};
+    (exchange<kDistance>(square[first_of_pair(J, kDistance)], square[first_of_pair(J, kDistance) + kDistance], lanes),
+     ...);
+    transpose<kDistance / 2>(square, pairs);
+  }
+}
+
+template <typename T, typename V>
+TK_INLINE void load_voxel(const T* voxel, V& vector, bool whole, int inside) {
+  vector = V{};
+  if (whole) {
+    vector = load<V>(voxel);
+  } else {
+    memcpy(&vector, voxel, inside * sizeof(T));
+  }
+}
+template <typename T, typename V>
+TK_INLINE void store_voxel(T* voxel, V vector, bool whole, int inside) {
+  if (whole) {
+    store(voxel, vector);
+  } else {
+    memcpy(voxel, &vector, inside * sizeof(T));
+  }
+}
+
+// A square of voxels x classes. `inside`: how many of the classes there are. Indices are constants throughout, so that
+// the square stays in registers.
+template <bool kScatter, typename T, int... K>
+TK_INLINE void copy_square(T* at, int classes, T* rows, int64_t row_stride, int inside,
+                           std::integer_sequence<int, K...>) {
+  using V = typename Stored<T>::Vector;
+  constexpr int kLanes = sizeof...(K);
+  constexpr std::make_integer_sequence<int, kLanes / 2> pairs{};
+  V square[kLanes];
+  // With fewer classes than lanes a voxel's vector reaches into the next voxels', but never beyond the last one.
+  if (kScatter) {
+    ((square[K] = K < inside ? load<V>(rows + K * row_stride) : V{}), ...);
+    transpose<kLanes / 2>(square, pairs);
+    // In this order the next voxel's store repairs what is written too much.
+    (store_voxel(at + K * classes, square[K], (kLanes - K) * classes >= kLanes, inside), ...);
+  } else {
+    (load_voxel(at + K * classes, square[K], (kLanes - K) * classes >= kLanes, inside), ...);
+    transpose<kLanes / 2>(square, pairs);
+    ((K < inside ? store(rows + K * row_stride, square[K]) : void()), ...);
+  }
+}
+
+template <bool kScatter, int C, typename T>
+TK_INLINE bool copy_few_classes_of(int classes, T* at, T* rows, int64_t row_stride, int count) {
+  constexpr int kLanes = sizeof(typename Stored<T>::Vector) / sizeof(T);
+  if (classes == C) {
+    for (int i = 0; i < count; i += kLanes) {
+      copy_few_classes<kScatter, C>(at + i * C, rows + i, row_stride, std::make_integer_sequence<int, C>{});
+    }
+    return true;
+  }
+  if constexpr (C < kMostPicked) {
+    return copy_few_classes_of<kScatter, C + 1>(classes, at, rows, row_stride, count);
+  } else {
+    return false;
+  }
+}
+
+#endif
+
+// Copies voxels whose classes lie side by side, and they one after the other, to rows or (kScatter) back. Returns how
+// many voxels, from the first one on: whole vectors of them.
+template <bool kScatter, typename T>
+int copy_class_inner(T* at, int classes, T* rows, int64_t row_stride, int count) {
+#if defined(TK_HAS_SHUFFLES)
+  constexpr int kLanes = sizeof(typename Stored<T>::Vector) / sizeof(T);
+  const int whole = count / kLanes * kLanes;
+  if (classes < 2) return 0;
+  if (copy_few_classes_of<kScatter, 2>(classes, at, rows, row_stride, whole)) return whole;
+  for (int i = 0; i < whole; i += kLanes) {
+    constexpr std::make_integer_sequence<int, kLanes> lanes{};
+    if (classes <= kLanes) {
+      copy_square<kScatter>(at + i * classes, classes, rows + i, row_stride, classes, lanes);
+      continue;
+    }
+    for (int c = 0; c < classes; c += kLanes) {
+      const int first = c + kLanes <= classes ? c : classes - kLanes;  // the last square overlaps the one before
+      copy_square<kScatter>(at + i * classes + first, classes, rows + first * row_stride + i, row_stride, kLanes,
+                            lanes);
+    }
+  }
+  return whole;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,146 @@
+// The operators: checks, shapes and new tensors, the same for every device. What runs there is the Backend's:
+//   count(logits, volume, raise_bad_input, counts)                 the counts table [N][C][3 or 6]
+//   evaluate(table, counts, loss, coefficients)                    the table alone
+//   forward(logits, volume, raise_bad_input, table, loss, coefficients)   both
+//   gradient(volume, grad_loss, coefficients, out)                 the gradient pass; all tensors contiguous but out
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "table.h"
+#include "volume.h"
+
+namespace tversky_kernels {
+
+template <typename Backend>
+struct Operators {
+  static Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
+                           int64_t activation, std::optional<int64_t> ignore_index, bool soft_label,
+                           int64_t cross_entropy, double focal_gamma, bool raise_bad_input) {
+    check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
+    const VolumeTensors volume(logits, target, voxel_weight,
+                               {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
+    const std::vector<int64_t> shape{volume.view.samples, volume.view.classes, volume.view.count_columns()};
+    Tensor counts = torch::stable::new_empty(logits, shape, ScalarType::Double);
+    Backend::count(logits, volume.view, raise_bad_input, counts);
+    return counts;
+  }
+
+  static std::tuple<Tensor, Tensor> table(const Tensor& counts, const std::optional<Tensor>& class_parameters,
+                                          double alpha, double beta, double gamma, double smooth_nr, double smooth_dr,
+                                          bool include_background, bool batch, int64_t absent, int64_t reduction,
+                                          double tversky_weight, double ce_weight, double label_smoothing,
+                                          int64_t ce_mean) {
+    check_counts(counts);
+    const Tensor contiguous = torch::stable::contiguous(counts);
+    const Table t = make_table(counts, counts.size(0), counts.size(1), counts.size(2) == kAllCounts, class_parameters,
+                               {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent,
+                               reduction, {tversky_weight, ce_weight, label_smoothing, static_cast<CeMean>(ce_mean)});
+    auto [loss, coefficients] = results(counts, t, ScalarType::Double, batch);
+    Backend::evaluate(t, contiguous, loss, coefficients);
+    return {loss, coefficients};
+  }
+
+  static std::tuple<Tensor, Tensor> tversky_loss(
+      const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight, int64_t activation,
+      std::optional<int64_t> ignore_index, bool soft_label, int64_t cross_entropy, double focal_gamma,
+      bool raise_bad_input, const std::optional<Tensor>& class_parameters, double alpha, double beta, double gamma,
+      double smooth_nr, double smooth_dr, bool include_background, bool batch, int64_t absent, int64_t reduction,
+      double tversky_weight, double ce_weight, double label_smoothing, int64_t ce_mean) {
+    check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
+    const VolumeTensors volume(logits, target, voxel_weight,
+                               {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
+    const Table t = make_table(logits, volume.view.samples, volume.view.classes, cross_entropy != 0, class_parameters,
+                               {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent,
+                               reduction, {tversky_weight, ce_weight, label_smoothing, static_cast<CeMean>(ce_mean)});
+    const ScalarType type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    auto [loss, coefficients] = results(logits, t, type, batch);
+    Backend::forward(logits, volume.view, raise_bad_input, t, loss, coefficients);
+    return {loss, coefficients};
+  }
+
+  static Tensor gradient_pass(const Tensor& grad_loss, const Tensor& coefficients, const Tensor& logits,
+                              const Tensor& target, const std::optional<Tensor>& voxel_weight, int64_t activation,
+                              std::optional<int64_t> ignore_index, bool soft_label, int64_t cross_entropy,
+                              double focal_gamma) {
+    check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
+    const VolumeTensors volume(logits, target, voxel_weight,
+                               {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
+    Tensor gradient = torch::stable::empty_like(volume.logits);
+    if (!single_stride(gradient, 2).has_value()) gradient = torch::stable::contiguous(gradient);
+    write_gradient(gradient, volume.view, grad_loss, coefficients);
+    return gradient;
+  }
+
+  static void gradient_pass_(Tensor logits, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& target,
+                             const std::optional<Tensor>& voxel_weight, int64_t activation,
+                             std::optional<int64_t> ignore_index, bool soft_label, int64_t cross_entropy,
+                             double focal_gamma) {
+    check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
+    STD_TORCH_CHECK(single_stride(logits, 2).has_value(), "logits: in place, its voxels must lie one stride apart");
+    const VolumeTensors volume(logits, target, voxel_weight,
+                               {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
+    write_gradient(logits, volume.view, grad_loss, coefficients);
+  }
+
+  template <typename Library>
+  static void implement(Library& m) {
+    m.impl("count_pass", TORCH_BOX(&Operators::count_pass));
+    m.impl("table", TORCH_BOX(&Operators::table));
+    m.impl("tversky_loss", TORCH_BOX(&Operators::tversky_loss));
+    m.impl("gradient_pass", TORCH_BOX(&Operators::gradient_pass));
+    m.impl("gradient_pass_", TORCH_BOX(&Operators::gradient_pass_));
+  }
+
+ private:
+  static Table make_table(const Tensor& like, int64_t samples, int64_t classes, bool has_cross_entropy,
+                          const std::optional<Tensor>& class_parameters, const TverskyParameters& tversky,
+                          bool include_background, bool batch, int64_t absent, int64_t reduction,
+                          const CeParameters& ce) {
+    if (class_parameters.has_value()) {
+      STD_TORCH_CHECK(class_parameters->scalar_type() == ScalarType::Double && class_parameters->is_contiguous() &&
+                          class_parameters->is_cpu() == like.is_cpu() && class_parameters->dim() == 2 &&
+                          class_parameters->size(0) == 4 && class_parameters->size(1) == classes,
+                      "class_parameters: expected a contiguous (4, C) tensor of float64 on the logits' device");
+    }
+    Table t{};
+    t.samples = samples;
+    t.classes = classes;
+    t.first_class = include_background || classes == 1 ? 0 : 1;
+    t.rows = batch ? 1 : samples;
+    t.has_cross_entropy = has_cross_entropy;
+    t.reduction = static_cast<Reduction>(reduction);
+    t.absent = static_cast<Absent>(absent);
+    t.tversky = tversky;
+    t.ce = ce;
+    t.class_parameters = class_parameters.has_value() ? class_parameters->const_data_ptr<double>() : nullptr;
+    return t;
+  }
+
+  // Loss and coefficients, not written yet.
+  static std::tuple<Tensor, Tensor> results(const Tensor& like, const Table& t, ScalarType type, bool batch) {
+    std::vector<int64_t> shape;
+    if (t.reduction == Reduction::kNone) {
+      if (!batch) shape.push_back(t.rows);
+      shape.push_back(t.kept());
+    }
+    const std::vector<int64_t> coefficient_shape{t.rows, t.classes, t.coefficient_columns()};
+    return {torch::stable::new_empty(like, shape, type),
+            torch::stable::new_empty(like, coefficient_shape, ScalarType::Double)};
+  }
+
+  static void write_gradient(const Tensor& out, const Volume& volume, const Tensor& grad_loss,
+                             const Tensor& coefficients) {
+    check_coefficients(coefficients, out, static_cast<int64_t>(volume.cross_entropy));
+    check_grad_loss(grad_loss, coefficients);
+    if (volume.samples * volume.voxels == 0) return;
+    Backend::gradient(volume, torch::stable::contiguous(grad_loss), torch::stable::contiguous(coefficients), out);
+  }
+};
+
+}  // namespace tversky_kernels

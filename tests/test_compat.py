@@ -1,0 +1,380 @@
+"""The losses of `compat` against the libraries' own where they are installed, else against their formulas.
+
+MONAI is in the extra "examples". segmentation_models_pytorch and nnunetv2 need torchvision, which does not import
+beside a CPU build of torch; with them in an environment of their own the same tests run against them.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from common import inputs, loss_and_gradient
+
+import tversky_kernels as tk
+
+SPACE = (6, 5, 4)
+
+
+def theirs_or(module, name, formula):
+    """The class of another library, or a function that makes what the formula says."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, RuntimeError):
+        return formula
+
+
+def one_hot(target, classes):
+    return torch.nn.functional.one_hot(target, classes).movedim(-1, 1)
+
+
+def check(ours, theirs, logits, target, *more, rtol=1e-9):
+    loss, gradient = loss_and_gradient(lambda z, t: ours(z, t, *more), logits, target)
+    expected = loss_and_gradient(lambda z, t: theirs(z, t, *more), logits, target)
+    torch.testing.assert_close(loss, expected[0], rtol=rtol, atol=1e-2 * rtol, check_dtype=False)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e3 * rtol, atol=1e-9)
+
+
+# ---- MONAI
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softmax": True, "to_onehot_y": True},
+        {"softmax": True, "to_onehot_y": True, "batch": True, "include_background": False},
+        {"softmax": True, "to_onehot_y": True, "reduction": "none", "smooth_nr": 0.0, "smooth_dr": 0.1},
+        {"softmax": True, "to_onehot_y": True, "reduction": "sum", "ignore_index": 255},
+        {"softmax": True, "to_onehot_y": True, "ignore_index": 1},
+        {"sigmoid": True, "dense": True},
+        {"sigmoid": True, "dense": True, "soft_label": True},
+        {"softmax": True, "dense": True, "ignore_index": 2},
+        {"other_act": torch.tanh, "to_onehot_y": True},
+        {"to_onehot_y": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["TverskyLoss", "DiceLoss", "JaccardLoss"])
+def test_monai_overlap_losses(name, options):
+    losses = pytest.importorskip("monai.losses")
+    options = dict(options)
+    logits, target = inputs(2, 4, SPACE, torch.float64)
+    if options.get("ignore_index") == 255:
+        target[:, 1] = 255
+    target = target[:, None]
+    if options.pop("dense", False):
+        target = one_hot(target[:, 0], 4).double()
+        target = 0.8 * target + 0.05 if options.get("soft_label") else target
+    if name == "TverskyLoss":
+        options |= {"alpha": 0.3, "beta": 0.7}
+    elif name == "JaccardLoss":
+        options["jaccard"] = True
+    else:
+        options["weight"] = [1.0, 2.0, 3.0] if options.get("include_background") is False else [0.5, 1.0, 2.0, 3.0]
+    name = "DiceLoss" if name == "JaccardLoss" else name
+    ours, theirs = getattr(tk.compat.monai, name)(**options), getattr(losses, name)(**options)
+    if options.get("reduction") == "none":
+        for classes in (2, 4):
+            z, t = logits[:, :classes], target.clamp(max=classes - 1)
+            if "weight" in options:
+                continue
+            assert ours(z, t).shape == theirs(z, t).shape
+        ours_sum, theirs_sum = (lambda z, t, f=f: f(z, t).sum() for f in (ours, theirs))
+        check(ours_sum, theirs_sum, logits, target)
+    else:
+        check(ours, theirs, logits, target)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softmax": True, "to_onehot_y": True},
+        {"softmax": True, "to_onehot_y": True, "batch": True, "include_background": False, "weighted": True},
+        {"softmax": True, "to_onehot_y": True, "label_smoothing": 0.1, "lambda_dice": 0.5, "lambda_ce": 2.0},
+        {"softmax": True, "to_onehot_y": True, "reduction": "sum", "jaccard": True},
+        {"softmax": True, "dense": True},
+        {"sigmoid": True, "to_onehot_y": True},
+        {"sigmoid": True, "dense": True, "weighted": True},
+        {"to_onehot_y": True},
+    ],
+    ids=str,
+)
+def test_monai_dice_ce(options):
+    losses = pytest.importorskip("monai.losses")
+    options = dict(options)
+    logits, target = inputs(2, 4, SPACE, torch.float64)
+    target = target[:, None]
+    if options.pop("dense", False):
+        target = one_hot(target[:, 0], 4).double()
+    if options.pop("weighted", False):
+        options["weight"] = torch.tensor([0.5, 1.0, 2.0, 3.0]).double()
+    check(tk.compat.monai.DiceCELoss(**options), losses.DiceCELoss(**options), logits, target)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([3.0]).double()])
+@pytest.mark.parametrize("sigmoid", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_monai_dice_ce_of_one_channel(weight, sigmoid, dtype):
+    losses = pytest.importorskip("monai.losses")
+    logits, target = inputs(2, 1, SPACE, torch.float64)
+    options = {"sigmoid": sigmoid, "weight": weight}
+    theirs = losses.DiceCELoss(**options)
+    check(tk.compat.monai.DiceCELoss(**options), theirs, logits, target[:, None].to(dtype))
+
+
+def test_monai_takes_float_labels_and_half_logits():
+    logits, target = inputs(2, 4, SPACE)
+    criterion = tk.compat.monai.DiceCELoss(softmax=True, to_onehot_y=True, inplace_backward=True)
+    expected = criterion(logits, target[:, None])
+    assert torch.equal(criterion(logits, target[:, None].float()), expected)
+    torch.testing.assert_close(criterion(logits.half(), target[:, None]), expected, rtol=1e-3, atol=0)
+    z = logits.half().requires_grad_()
+    (gradient,) = torch.autograd.grad(criterion(z, target[:, None]), z)
+    assert gradient.data_ptr() == z.data_ptr()
+
+
+def test_monai_errors():
+    monai = tk.compat.monai
+    logits, target = inputs(2, 4, SPACE)
+    with pytest.raises(ValueError, match="squared_pred: expected False"):
+        monai.DiceLoss(squared_pred=True)
+    with pytest.raises(ValueError, match="reduction: expected 'mean' or 'sum'"):
+        monai.DiceCELoss(reduction="none")
+    with pytest.raises(ValueError, match="expected at most one of sigmoid"):
+        monai.TverskyLoss(sigmoid=True, softmax=True)
+    with pytest.raises(TypeError, match="other_act: expected None or a callable, got str"):
+        monai.TverskyLoss(other_act="relu")
+    with pytest.raises(ValueError, match="reduction: expected one of 'mean'"):
+        monai.TverskyLoss(reduction="average")
+    with pytest.raises(ValueError, match="target: expected the input's shape"):
+        monai.TverskyLoss(softmax=True)(logits, target[:, None])
+    with pytest.raises(ValueError, match="target: with to_onehot_y=True expected class indices"):
+        monai.TverskyLoss(softmax=True, to_onehot_y=True)(logits, one_hot(target, 4))
+    with pytest.raises(ValueError, match="weight: expected 3 numbers, one a class, got 4"):
+        monai.DiceLoss(softmax=True, to_onehot_y=True, include_background=False, weight=[1, 2, 3, 4])(
+            logits, target[:, None]
+        )
+    with pytest.raises(ValueError, match="target: for an input"):
+        monai.DiceCELoss(softmax=True, to_onehot_y=True)(logits, target)
+    with pytest.warns(UserWarning, match="single channel prediction, `softmax=True` ignored"):
+        monai.TverskyLoss(softmax=True)(logits[:, :1].sigmoid(), (target[:, None] > 0).float())
+
+
+# ---- segmentation_models_pytorch
+
+
+def smp_formula(mode, classes=None, log_loss=False, from_logits=True, smooth=0.0, ignore_index=None, eps=1e-7,
+                alpha=0.5, beta=0.5, gamma=1.0, class_weights=None):  # fmt: skip
+    def loss(z, t):
+        p = z if not from_logits else z.softmax(1) if mode == "multiclass" else z.sigmoid()
+        channels = 1 if mode == "binary" else z.size(1)
+        p = p.reshape(z.size(0), channels, -1)
+        if mode == "multiclass":
+            kept = torch.ones_like(t) if ignore_index is None else t != ignore_index
+            g = one_hot((t * kept).flatten(1), channels) * kept.flatten(1)[:, None]
+            p = p * kept.flatten(1)[:, None]
+        else:
+            g = t.reshape(p.shape)
+            kept = torch.ones_like(g) if ignore_index is None else g != ignore_index
+            p, g = p * kept, g * kept
+        total, wanted, apart = p.sum((0, 2)), g.sum((0, 2)), (p - g).abs().sum((0, 2))
+        tp = (total + wanted - apart) / 2
+        index = (tp + smooth) / (tp + alpha * (total - tp) + beta * (wanted - tp) + smooth).clamp_min(eps)
+        each = (-index.clamp_min(eps).log() if log_loss else 1 - index) * (wanted > 0)
+        w = torch.ones_like(each) if class_weights is None else torch.tensor(class_weights).to(each)
+        if classes is not None:
+            each, w = each[classes], w[classes]
+        return ((each * w).sum() / w.sum()) ** gamma
+
+    return loss
+
+
+@pytest.mark.parametrize("name", ["TverskyLoss", "DiceLoss", "JaccardLoss"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "multiclass"},
+        {"mode": "multiclass", "ignore_index": 255, "smooth": 1.0},
+        {"mode": "multiclass", "classes": [1, 3], "log_loss": True},
+        {"mode": "multiclass", "class_weights": [0.5, 1.0, 2.0, 3.0], "gamma": 1.5},
+        {"mode": "multilabel"},
+        {"mode": "multilabel", "ignore_index": 2},
+        {"mode": "binary"},
+        {"mode": "binary", "ignore_index": 255},
+        {"mode": "multilabel", "from_logits": False},
+    ],
+    ids=str,
+)
+def test_smp(name, options):
+    options = dict(options)
+    if name != "TverskyLoss":
+        options.pop("gamma", None)
+    fixed = {"TverskyLoss": {"alpha": 0.3, "beta": 0.7}, "DiceLoss": {}, "JaccardLoss": {"alpha": 1.0, "beta": 1.0}}
+
+    def formula(**o):
+        return smp_formula(**{**fixed[name], **o})
+
+    theirs = theirs_or("segmentation_models_pytorch.losses", name, formula)
+    options |= fixed[name] if name == "TverskyLoss" else {}
+    logits, target = inputs(3, 4, SPACE[:2], torch.float64)
+    target[target == 2] = 0  # a class that is absent
+    if options["mode"] == "multilabel":
+        target = (torch.rand(3, 4, *SPACE[:2]) < 0.4).long()
+        target[:, 2] = 0
+        target[:, 0, 1] = options.get("ignore_index", 0)
+    elif options["mode"] == "binary":
+        logits, target = logits[:, :1].contiguous(), (target > 0).long()
+    if options.get("ignore_index") == 255:
+        target[:, 1] = 255
+    logits = logits.sigmoid() if options.get("from_logits") is False else logits
+    check(getattr(tk.compat.smp, name)(**options), theirs(**options), logits, target, rtol=1e-6)
+
+
+def test_smp_errors():
+    with pytest.raises(ValueError, match="mode: expected one of 'binary'"):
+        tk.compat.smp.DiceLoss("ternary")
+    with pytest.raises(ValueError, match="classes, class_weights: expected None with mode='binary'"):
+        tk.compat.smp.DiceLoss("binary", classes=[0])
+    with pytest.raises(TypeError, match="colour"):
+        tk.compat.smp.JaccardLoss("binary", colour=1)
+
+
+# ---- nnU-Net
+
+
+def softmax_helper_dim1(x):
+    return torch.softmax(x, 1)
+
+
+def nnunet_dice_formula(apply_nonlin=None, batch_dice=False, do_bg=True, smooth=1.0, ddp=True):
+    def loss(z, t, loss_mask=None):
+        p = z if apply_nonlin is None else apply_nonlin(z)
+        t = t[:, None] if t.dim() != z.dim() else t
+        g = t.to(p.dtype) if t.shape == z.shape else one_hot(t[:, 0].long(), z.size(1)).to(p.dtype)
+        w = torch.ones_like(p) if loss_mask is None else loss_mask
+        axes = tuple(range(2, z.dim()))
+        both, total = (p * g * w).sum(axes), ((p + g) * w).sum(axes)
+        if not do_bg:
+            both, total = both[:, 1:], total[:, 1:]
+        if batch_dice:
+            both, total = both.sum(0), total.sum(0)
+        return -((2 * both + smooth) / (total + smooth).clamp_min(1e-8)).mean()
+
+    return loss
+
+
+def nnunet_ce_formula(soft_dice_kwargs, ce_kwargs, weight_ce=1, weight_dice=1, ignore_label=None, dice_class=None):
+    def loss(z, t):
+        mask = torch.ones_like(t, dtype=torch.bool) if ignore_label is None else t != ignore_label
+        dice = nnunet_dice_formula(softmax_helper_dim1, **soft_dice_kwargs)
+        options = dict(ce_kwargs) | ({} if ignore_label is None else {"ignore_index": ignore_label})
+        ce = torch.nn.functional.cross_entropy(z, t[:, 0].long(), **options) if mask.any() else 0.0
+        return weight_ce * ce + weight_dice * dice(z, torch.where(mask, t, 0), mask)
+
+    return loss
+
+
+def nnunet_bce_formula(bce_kwargs, soft_dice_kwargs, weight_ce=1, weight_dice=1, use_ignore_label=False,
+                       dice_class=None):  # fmt: skip
+    def loss(z, t):
+        mask = (1 - t[:, -1:].to(z.dtype)) if use_ignore_label else None
+        g = (t[:, :-1] if use_ignore_label else t).to(z.dtype)
+        ce = torch.nn.functional.binary_cross_entropy_with_logits(z, g, reduction="none")
+        ce = ce.mean() if mask is None else (ce * mask).sum() / mask.sum().clip(min=1e-8)
+        return weight_ce * ce + weight_dice * nnunet_dice_formula(torch.sigmoid, **soft_dice_kwargs)(z, g, mask)
+
+    return loss
+
+
+DICE = "nnunetv2.training.loss.dice"
+COMPOUND = "nnunetv2.training.loss.compound_losses"
+DICE_OPTIONS = [
+    {},
+    {"batch_dice": True, "do_bg": False, "smooth": 1e-5, "ddp": False},
+    {"smooth": 0.0, "batch_dice": True, "ddp": False},
+]
+
+
+@pytest.mark.parametrize("options", DICE_OPTIONS, ids=str)
+@pytest.mark.parametrize("nonlinearity", [softmax_helper_dim1, torch.sigmoid, None, torch.tanh])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nnunet_dice(options, nonlinearity, masked):
+    theirs = theirs_or(DICE, "MemoryEfficientSoftDiceLoss", nnunet_dice_formula)
+    logits, target = inputs(2, 4, SPACE, torch.float64)
+    mask = (torch.rand(2, 1, *SPACE) < 0.7,) if masked else ()
+    ours = tk.compat.nnunet.MemoryEfficientSoftDiceLoss(nonlinearity, **options)
+    logits = logits.sigmoid() if nonlinearity is None else logits
+    for t in (target, target[:, None].float(), one_hot(target, 4)):
+        check(ours, theirs(nonlinearity, **options), logits, t, *mask, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dice", DICE_OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_ce": 0.5, "weight_dice": 2.0},
+        {"ignore_label": 3},
+        {"ce_kwargs": {"weight": torch.tensor([0.5, 1.0, 2.0, 3.0]).double(), "label_smoothing": 0.1}},
+    ],
+    ids=str,
+)
+def test_nnunet_dice_and_ce(dice, options):
+    options = {"ce_kwargs": {}, **options}
+    logits, target = inputs(2, 4, SPACE, torch.float64)
+    ours = tk.compat.nnunet.DC_and_CE_loss(dice, **options)
+    dice_class = theirs_or(DICE, "MemoryEfficientSoftDiceLoss", None)
+    theirs = theirs_or(COMPOUND, "DC_and_CE_loss", nnunet_ce_formula)(
+        dice, **{**options, "ce_kwargs": dict(options["ce_kwargs"])}, dice_class=dice_class
+    )
+    for t in (target[:, None], target[:, None].float(), target[:, None].to(torch.int16)):
+        check(ours, theirs, logits, t, rtol=1e-6)
+    if options.get("ignore_label"):
+        check(ours, theirs, logits, torch.full_like(target, 3)[:, None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dice", DICE_OPTIONS, ids=str)
+@pytest.mark.parametrize("ignored", [False, True])
+def test_nnunet_dice_and_bce(dice, ignored):
+    logits, _ = inputs(2, 3, SPACE, torch.float64)
+    target = (torch.rand(2, 3 + ignored, *SPACE) < 0.4).to(torch.uint8)
+    ours = tk.compat.nnunet.DC_and_BCE_loss({}, dice, 0.5, 2.0, use_ignore_label=ignored)
+    theirs = theirs_or(COMPOUND, "DC_and_BCE_loss", nnunet_bce_formula)
+    check(ours, theirs({}, dice, 0.5, 2.0, use_ignore_label=ignored), logits, target, rtol=1e-6)
+
+
+def test_nnunet_trainer():
+    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: it needs torchvision, an environment of its own")
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    trainer = tk.compat.nnunet.nnUNetTrainerTverskyKernels
+    for regions, ignored in ((False, None), (False, 3), (True, None), (True, 3)):
+        stub = SimpleNamespace(
+            label_manager=SimpleNamespace(has_regions=regions, ignore_label=ignored),
+            configuration_manager=SimpleNamespace(batch_dice=True),
+            is_ddp=False,
+            enable_deep_supervision=True,
+            _do_i_compile=lambda: False,
+            _get_deep_supervision_scales=lambda: [1, 0.5, 0.25],
+        )
+        ours, theirs = (t._build_loss(stub) for t in (trainer, trainer.__mro__[1]))
+        np.testing.assert_allclose(ours.weight_factors, theirs.weight_factors)
+        logits = [inputs(2, 3, (s, s), seed=s)[0] for s in (8, 4, 2)]
+        if regions:
+            target = [(torch.rand(2, 3 + (ignored is not None), *z.shape[2:]) < 0.4).float() for z in logits]
+        else:
+            target = [torch.randint(0, 3, (2, 1, *z.shape[2:])) for z in logits]
+        torch.testing.assert_close(ours(logits, target), theirs(logits, target), rtol=1e-5, atol=1e-6)
+
+
+def test_nnunet_errors():
+    nnunet = tk.compat.nnunet
+    with pytest.raises(TypeError, match="ce_kwargs: expected weight and label_smoothing, got 'colour'"):
+        nnunet.DC_and_CE_loss({}, {"colour": 1})
+    with pytest.raises(TypeError, match="bce_kwargs: expected none, got 'weight'"):
+        nnunet.DC_and_BCE_loss({"weight": 1}, {})
+    with pytest.raises(AttributeError, match="has no attribute 'nnUNetTrainerOfMine'"):
+        _ = nnunet.nnUNetTrainerOfMine

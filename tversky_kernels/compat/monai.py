@@ -1,0 +1,284 @@
+"""MONAI's `TverskyLoss`, `DiceLoss` and `DiceCELoss` (1.6): their arguments, their numbers.
+
+What the kernels do not compute raises: ``squared_pred=True`` (the square of a probability is no overlap count) and
+DiceCELoss's reduction "none" (a value a voxel).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .. import functional
+from .._arguments import number, one_of
+from ._targets import as_dense, as_indices
+
+__all__ = ["DiceCELoss", "DiceLoss", "TverskyLoss"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class _Loss(torch.nn.Module):
+    """What the three have in common: activation, target and ignore_index as MONAI understands them."""
+
+    def __init__(
+        self,
+        include_background,
+        to_onehot_y,
+        sigmoid,
+        softmax,
+        other_act,
+        reduction,
+        smooth_nr,
+        smooth_dr,
+        batch,
+        soft_label,
+        ignore_index,
+        inplace_backward,
+        backend,
+    ):
+        super().__init__()
+        if other_act is not None and not callable(other_act):
+            raise TypeError(f"other_act: expected None or a callable, got {type(other_act).__name__}")
+        if int(sigmoid) + int(softmax) + int(other_act is not None) > 1:
+            raise ValueError("expected at most one of sigmoid=True, softmax=True and other_act")
+        self.include_background, self.to_onehot_y = include_background, to_onehot_y
+        self.sigmoid, self.softmax, self.other_act = sigmoid, softmax, other_act
+        self.reduction = one_of("reduction", getattr(reduction, "value", reduction), REDUCTIONS)
+        self.smooth_nr, self.smooth_dr = number("smooth_nr", smooth_nr), number("smooth_dr", smooth_dr)
+        self.batch, self.soft_label, self.ignore_index = batch, soft_label, ignore_index
+        self.run = {"inplace_backward": inplace_backward, "backend": backend}
+
+    def _activation(self, input: torch.Tensor) -> tuple[torch.Tensor, str]:
+        if self.softmax and input.size(1) == 1:
+            warnings.warn("single channel prediction, `softmax=True` ignored.", stacklevel=4)
+            return input, "none"
+        if self.other_act is not None:
+            return self.other_act(input), "none"
+        return input, "sigmoid" if self.sigmoid else "softmax" if self.softmax else "none"
+
+    def _target(self, input: torch.Tensor, target: torch.Tensor) -> dict:
+        # The target and, where it is one-hot, the mask of what is not ignored.
+        if self.to_onehot_y and input.size(1) > 1:
+            if target.dim() != input.dim() or target.size(1) != 1:
+                raise ValueError(
+                    "target: with to_onehot_y=True expected class indices (B, 1, *spatial), got the shape "
+                    f"{tuple(target.shape)}"
+                )
+            return {"target": as_indices(target), "ignore_index": self.ignore_index}
+        if target.shape != input.shape:
+            raise ValueError(
+                f"target: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}; for class "
+                "indices set to_onehot_y=True"
+            )
+        target, ignored = as_dense(target), self.ignore_index
+        if ignored is None:
+            return {"target": target}
+        if target.size(1) == 1:  # a label a voxel
+            return {"target": target, "voxel_weight": target[:, 0] != ignored}
+        if 0 <= ignored < target.size(1):
+            return {"target": target, "voxel_weight": (target[:, ignored] == 0)}
+        return {"target": target, "voxel_weight": target.sum(1) > 0}
+
+    def _options(self) -> dict:
+        return {
+            "include_background": self.include_background,
+            "batch": self.batch,
+            "soft_label": self.soft_label,
+            "reduction": self.reduction,
+            **self.run,
+        }
+
+
+class TverskyLoss(_Loss):
+    """`monai.losses.TverskyLoss`.
+
+    Args:
+        include_background: False leaves channel 0 out.
+        to_onehot_y: True for class indices (B, 1, *spatial); False for a target of the input's shape.
+        sigmoid: Of the input.
+        softmax: Of the input.
+        other_act: Another activation, applied before; the kernels then take probabilities.
+        alpha: Weight of false positives.
+        beta: Weight of false negatives.
+        reduction: "mean", "sum" or "none".
+        smooth_nr: Added to the numerator.
+        smooth_dr: Added to the denominator.
+        batch: Sum over the batch first.
+        soft_label: The form for soft targets.
+        ignore_index: A label, or the channel of a one-hot target, whose voxels do not count.
+        inplace_backward: As in `tversky_kernels.tversky_loss`.
+        backend: As in `tversky_kernels.tversky_loss`.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        soft_label: bool = False,
+        ignore_index: int | None = None,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
+            soft_label, ignore_index, inplace_backward, backend,
+        )  # fmt: skip
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and a target."""
+        input, activation = self._activation(input)
+        return functional.tversky_loss(
+            input, **self._target(input, target), activation=activation, alpha=self.alpha, beta=self.beta,
+            smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr, **self._options(),
+        )  # fmt: skip
+
+
+class DiceLoss(_Loss):
+    """`monai.losses.DiceLoss`: arguments as there, but for ``squared_pred``, which raises.
+
+    ``jaccard`` is the Jaccard loss. ``weight``: one a class, without the background where that is left out; it
+    multiplies and is not renormalised.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        weight: Sequence[float] | float | torch.Tensor | None = None,
+        soft_label: bool = False,
+        ignore_index: int | None = None,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
+            soft_label, ignore_index, inplace_backward, backend,
+        )  # fmt: skip
+        if squared_pred:
+            raise ValueError("squared_pred: expected False; squared probabilities are not computed by these kernels")
+        self.jaccard = jaccard
+        self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
+
+    def _dice(self, input: torch.Tensor) -> dict:
+        # MONAI's quotient is twice ours, smoothing apart.
+        both = 1.0 if self.jaccard else 0.5
+        options = {"alpha": both, "beta": both, "smooth_nr": self.smooth_nr / 2, "smooth_dr": self.smooth_dr / 2}
+        weight, classes = self.class_weight, input.size(1)
+        if weight is not None and classes > 1 and (classes > 2 or self.include_background):
+            dropped = 0 if self.include_background else 1
+            if weight.dim() > 0 and weight.numel() != classes - dropped:
+                raise ValueError(f"weight: expected {classes - dropped} numbers, one a class, got {weight.numel()}")
+            if weight.dim() > 0 and dropped:
+                weight = torch.cat((weight.new_ones(1), weight))
+            options["class_weight"] = weight
+        return options
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and a target."""
+        input, activation = self._activation(input)
+        loss = functional.tversky_loss(
+            input, **self._target(input, target), activation=activation, **self._dice(input), **self._options()
+        )
+        if self.reduction == "none":
+            loss = loss.view(*loss.shape, *(1,) * (input.dim() - 2))
+        return loss
+
+
+class DiceCELoss(torch.nn.Module):
+    """`monai.losses.DiceCELoss`: arguments as there, but for ``squared_pred`` and reduction "none", which raise.
+
+    With a softmax both parts are computed in the same two passes. As in MONAI, the cross-entropy of several channels is
+    always that of a softmax, also with ``sigmoid=True``, and that of one channel a binary one, for which ``weight`` is
+    the weight of the positive label (that case is left to torch).
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        weight: torch.Tensor | None = None,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        label_smoothing: float = 0.0,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        dice_weight = weight[1:] if weight is not None and not include_background else weight
+        self.dice = DiceLoss(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
+            smooth_dr, batch, dice_weight, inplace_backward=inplace_backward, backend=backend,
+        )  # fmt: skip
+        if self.dice.reduction == "none":
+            raise ValueError("reduction: expected 'mean' or 'sum'; 'none' would be a value a voxel")
+        self.register_buffer("ce_weight", None if weight is None else torch.as_tensor(weight))
+        self.lambda_dice, self.lambda_ce = number("lambda_dice", lambda_dice), number("lambda_ce", lambda_ce)
+        self.label_smoothing = number("label_smoothing", label_smoothing, most=1.0)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
+        dice, classes = self.dice, input.size(1)
+        if input.dim() != target.dim() or target.size(1) not in (1, classes):
+            raise ValueError(
+                f"target: for an input {tuple(input.shape)} expected as many dimensions and 1 or {classes} channels, "
+                f"got {tuple(target.shape)}"
+            )
+        activated, activation = dice._activation(input)
+        ce_target = as_dense(target) if target.size(1) == classes else as_indices(target)
+        dice_target = dice._target(input, target)
+        options = {**dice._dice(input), **dice._options()}
+        ce = {"ce_weight": self.lambda_ce, "label_smoothing": self.label_smoothing, "ce_class_weight": self.ce_weight}
+        wanted = "softmax" if classes > 1 else "sigmoid"
+        if classes == 1:
+            ce["label_smoothing"] = 0.0
+        if activation == wanted and not (classes == 1 and self.ce_weight is not None):
+            return functional.tversky_ce_loss(
+                input, **dice_target, activation=activation, tversky_weight=self.lambda_dice, **ce, **options
+            )
+        # Two different activations, or targets: two losses. The first must not overwrite what the second reads.
+        first = {**options, "inplace_backward": False}
+        overlap = functional.tversky_loss(activated, **dice_target, activation=activation, **first)
+        if classes == 1 and self.ce_weight is not None:
+            entropy = self.lambda_ce * torch.nn.functional.binary_cross_entropy_with_logits(
+                input, ce_target.to(input.dtype), pos_weight=self.ce_weight.to(input), reduction=dice.reduction
+            )
+        else:
+            entropy = functional.tversky_ce_loss(
+                input, ce_target, activation=wanted, tversky_weight=0.0, reduction=dice.reduction, **ce,
+                backend=dice.run["backend"],
+            )  # fmt: skip
+        return self.lambda_dice * overlap + entropy

@@ -1,0 +1,263 @@
+"""nnU-Net v2's `MemoryEfficientSoftDiceLoss`, `DC_and_CE_loss` and `DC_and_BCE_loss`, and a trainer that uses them.
+
+The trainer, `nnUNetTrainerTverskyKernels`, is made when it is asked for and needs nnunetv2. nnU-Net looks for trainers
+in its own folder: put a file there that says ``from tversky_kernels.compat.nnunet import nnUNetTrainerTverskyKernels``,
+then ``nnUNetv2_train ... -tr nnUNetTrainerTverskyKernels``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .. import functional
+from .._arguments import number
+from ._targets import as_dense, as_indices
+
+__all__ = ["DC_and_BCE_loss", "DC_and_CE_loss", "MemoryEfficientSoftDiceLoss"]
+
+LEAST_DENOMINATOR = 1e-8
+
+
+class _SumOverRanks(torch.autograd.Function):
+    # As nnU-Net gathers: the gradient is summed over the ranks too, for DDP will average it.
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad)
+        return grad
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _activation(nonlinearity) -> str | None:
+    # Which activation of the kernels a function is; None: another one.
+    if nonlinearity is None:
+        return "none"
+    if nonlinearity in (torch.sigmoid, torch.nn.functional.sigmoid) or isinstance(nonlinearity, torch.nn.Sigmoid):
+        return "sigmoid"
+    is_softmax = isinstance(nonlinearity, torch.nn.Softmax) and nonlinearity.dim == 1
+    if is_softmax or getattr(nonlinearity, "__name__", "") == "softmax_helper_dim1":
+        return "softmax"
+    return None
+
+
+class MemoryEfficientSoftDiceLoss(torch.nn.Module):
+    """nnU-Net's Dice loss, -Dice: between -1 and 0.
+
+    Args:
+        apply_nonlin: nnU-Net's ``softmax_helper_dim1``, `torch.nn.Softmax` (1) or `torch.sigmoid` are fused; None: the
+            input holds probabilities; another callable is applied before.
+        batch_dice: Sum over the batch (and, with ``ddp``, over the ranks) first.
+        do_bg: False leaves channel 0 out.
+        smooth: Added to numerator and denominator.
+        ddp: Where torch.distributed is initialised and batch_dice is set, sum over its ranks.
+        inplace_backward: As in `tversky_kernels.tversky_loss`.
+        backend: As in `tversky_kernels.tversky_loss`.
+    """
+
+    def __init__(
+        self,
+        apply_nonlin: Callable | None = None,
+        batch_dice: bool = False,
+        do_bg: bool = True,
+        smooth: float = 1.0,
+        ddp: bool = True,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.apply_nonlin, self.batch_dice, self.do_bg, self.ddp = apply_nonlin, batch_dice, do_bg, ddp
+        self.smooth = number("smooth", smooth)
+        self.run = {"inplace_backward": inplace_backward, "backend": backend}
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, loss_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """-Dice of (B, C, *spatial) and labels (B, *spatial), (B, 1, *spatial), or a one-hot target."""
+        activation = _activation(self.apply_nonlin)
+        if activation is None:
+            x, activation = self.apply_nonlin(x), "none"
+        counts = functional.overlap_counts(
+            x, _target(x, y), activation=activation, voxel_weight=_mask(loss_mask), **self.run
+        )
+        return self.of_counts(torch.stack(counts))
+
+    def of_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """-Dice from (3, B, C) tp, fp and fn."""
+        if not self.do_bg:
+            counts = counts[:, :, 1:]
+        if self.batch_dice:
+            counts = counts.sum(1, keepdim=True)
+            if self.ddp and _is_distributed():
+                counts = _SumOverRanks.apply(counts)
+        tp, fp, fn = counts
+        return -((2 * tp + self.smooth) / (2 * tp + fp + fn + self.smooth).clamp_min(LEAST_DENOMINATOR)).mean()
+
+
+def _target(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return as_dense(y) if y.shape == x.shape else as_indices(y)
+
+
+def _mask(loss_mask: torch.Tensor | None) -> torch.Tensor | None:
+    if loss_mask is None or loss_mask.dtype == torch.bool or loss_mask.is_floating_point():
+        return loss_mask
+    return loss_mask.bool()
+
+
+class _Compound(torch.nn.Module):
+    """Dice and a cross-entropy of the same activation: one loss where their sums are this rank's alone."""
+
+    def __init__(self, activation, dice_kwargs, weight_ce, weight_dice, run):
+        super().__init__()
+        self.activation, self.run = activation, run
+        self.weight_ce, self.weight_dice = number("weight_ce", weight_ce), number("weight_dice", weight_dice)
+        nonlinearity = torch.nn.Softmax(1) if activation == "softmax" else torch.sigmoid
+        self.dc = MemoryEfficientSoftDiceLoss(nonlinearity, **dice_kwargs, **run)
+
+    def _loss(self, net_output, target, options, ce_factor=1.0):
+        dc = self.dc
+        options = {**options, "activation": self.activation, "ce_weight": ce_factor * self.weight_ce}
+        fused = dc.smooth >= LEAST_DENOMINATOR and not (dc.batch_dice and dc.ddp and _is_distributed())
+        if fused:
+            # 1 - Dice as a Tversky loss, with half of nnU-Net's smoothing.
+            loss = functional.tversky_ce_loss(
+                net_output, target, alpha=0.5, beta=0.5, smooth_nr=dc.smooth / 2, smooth_dr=dc.smooth / 2,
+                include_background=dc.do_bg, batch=dc.batch_dice, tversky_weight=self.weight_dice, **options,
+                **self.run,
+            )  # fmt: skip
+            return loss - self.weight_dice
+        # The first of two losses must not overwrite what the second reads.
+        mask = {name: options.pop(name) for name in ("ignore_index", "voxel_weight") if name in options}
+        ce = functional.tversky_ce_loss(
+            net_output, target, tversky_weight=0.0, **mask, **options, backend=self.run["backend"]
+        )
+        counts = functional.overlap_counts(
+            net_output, target, activation=self.activation, **mask, backend=self.run["backend"]
+        )
+        return ce + self.weight_dice * dc.of_counts(torch.stack(counts))
+
+
+class DC_and_CE_loss(_Compound):
+    """nnU-Net's Dice + cross-entropy of a softmax.
+
+    Args:
+        soft_dice_kwargs: batch_dice, do_bg, smooth, ddp of `MemoryEfficientSoftDiceLoss`.
+        ce_kwargs: weight and label_smoothing of `torch.nn.CrossEntropyLoss`.
+        weight_ce: Factor of the cross-entropy.
+        weight_dice: Factor of the Dice part.
+        ignore_label: Voxels with this label do not count.
+        dice_class: As in nnU-Net; the numbers are the same for its classes, so it does not matter.
+        inplace_backward: As in `tversky_kernels.tversky_loss`.
+        backend: As in `tversky_kernels.tversky_loss`.
+    """
+
+    def __init__(
+        self,
+        soft_dice_kwargs: dict,
+        ce_kwargs: dict,
+        weight_ce: float = 1,
+        weight_dice: float = 1,
+        ignore_label: int | None = None,
+        dice_class=None,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        run = {"inplace_backward": inplace_backward, "backend": backend}
+        super().__init__("softmax", soft_dice_kwargs, weight_ce, weight_dice, run)
+        ce_kwargs = dict(ce_kwargs)
+        ce_kwargs.pop("ignore_index", None)  # nnU-Net replaces it by ignore_label
+        weight = ce_kwargs.pop("weight", None)
+        self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight), persistent=False)
+        self.label_smoothing = number("label_smoothing", ce_kwargs.pop("label_smoothing", 0.0), most=1.0)
+        if ce_kwargs:
+            raise TypeError(f"ce_kwargs: expected weight and label_smoothing, got {', '.join(map(repr, ce_kwargs))}")
+        self.ignore_label = ignore_label
+
+    def forward(self, net_output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and labels (B, 1, *spatial)."""
+        options = {
+            "ignore_index": self.ignore_label,
+            "ce_class_weight": self.class_weight,
+            "label_smoothing": self.label_smoothing,
+        }
+        return self._loss(net_output, as_indices(target), options)
+
+
+class DC_and_BCE_loss(_Compound):
+    """nnU-Net's Dice + binary cross-entropy of a sigmoid, for regions: a one-hot target of the output's shape.
+
+    Args:
+        bce_kwargs: Nothing but its default is fused.
+        soft_dice_kwargs: batch_dice, do_bg, smooth, ddp of `MemoryEfficientSoftDiceLoss`.
+        weight_ce: Factor of the cross-entropy.
+        weight_dice: Factor of the Dice part.
+        use_ignore_label: The target has one more channel, 1 where a voxel does not count.
+        dice_class: As in nnU-Net; it does not matter.
+        inplace_backward: As in `tversky_kernels.tversky_loss`.
+        backend: As in `tversky_kernels.tversky_loss`.
+    """
+
+    def __init__(
+        self,
+        bce_kwargs: dict,
+        soft_dice_kwargs: dict,
+        weight_ce: float = 1,
+        weight_dice: float = 1,
+        use_ignore_label: bool = False,
+        dice_class=None,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        if bce_kwargs:
+            raise TypeError(f"bce_kwargs: expected none, got {', '.join(map(repr, bce_kwargs))}")
+        run = {"inplace_backward": inplace_backward, "backend": backend}
+        super().__init__("sigmoid", soft_dice_kwargs, weight_ce, weight_dice, run)
+        self.use_ignore_label = use_ignore_label
+
+    def forward(self, net_output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and (B, C, *spatial), or (B, C + 1, *spatial) with ignored voxels."""
+        if not self.use_ignore_label:
+            return self._loss(net_output, as_dense(target), {})
+        counted, regions = target[:, -1] == 0, as_dense(target[:, :-1])
+        # With a mask nnU-Net sums over the channels where without it averages.
+        return self._loss(net_output, regions, {"voxel_weight": counted}, ce_factor=net_output.size(1))
+
+
+def __getattr__(name: str):
+    if name != "nnUNetTrainerTverskyKernels":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import numpy as np
+    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    class nnUNetTrainerTverskyKernels(nnUNetTrainer):
+        """nnU-Net's default trainer with its default loss, computed by these kernels."""
+
+        def _build_loss(self):
+            dice = {"batch_dice": self.configuration_manager.batch_dice, "smooth": 1e-5, "ddp": self.is_ddp}
+            ignored = self.label_manager.ignore_label
+            if self.label_manager.has_regions:
+                loss = DC_and_BCE_loss({}, {**dice, "do_bg": True}, use_ignore_label=ignored is not None)
+            else:
+                loss = DC_and_CE_loss({**dice, "do_bg": False}, {}, ignore_label=ignored)
+            if not self.enable_deep_supervision:
+                return loss
+            # Half the weight a level, none for the coarsest (DDP wants every output used), their sum 1.
+            weights = np.array([0.5**i for i in range(len(self._get_deep_supervision_scales()))])
+            weights[-1] = 1e-6 if self.is_ddp and not self._do_i_compile() else 0.0
+            return DeepSupervisionWrapper(loss, weights / weights.sum())
+
+    nnUNetTrainerTverskyKernels.__module__ = __name__
+    globals()[name] = nnUNetTrainerTverskyKernels
+    return nnUNetTrainerTverskyKernels
