@@ -1,6 +1,7 @@
 # make demo   trains the paper's network on real CT with our loss (sets everything up; about 10 minutes on 2 cores)
 # make test   all tests (sets everything up)
 # make lint   ruff and clang-format        make bench  the benchmarks of this machine
+# make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own
 # make gpu    on a machine with a card: builds, tests and benchmarks with the Python and torch that are there
 # make wheel  a wheel in dist/
 #
@@ -15,7 +16,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f) setup.py
 OUT ?= benchmarks/results
 
-.PHONY: demo test lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel clean
+.PHONY: demo test lint format bench bench-peers gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel clean
 SHELL := /bin/bash -o pipefail
 
 $(VENV)/.python: Makefile
@@ -38,7 +39,8 @@ $(VENV)/.extras-%: $(TORCH_STAMP) $(SOURCES) pyproject.toml
 comma := ,
 DEMO_READY := $(VENV)/.extras-examples
 TEST_READY := $(VENV)/.extras-test$(comma)examples$(comma)dev
-BENCH_READY := $(VENV)/.extras-bench
+BENCH_EXTRAS := bench
+BENCH_READY := $(VENV)/.extras-$(BENCH_EXTRAS)
 
 .data/lung: $(DEMO_READY)
 	$(PY) examples/fetch_lung_ct.py $@
@@ -65,6 +67,11 @@ format: $(TEST_READY)
 
 bench: $(BENCH_READY)
 	$(PY) -m benchmarks.run $(BENCH)
+
+# These peers need torchvision, which does not import beside a CPU build of torch: the default build of both.
+PEERS := .venv-peers
+bench-peers:
+	$(MAKE) bench VENV=$(PEERS) TORCH='torch==2.14.1 torchvision==0.29.1' BENCH_EXTRAS=bench,peers BENCH='$(BENCH)'
 
 # No set-up: the card's machine has its own torch and no network. Each part can be called by itself.
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench

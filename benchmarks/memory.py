@@ -38,7 +38,7 @@ def process_peak_bytes(function) -> int | None:
 def measure(case, provider) -> dict[str, float | None]:
     """MiB beyond the inputs: of forward alone, and of forward and backward."""
     logits, target = case.inputs(seed=0)
-    loss = provider.make()
+    loss = provider.make(case)
 
     def forward():
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """The losses that are compared: each from its own package, asked for the same thing, and held to its own definition.
 
-A provider makes ``loss(logits, target) -> scalar`` for a target of class indices (N, 1, *spatial). ``truth`` are the
-arguments of `tversky_kernels.reference.tversky_loss` that define what it should return; a provider whose value
-disagrees is marked wrong and gets no figures.
+A provider makes, for a case, ``loss(logits, target) -> scalar``. ``truth`` are the arguments of
+`tversky_kernels.reference.tversky_ce_loss` that define what it should return; a provider whose value disagrees is
+marked wrong and gets no figures. A task is what they are all asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 
 import tversky_kernels as tk
+from benchmarks.cases import Case
 
+TVERSKY, DICE_CE = TASKS = ("tversky", "dice_ce")
 ALPHA, BETA, SMOOTH = 0.3, 0.7, 1e-5
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -21,11 +23,16 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 @dataclasses.dataclass(frozen=True)
 class Provider:
     name: str
-    make: Callable[[], Loss]
+    make: Callable[[Case], Loss]
     truth: dict = dataclasses.field(default_factory=dict)
+    task: str = TVERSKY
     #: What is added to the truth: a loss that returns -Dice is 1 less.
     offset: float = 0.0
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    #: The cases' variants that it takes, besides the plain one.
+    takes: tuple[str, ...] = ()
+
+    def suits(self, case: Case) -> bool:
+        return set(case.variant) <= set(self.takes)
 
 
 def _tversky_of_counts(tp, fp, fn):
@@ -53,42 +60,110 @@ def lean_mask(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return _tversky_of_counts(tp, torch.where(is_class, zero, p).sum(-1), torch.where(is_class, 1 - p, zero).sum(-1))
 
 
-def _compiled(function: Loss) -> Callable[[], Loss]:
-    def make() -> Loss:
+EVERYTHING = ("dense", "sigmoid", "channels_last")
+
+
+def _lean(function: Loss, compiled: bool = False) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
         torch._dynamo.reset()
-        return torch.compile(function)
+        return torch.compile(function) if compiled else function
 
     return make
 
 
-def _ours(backend: str, inplace: bool = False) -> Callable[[], Loss]:
-    return lambda: tk.TverskyLoss(alpha=ALPHA, beta=BETA, backend=backend, inplace_backward=inplace)
+def _ours(backend: str, inplace: bool = False) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
+        options = {"backend": backend, "inplace_backward": inplace, "activation": case.activation}
+        return tk.TverskyLoss(alpha=ALPHA, beta=BETA, **options)
+
+    return make
 
 
-def _monai_tversky() -> Loss:
-    from monai.losses import TverskyLoss
+def _our_dice_ce(backend: str, inplace: bool = False, **changed) -> Callable[[Case], Loss]:
+    options = {"alpha": 0.5, "beta": 0.5, **HALF, "backend": backend, "inplace_backward": inplace, **changed}
+    return lambda case: tk.TverskyCELoss(**options)
 
-    return TverskyLoss(softmax=True, to_onehot_y=True, alpha=ALPHA, beta=BETA)
+
+def _monai(name: str, **options) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
+        import monai.losses
+
+        activation = {case.activation: True, "to_onehot_y": case.form == "index"}
+        return getattr(monai.losses, name)(**activation, **options)
+
+    return make
 
 
-def _monai_dice() -> Loss:
-    from monai.losses import DiceLoss
+def _smp(case: Case) -> Loss:
+    from segmentation_models_pytorch.losses import TverskyLoss
 
-    return DiceLoss(softmax=True, to_onehot_y=True)
+    loss = TverskyLoss("multiclass", alpha=ALPHA, beta=BETA, smooth=SMOOTH)
+    return lambda z, t: loss(z, t[:, 0].long())  # its one_hot takes int64
 
+
+def _kornia(case: Case) -> Loss:
+    from kornia.losses import tversky_loss
+
+    # It takes two spatial dimensions and int64.
+    return lambda z, t: tversky_loss(z.flatten(3), t[:, 0].flatten(2).long(), ALPHA, BETA, SMOOTH)
+
+
+def _exacta(name: str, compiled: bool = False, **options) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
+        import exacta.losses
+
+        loss = getattr(exacta.losses, name)(**options)
+        torch._dynamo.reset()
+        loss = torch.compile(loss) if compiled else loss
+        return lambda z, t: loss(z, t[:, 0])
+
+    return make
+
+
+def _nnunet(compiled: bool = False) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
+        from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+        from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+        dice = {"batch_dice": False, "smooth": SMOOTH, "do_bg": True, "ddp": False}
+        loss = DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
+        torch._dynamo.reset()
+        if compiled:
+            loss.dc = torch.compile(loss.dc)  # as its trainer does
+        return loss
+
+    return make
+
+
+#: A Dice loss with smoothing 2 s is a Tversky loss at 1/2, 1/2 with s.
+HALF = {"smooth_nr": SMOOTH / 2, "smooth_dr": SMOOTH / 2}
+DICE = {"alpha": 0.5, "beta": 0.5, **HALF}
+WITH_CE = {"ce_weight": 1.0}
 
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider("ours", _ours("auto")),
-        Provider("ours, in place", _ours("auto", inplace=True)),
-        Provider("our reference", _ours("reference")),
-        Provider("lean eager, gather", lambda: lean_gather),
-        Provider("lean eager, mask", lambda: lean_mask),
-        Provider("lean compiled, gather", _compiled(lean_gather)),
-        Provider("lean compiled, mask", _compiled(lean_mask)),
-        Provider("MONAI TverskyLoss", _monai_tversky),
-        # MONAI's Dice with smoothing 2 s is a Tversky loss at 1/2, 1/2 with s.
-        Provider("MONAI DiceLoss", _monai_dice, {"alpha": 0.5, "beta": 0.5, "smooth_nr": 5e-6, "smooth_dr": 5e-6}),
+        Provider("ours", _ours("auto"), takes=EVERYTHING),
+        Provider("ours, in place", _ours("auto", inplace=True), takes=EVERYTHING),
+        Provider("our reference", _ours("reference"), takes=EVERYTHING),
+        Provider("lean eager, gather", _lean(lean_gather)),
+        Provider("lean eager, mask", _lean(lean_mask)),
+        Provider("lean compiled, gather", _lean(lean_gather, compiled=True)),
+        Provider("lean compiled, mask", _lean(lean_mask, compiled=True)),
+        Provider("MONAI TverskyLoss", _monai("TverskyLoss", alpha=ALPHA, beta=BETA), takes=EVERYTHING),
+        Provider("MONAI DiceLoss", _monai("DiceLoss"), DICE, takes=EVERYTHING),
+        Provider("smp TverskyLoss", _smp, {"batch": True, "absent": "zero"}),
+        Provider("kornia tversky_loss", _kornia, {"absent": "skip"}),
+        Provider("exacta TverskyLoss", _exacta("TverskyLoss", alpha=ALPHA, beta=BETA)),
+        Provider("exacta TverskyLoss, compiled", _exacta("TverskyLoss", compiled=True, alpha=ALPHA, beta=BETA)),
+        Provider("our Dice + CE", _our_dice_ce("auto"), DICE | WITH_CE, DICE_CE),
+        Provider("our Dice + CE, in place", _our_dice_ce("auto", inplace=True), DICE | WITH_CE, DICE_CE),
+        Provider("our Dice alone", _our_dice_ce("auto", ce_weight=0.0), DICE, DICE_CE),
+        Provider("our Dice alone, in place", _our_dice_ce("auto", inplace=True, ce_weight=0.0), DICE, DICE_CE),
+        Provider("our reference, Dice + CE", _our_dice_ce("reference"), DICE | WITH_CE, DICE_CE),
+        Provider("MONAI DiceCELoss", _monai("DiceCELoss"), DICE | WITH_CE, DICE_CE),
+        Provider("nnU-Net DC_and_CE_loss", _nnunet(), DICE | WITH_CE, DICE_CE, offset=-1.0),
+        Provider("nnU-Net DC_and_CE_loss, compiled", _nnunet(True), DICE | WITH_CE, DICE_CE, offset=-1.0),
+        Provider("exacta DiceCELoss", _exacta("DiceCELoss"), DICE | WITH_CE, DICE_CE),
     )
 }

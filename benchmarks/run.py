@@ -24,16 +24,16 @@ import torch
 from tqdm import tqdm
 
 import tversky_kernels as tk
-from benchmarks.cases import DTYPES, LABELS, Case, core, quick
+from benchmarks.cases import Case, compound, core, quick, variants
 from benchmarks.memory import measure_in_own_process
-from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.providers import DICE_CE, PROVIDERS, TASKS, TVERSKY, Provider
 
 FIELDS = [
-    *("date", "commit", "machine", "cores", "threads", "torch", "case", "provider", "status"),
+    *("date", "commit", "machine", "cores", "threads", "torch", "task", "case", "provider", "status"),
     *("milliseconds", "spread", "times_floor", "copy_ms", "first_touch_ms", "loss_error", "gradient_error"),
     *("forward_allocator_mib", "forward_process_mib", "both_allocator_mib", "both_process_mib"),
 ]
-OURS, OURS_INPLACE = "ours", "ours, in place"
+OURS = {TVERSKY: "ours", DICE_CE: "our Dice + CE"}
 
 
 def machine() -> str:
@@ -70,7 +70,8 @@ def spread(times: list[float]) -> float:
 def errors(case: Case, provider: Provider, loss, logits, target) -> tuple[float, float]:
     """Relative errors of the loss and of the gradient (L2) against the provider's own definition in float64."""
     z = logits.double().requires_grad_()
-    true = tk.reference.tversky_loss(z, target, **{"alpha": 0.3, "beta": 0.7, **provider.truth}) + provider.offset
+    options = {"alpha": 0.3, "beta": 0.7, "ce_weight": 0.0, "activation": case.activation, **provider.truth}
+    true = tk.reference.tversky_ce_loss(z, target, **options) + provider.offset
     (true_gradient,) = torch.autograd.grad(true, z)
     z = logits.clone().requires_grad_()
     value = loss(z, target)
@@ -88,9 +89,9 @@ def run_case(case: Case, names: list[str], repeats: int, memory: bool, bar: tqdm
     rows, runners = {}, {}
     for name in names:
         provider = PROVIDERS[name]
-        row = rows[name] = {"case": case.name, "provider": name, "status": "ok"}
+        row = rows[name] = {"task": provider.task, "case": case.name, "provider": name, "status": "ok"}
         try:
-            loss = provider.make()
+            loss = provider.make(case)
             row["loss_error"], row["gradient_error"] = errors(case, provider, loss, source, target)
             if not (row["loss_error"] <= limits[0] and row["gradient_error"] <= limits[1]):
                 row["status"] = "wrong"
@@ -127,7 +128,6 @@ def run_case(case: Case, names: list[str], repeats: int, memory: bool, bar: tqdm
                 rows[name].update(measure_in_own_process(case, PROVIDERS[name]))
             except RuntimeError as error:
                 tqdm.write(f"{case.name}, {name}: memory not measured: {error}")
-            bar.update()
     for row in rows.values():
         row.update(copy_ms=1e3 * copy, first_touch_ms=1e3 * statistics.median(times["touch"]))
     return list(rows.values())
@@ -140,11 +140,11 @@ def print_case(case: Case, rows: list[dict]) -> None:
         f"{first['copy_ms'] * case.floor_copies:.2f} ms; "
         f"first touch of a fresh gradient {first['first_touch_ms']:.2f} ms"
     )
-    ours = next((r["milliseconds"] for r in rows if r["provider"] == OURS and "milliseconds" in r), None)
-    header = f"  {'provider':24} {'ms':>9} {'+-':>5} {'x floor':>8} {'x ours':>7} {'loss err':>9} {'grad err':>9}"
+    ours = next((r["milliseconds"] for r in rows if r["provider"] in OURS.values() and "milliseconds" in r), None)
+    header = f"  {'provider':32} {'ms':>9} {'+-':>5} {'x floor':>8} {'x ours':>7} {'loss err':>9} {'grad err':>9}"
     print(header + f" {'fwd MiB':>8} {'MiB':>8} {'copies':>7}")
     for r in sorted(rows, key=lambda r: r.get("milliseconds", float("inf"))):
-        line = f"  {r['provider']:24} "
+        line = f"  {r['provider']:32} "
         if "milliseconds" not in r:
             print(line + r["status"])
             continue
@@ -161,6 +161,8 @@ def print_case(case: Case, rows: list[dict]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--task", choices=TASKS, default=TVERSKY, help="what all are asked for; default: %(default)s")
+    parser.add_argument("--variants", action="store_true", help="dense targets, sigmoid and channels_last cases")
     parser.add_argument("--quick", action="store_true", help="three small cases and few repeats; under two minutes")
     parser.add_argument("--case", action="append", metavar="NAME", help="for example 1x4x128^3,float32,uint8,cpu")
     parser.add_argument("--provider", action="append", choices=list(PROVIDERS), metavar="NAME", help="default: all")
@@ -172,8 +174,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     try:
         arguments.cases = [Case.parse(c) for c in arguments.case or ()]
-        if any(c.dtype not in DTYPES or c.label not in LABELS for c in arguments.cases):
-            raise ValueError
     except ValueError:
         parser.error(f"--case: expected names like 1x4x128^3,float32,uint8,cpu, got {arguments.case}")
     if arguments.repeats < 2:
@@ -183,7 +183,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    names = arguments.provider or [n for n, p in PROVIDERS.items() if arguments.device in p.devices]
+    names = arguments.provider or [n for n, p in PROVIDERS.items() if p.task == arguments.task]
     if arguments.list:
         print("\n".join(names))
         return 0
@@ -192,7 +192,10 @@ def main() -> int:
         return 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    cases = arguments.cases or (quick if arguments.quick else core)(arguments.device)
+    cases = core if arguments.task == TVERSKY else compound
+    cases = arguments.cases or (variants if arguments.variants else quick if arguments.quick else cases)(
+        arguments.device
+    )
     repeats = min(arguments.repeats, 7) if arguments.quick else arguments.repeats
     memory = not arguments.no_memory and not arguments.quick
     run = {
@@ -211,10 +214,10 @@ def main() -> int:
         writer = csv.DictWriter(file, FIELDS, restval="")
         if new:
             writer.writeheader()
-        with tqdm(total=len(cases) * (repeats + 2 + memory * len(names)), unit="round", disable=None) as bar:
+        with tqdm(total=len(cases) * (repeats + 2), unit="round", disable=None) as bar:
             for case in cases:
                 bar.set_description(case.name)
-                rows = run_case(case, names, repeats, memory, bar)
+                rows = run_case(case, [n for n in names if PROVIDERS[n].suits(case)], repeats, memory, bar)
                 for row in rows:
                     row = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
                     writer.writerow({**run, **row})

@@ -214,6 +214,14 @@ struct TverskyRow {
   double u_foreground;  // dL/dp where g = 1: dL/dTP - dL/dFN
 };
 
+// A coefficient in the type in which is computed, finite where it is a number: gamma < 1 can make the slope at g = 1 of
+// a class that is nearly right, or absent, larger than a float, and times g = 0 it must be 0.
+template <typename A>
+TK_MATH A finite_coefficient(double x) {
+  constexpr double kMost = sizeof(A) == 8 ? 4e307 : 8e37;
+  return static_cast<A>(x > kMost ? kMost : x < -kMost ? -kMost : x);
+}
+
 // pow is the caller's, for it is spelled differently in CUDA.
 template <typename Pow>
 TK_MATH TverskyRow tversky_row(double tp, double fp, double fn, const TverskyParameters& a, Pow pow) {

@@ -203,7 +203,7 @@ std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coeffi
       const double g = grad_loss.dim() == 0 ? of_row : of_class < 0 ? 0.0 : upstream(r * kept + of_class);
       for (int64_t q = 0; q < columns; ++q) {
         const int64_t i = (r * classes + c) * columns + q;
-        scaled[i] = static_cast<A>((q < kOverlapCoefficients ? g : of_row) * u[i]);
+        scaled[i] = finite_coefficient<A>((q < kOverlapCoefficients ? g : of_row) * u[i]);
       }
     }
   }

@@ -698,6 +698,13 @@ def table_kernel(
 
 
 @triton.jit
+def _finite(x, REAL: tl.constexpr):
+    # In the type in which is computed, and a number of it where x is one
+    most = 4e307 if REAL == tl.float64 else 8e37
+    return tl.where(x > most, most, tl.where(x < -most, -most, x)).to(REAL)
+
+
+@triton.jit
 def _coefficients(coefficients, grad_loss, c, row, C: tl.constexpr, GRAD_CLASSES: tl.constexpr,
                   KEPT: tl.constexpr, CE: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # dL/dp where g = 0 and where g = 1, dL/dCE and dL/dsmoothing, times the upstream gradient. GRAD_CLASSES: 0 for a
@@ -723,10 +730,10 @@ def _coefficients(coefficients, grad_loss, c, row, C: tl.constexpr, GRAD_CLASSES
         ce = tl.load(at + 2, mask=there, other=0.0) * of_row
         smoothing = tl.load(at + 3, mask=there, other=0.0) * of_row
     return (
-        background.to(REAL)[:, None],
-        foreground.to(REAL)[:, None],
-        ce.to(REAL)[:, None],
-        smoothing.to(REAL)[:, None],
+        _finite(background, REAL)[:, None],
+        _finite(foreground, REAL)[:, None],
+        _finite(ce, REAL)[:, None],
+        _finite(smoothing, REAL)[:, None],
     )
 
 
