@@ -52,8 +52,10 @@ demo: $(DEMO_READY) .data/lung
 
 DEMO := --steps 400 --batch-size 2 --features 8 --norm instance --lr 2e-3 --decay-every 40
 
+# A file of tests to each process: the compilers and emulators that some of them run take one core.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 test: $(TEST_READY)
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .

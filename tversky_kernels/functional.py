@@ -282,7 +282,8 @@ def overlap_counts(
 
     Per sample and class, over the voxels that count: tp = sum p g, fp = sum p (1 - g), fn = sum (1 - p) g. So sum p is
     tp + fp, and sum g is tp + fn. The arguments are those of `tversky_loss`. What you compute from the counts is
-    small; the passes over the volume, forward and backward, are fused as they are there.
+    small; the passes over the volume, forward and backward, are fused as they are there. With process_group each rank
+    holds a part of the same samples' volumes, and gets the counts of the whole.
 
     Returns:
         OverlapCounts(tp, fp, fn), each (N, C) in float32, or float64 for float64 logits.

@@ -700,7 +700,7 @@ def table_kernel(
 @triton.jit
 def _finite(x, REAL: tl.constexpr):
     # In the type in which is computed, and a number of it where x is one
-    most = 4e307 if REAL == tl.float64 else 8e37
+    most = 4e307 if tl.float64 == REAL else 8e37
     return tl.where(x > most, most, tl.where(x < -most, -most, x)).to(REAL)
 
 
