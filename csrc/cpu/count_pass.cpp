@@ -29,34 +29,51 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   using V = Vector<A>;
   using I = IntVector<A>;
   V right0{}, right1{}, missed0{}, missed1{}, cross_entropy0{}, cross_entropy1{}, voxels{};
+  const bool weighted = tile.weights != nullptr;
+  // Without weights the logarithms are summed as one of a product: 1 + product is that of all 1 + e, each at most 2.
+  // Kept as the product less 1, it keeps its relative accuracy where all e are small.
+  V product0{}, product1{};
+  const auto take_logarithms = [&]() __attribute__((always_inline)) {
+    cross_entropy0 += log1p<A>(product0);
+    cross_entropy1 += log1p<A>(product1);
+    product0 = product1 = V{};
+  };
+  constexpr int kFactors = 64;
+  int factors = 0;
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = load<I>(tile.labels + i);
     V z[2];
     load_classes<2, kInner>(tile, i, z);
     const V difference = two_class_logit(z[0], z[1]);
-    const I negative = difference < V{};
-    const V e = exp_nonpositive<A>(negative_magnitude<A>(difference));
-    Probability<V> p = logistic(negative, e, reciprocal<A>(1 + e));
     const I is1 = label == 1;
     const I is0 = kMasked ? label == 0 : ~is1;
-    V weight = broadcast<A>(1);
-    if (tile.weights != nullptr) {
-      weight = load<V>(tile.weights + i);
+    const V margin = is1 ? difference : -difference;  // of the label's logit over the other
+    const V e = exp_nonpositive<A>(negative_magnitude<A>(difference));
+    Probability<V> p = logistic(margin < V{}, e, reciprocal<A>(1 + e));  // of the label
+    V cross_entropy = maximum(V{}, -margin);                             // and log(1 + e)
+    if (weighted) {
+      const V weight = load<V>(tile.weights + i);
       p.p *= weight;
       p.complement *= weight;
-    }
-    if constexpr (kCrossEntropy) {  // -log p of the label: log(1 + e), and the difference where the other is larger
-      const V common = log1p_of_fraction<A>(e);
-      const V of1 = common + (negative ? -difference : V{}), of0 = common + (negative ? V{} : difference);
-      cross_entropy1 += is1 ? of1 * weight : V{};
-      cross_entropy0 += is0 ? of0 * weight : V{};
-      voxels += kMasked ? (label >= 0 ? weight : V{}) : weight;
+      if (kCrossEntropy) cross_entropy = (cross_entropy + log1p_of_fraction<A>(e)) * weight;
+      if (kCrossEntropy) voxels += kMasked ? (label >= 0 ? weight : V{}) : weight;
+    } else if constexpr (kCrossEntropy) {
+      if (kMasked) voxels += label >= 0 ? broadcast<A>(1) : V{};
+      product1 = is1 ? product1 + e * (1 + product1) : product1;
+      product0 = is0 ? product0 + e * (1 + product0) : product0;
+      if (++factors % kFactors == 0) take_logarithms();
     }
     right1 += is1 ? p.p : V{};
     missed1 += is1 ? p.complement : V{};
-    right0 += is0 ? p.complement : V{};
-    missed0 += is0 ? p.p : V{};
+    right0 += is0 ? p.p : V{};
+    missed0 += is0 ? p.complement : V{};
+    if constexpr (kCrossEntropy) {
+      cross_entropy1 += is1 ? cross_entropy : V{};
+      cross_entropy0 += is0 ? cross_entropy : V{};
+    }
   }
+  if (kCrossEntropy) take_logarithms();
+  if (!kMasked && !weighted) voxels = broadcast<A>(static_cast<A>(padded / Lanes<A>::count));
   counts[0][kTp] += right0;
   counts[0][kFp] += missed1;
   counts[0][kFn] += missed0;
@@ -134,7 +151,9 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
     right[k] = sums[k].target * inverse[k];
     missed[k] = sums[k].others * inverse[k];
     if constexpr (kCrossEntropy) {
-      cross_entropy[k] = (below_top[k] + log1p<A>(exponentials_beyond_one(sums[k]))) * weight;
+      const V beyond_one = exponentials_beyond_one(sums[k]);
+      cross_entropy[k] = below_top[k] + (kFew ? log1p_to_three<A>(beyond_one) : log1p<A>(beyond_one));
+      if (tile.weights != nullptr) cross_entropy[k] *= weight;
       counts[0][kVoxels] += kMasked ? (label[k] >= 0 ? weight : V{}) : weight;
     }
   }

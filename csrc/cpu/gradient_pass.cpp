@@ -28,10 +28,12 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
     const V d = two_class_logit(z[0], z[1]);
     const V e = exp_nonpositive<A>(negative_magnitude<A>(d));
     const V inverse = reciprocal<A>(1 + e);
-    V dz1 = logistic_gradient(e, inverse, label == 1 ? broadcast<A>(difference1) : broadcast<A>(difference0));
+    const I is1 = label == 1;
+    V dz1 = logistic_gradient(e, inverse, is1 ? broadcast<A>(difference1) : broadcast<A>(difference0));
     if constexpr (kCrossEntropy) {  // k_0 p_1 where the label is 0, -k_1 p_0 where it is 1
-      const Probability<V> p = logistic(d < V{}, e, inverse);
-      dz1 += label == 1 ? -u1[kCeCoefficient] * p.complement : u[kCeCoefficient] * p.p;
+      const V margin = is1 ? d : -d;
+      const V p_other = margin < V{} ? inverse : e * inverse;
+      dz1 += (is1 ? broadcast<A>(-u1[kCeCoefficient]) : broadcast<A>(u[kCeCoefficient])) * p_other;
     }
     if (tile.weights != nullptr) dz1 *= load<V>(tile.weights + i);
     if (kMasked) dz1 = label >= 0 ? dz1 : V{};

@@ -203,6 +203,15 @@ TK_INLINE Vector<A> log1p_of_fraction(Vector<A> x) {
   }
 }
 
+// The same for x in [0, 3]: log(1 + x) = log 2 + log(1 + (x - 1) / 2).
+template <typename A>
+TK_INLINE Vector<A> log1p_to_three(Vector<A> x) {
+  using V = Vector<A>;
+  const IntVector<A> large = x > 1;
+  const V reduced = log1p_of_fraction<A>(large ? x * A(0.5) - A(0.5) : x);
+  return large ? reduced + (Lanes<A>::ln2_high + Lanes<A>::ln2_low) : reduced;
+}
+
 template <typename A>
 TK_INLINE double horizontal_sum(Vector<A> v) {
   double sum = 0;
