@@ -116,21 +116,6 @@ def compound(device: str) -> list[Case]:
     return [Case(side, classes, device=device) for side, classes in SHAPES]
 
 
-def variants(device: str) -> list[Case]:
-    """Each shape as the plain case and as what differs from it: dense targets, a sigmoid, channels_last."""
-    return [
-        Case(side, classes, device=device, **changed)
-        for side, classes in SHAPES
-        for changed in (
-            {},
-            {"form": "dense"},
-            {"activation": "sigmoid"},
-            {"form": "dense", "activation": "sigmoid"},
-            {"layout": "channels_last"},
-        )
-    ]
-
-
 def quick(device: str) -> list[Case]:
     """A few small ones, for a look."""
     return [Case(64, 2, device=device), Case(64, 4, device=device), Case(48, 14, device=device)]

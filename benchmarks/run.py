@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import tversky_kernels as tk
-from benchmarks.cases import Case, compound, core, quick, variants
+from benchmarks.cases import Case, compound, core, quick
 from benchmarks.memory import measure_in_own_process
 from benchmarks.providers import DICE_CE, PROVIDERS, TASKS, TVERSKY, Provider
 
@@ -49,6 +49,18 @@ def machine() -> str:
 def commit() -> str:
     run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     return run.stdout.strip() or "unknown"
+
+
+def describe_run() -> dict:
+    """When, of which code and where: what every row says first."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "commit": commit(),
+        "machine": machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def seconds(function, device: str) -> float:
@@ -162,7 +174,6 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--task", choices=TASKS, default=TVERSKY, help="what all are asked for; default: %(default)s")
-    parser.add_argument("--variants", action="store_true", help="dense targets, sigmoid and channels_last cases")
     parser.add_argument("--quick", action="store_true", help="three small cases and few repeats; under two minutes")
     parser.add_argument("--case", action="append", metavar="NAME", help="for example 1x4x128^3,float32,uint8,cpu")
     parser.add_argument("--provider", action="append", choices=list(PROVIDERS), metavar="NAME", help="default: all")
@@ -193,19 +204,10 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     cases = core if arguments.task == TVERSKY else compound
-    cases = arguments.cases or (variants if arguments.variants else quick if arguments.quick else cases)(
-        arguments.device
-    )
+    cases = arguments.cases or (quick if arguments.quick else cases)(arguments.device)
     repeats = min(arguments.repeats, 7) if arguments.quick else arguments.repeats
     memory = not arguments.no_memory and not arguments.quick
-    run = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "commit": commit(),
-        "machine": machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    run = describe_run()
     print(f"{run['machine']}, {run['cores']} cores, {run['threads']} threads, torch {run['torch']}, {run['commit']}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.device}.csv"

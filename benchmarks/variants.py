@@ -1,0 +1,110 @@
+"""What dense targets, a sigmoid and channels_last cost us beside the plain case: python -m benchmarks.variants.
+
+The variants of one shape take turns, with one copy of the logits, in one run: the machine's speed drops out. Printed
+are milliseconds, multiples of the plain case's, and multiples of its multiple of the floor (a dense target has more
+bytes to read). Rows are appended to benchmarks/results/variants.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import pathlib
+import statistics
+
+import torch
+
+from benchmarks.cases import SHAPES, Case
+from benchmarks.providers import PROVIDERS
+from benchmarks.run import OURS, describe_run, seconds, spread
+
+VARIANTS = {
+    "plain": {},
+    "dense": {"form": "dense"},
+    "sigmoid": {"activation": "sigmoid"},
+    "dense, sigmoid": {"form": "dense", "activation": "sigmoid"},
+    "channels_last": {"layout": "channels_last"},
+    "Dice + CE": {},
+}
+FRESH = {"Dice + CE": "our Dice + CE"}
+IN_PLACE = {"Dice + CE": "our Dice + CE, in place"}
+FIELDS = [
+    "variant",
+    "gradient",
+    "case",
+    "milliseconds",
+    "spread",
+    "times_floor",
+    "of_plain",
+    "of_plain_floor",
+    "copy_ms",
+]
+
+
+def measure(shape: Case, repeats: int) -> list[dict]:
+    runs = {}
+    for name, changed in VARIANTS.items():
+        case = dataclasses.replace(shape, **changed)
+        source, target = case.inputs(seed=0)
+        for gradient, providers, usual in (("fresh", FRESH, OURS["tversky"]), ("in place", IN_PLACE, "ours, in place")):
+            loss = PROVIDERS[providers.get(name, usual)].make(case)
+            runs[name, gradient] = (case, source, target, torch.empty_like(source), loss, [])
+    copies, other = [], torch.empty_like(runs["plain", "fresh"][1])
+    for repeat in range(repeats + 2):  # two to warm up
+        plain = runs["plain", "fresh"][1]
+        taken = seconds(lambda plain=plain: other.copy_(plain), shape.device)
+        if repeat >= 2:
+            copies.append(taken)
+        for _, source, target, memory, loss, times in runs.values():
+            logits = memory.detach().copy_(source).requires_grad_()
+            taken = seconds(lambda z=logits, t=target, loss=loss: loss(z, t).backward(), shape.device)
+            logits.grad = None
+            if repeat >= 2:
+                times.append(taken)
+    copy = statistics.median(copies)
+    rows = []
+    for (name, gradient), (case, *_, times) in runs.items():
+        plain_case, *_, plain_times = runs["plain", gradient]
+        median, plain = statistics.median(times), statistics.median(plain_times)
+        rows.append(
+            {
+                "variant": name, "gradient": gradient, "case": case.name, "milliseconds": 1e3 * median,
+                "spread": spread(times), "times_floor": median / (copy * case.floor_copies),
+                "of_plain": median / plain,
+                "of_plain_floor": median / plain * plain_case.floor_copies / case.floor_copies,
+                "copy_ms": 1e3 * copy,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"), metavar="DIR")
+    arguments = parser.parse_args()
+    run = describe_run()
+    path = arguments.out / "variants.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, [*run, *FIELDS])
+        if new:
+            writer.writeheader()
+        for side, classes in SHAPES:
+            rows = measure(Case(side, classes, device=arguments.device), arguments.repeats)
+            print(f"\n{side}^3, C = {classes}: a copy takes {rows[0]['copy_ms']:.2f} ms")
+            for r in rows:
+                writer.writerow({**run, **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()}})
+                print(
+                    f"  {r['gradient']:9} {r['variant']:15} {r['milliseconds']:7.2f} ms +-{100 * r['spread']:3.0f}%  "
+                    f"{r['times_floor']:5.2f} x floor   {r['of_plain']:5.2f} x plain   "
+                    f"{r['of_plain_floor']:5.2f} x its floor ratio"
+                )
+    print(f"\nAppended to {path}")
+
+
+if __name__ == "__main__":
+    main()
