@@ -206,13 +206,16 @@ TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, Prese
 
 // Every channel by itself. kPresent: the channel's label occurs in the tile.
 template <typename T, Activation kActivation, bool kPresent>
-TK_INLINE void count_channel(const Tile<T>& tile, int padded, int c, int first_label, LogitsVector<T>* counts) {
+TK_INLINE void count_channel(const Tile<T>& tile, int padded, int c, int classes, int first_label,
+                             LogitsVector<T>* counts) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   const T* row = tile.rows + c * tile.row_stride;
+  const T* next = next_channel(tile, c, classes);
   V tp{}, fp{}, fn{};
   for (int i = 0; i < padded; i += Lanes<A>::count) {
+    prefetch(next + i);
     const I label = load<I>(tile.labels + i);
     const V z = load_logits(row + i);
     Probability<V> p{z, 1 - z};
@@ -246,9 +249,9 @@ void count_channels(const Tile<T>& tile, int padded, int classes, int first_labe
   if (!few) present.set(tile.labels, padded, true);
   for (int c = 0; c < classes; ++c) {
     if (few || present.has(c + first_label)) {
-      count_channel<T, kActivation, true>(tile, padded, c, first_label, counts[c]);
+      count_channel<T, kActivation, true>(tile, padded, c, classes, first_label, counts[c]);
     } else {
-      count_channel<T, kActivation, false>(tile, padded, c, first_label, counts[c]);
+      count_channel<T, kActivation, false>(tile, padded, c, classes, first_label, counts[c]);
     }
   }
   if (!few) present.set(tile.labels, padded, false);
@@ -355,7 +358,9 @@ void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
   const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed, weighted = is_weighted(tile);
   for (int c = 0; c < v.classes; ++c) {
     V tp{}, fp{}, fn{}, ce{}, smoothing{};
+    const T* next = next_channel(tile, c, static_cast<int>(v.classes));
     for (int i = 0; i < tile.padded_voxels(); i += Lanes<A>::count) {
+      prefetch(next + i);
       const V z = general_logit(tile, c, i), g = general_target(tile, c, i), weight = general_weight(tile, i);
       Probability<V> p{z, 1 - z};
       V e{};

@@ -153,14 +153,16 @@ TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classe
 
 // kPresent: the channel's label occurs in the tile.
 template <typename T, Activation kActivation, bool kPresent, bool kMasked>
-TK_INLINE void channel_gradient(const Tile<T>& tile, int padded, int c, int first_label, const Compute<T>* u,
-                                const GradientRows<T>& out) {
+TK_INLINE void channel_gradient(const Tile<T>& tile, int padded, int c, int classes, int first_label,
+                                const Compute<T>* u, const GradientRows<T>& out) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   const V background = broadcast<A>(u[c * kOverlapCoefficients + kBackground]);
   const V foreground = broadcast<A>(u[c * kOverlapCoefficients + kForeground]);
+  const T* next = next_channel(tile, c, classes);
   for (int i = 0; i < padded; i += Lanes<A>::count) {
+    prefetch(next + i);
     const I label = load<I>(tile.labels + i);
     V dz = background;
     if (kPresent) dz = label == static_cast<typename Lanes<A>::Int>(c + first_label) ? foreground : background;
@@ -182,9 +184,9 @@ void channels_gradient_tile(const Tile<T>& tile, int padded, int classes, int fi
   if (!few) present.set(tile.labels, padded, true);
   for (int c = 0; c < classes; ++c) {
     if (few || present.has(c + first_label)) {
-      channel_gradient<T, kActivation, true, kMasked>(tile, padded, c, first_label, u, out);
+      channel_gradient<T, kActivation, true, kMasked>(tile, padded, c, classes, first_label, u, out);
     } else {
-      channel_gradient<T, kActivation, false, kMasked>(tile, padded, c, first_label, u, out);
+      channel_gradient<T, kActivation, false, kMasked>(tile, padded, c, classes, first_label, u, out);
     }
   }
   if (!few) present.set(tile.labels, padded, false);
@@ -300,7 +302,9 @@ void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compu
   for (int c = 0; c < v.classes; ++c) {
     const A* of_class = u + c * kCoefficients<kCrossEntropy>;
     const V background = broadcast<A>(of_class[kBackground]), foreground = broadcast<A>(of_class[kForeground]);
+    const T* next = next_channel(tile, c, static_cast<int>(v.classes));
     for (int i = 0; i < tile.padded_voxels(); i += Lanes<A>::count) {
+      prefetch(next + i);
       const V z = general_logit(tile, c, i), g = general_target(tile, c, i);
       Probability<V> p{z, 1 - z};
       V e{}, inverse{};

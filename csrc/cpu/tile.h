@@ -198,6 +198,8 @@ TK_INLINE void load_targets_row(const T* p, int64_t stride, const int64_t* offse
   if (offsets != nullptr) {
     for (int i = 0; i < count; ++i) out[i] = to_accumulation<T, A>(p[offsets[i]]);
   } else if (stride == 1) {
+    constexpr int kLine = 64 / sizeof(T);
+    for (int i = 0; i < count; i += kLine) prefetch(p + count + i);  // the next tile's
     for (int i = 0; i < count; ++i) out[i] = to_accumulation<T, A>(p[i]);
   } else {
     for (int i = 0; i < count; ++i) out[i] = to_accumulation<T, A>(p[i * stride]);
@@ -288,6 +290,13 @@ TK_INLINE void copy_rows(T* at, int64_t class_stride, int64_t voxel_stride, T* r
       }
     }
   }
+}
+
+// Where the channel after c begins: the next row, or after the last one the first row of the next tile. What works
+// channel by channel asks for it in advance, for a row is too short a stream for the processor to follow by itself.
+template <typename T>
+TK_INLINE const T* next_channel(const Tile<T>& tile, int c, int classes) {
+  return c + 1 < classes ? tile.rows + (c + 1) * tile.row_stride : tile.rows + tile.padded_voxels();
 }
 
 constexpr int kFewChannels = 8;  // fewer are not worth asking which of them occur
