@@ -91,7 +91,7 @@ gpu-test:
 gpu-sanitize:
 	for tool in memcheck racecheck; do \
 	  TK_GPU_KERNELS=cuda compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -q -x tests/gpu_kernels \
-	    -k 'test_softmax and spatial0 and float32' 2>&1 | tee $(OUT)/sanitizer_$$tool.log; done
+	    -k 'test_softmax and spatial0 and float32 or test_dense_targets' 2>&1 | tee $(OUT)/sanitizer_$$tool.log; done
 
 gpu-bench:
 	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)

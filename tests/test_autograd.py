@@ -326,3 +326,26 @@ def test_export(options, dense):
 class CountsModule(torch.nn.Module):
     def forward(self, logits, target):
         return torch.stack(tk.overlap_counts(logits, target, backend="cpu"))
+
+
+def test_what_cannot_be_walked_is_copied_once():
+    """Logits without one stride from voxel to voxel: one copy for both passes, and the gradient of the original."""
+    wide = torch.randn(2, 3, 8, 12)
+    _, target = inputs(2, 3, (8, 6))
+    expected = loss_and_gradient(cpu, wide[..., ::2].contiguous(), target)
+    copies = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if function in (torch.ops.aten.clone.default, torch.ops.aten.contiguous.default):
+                copies.append(result.shape)
+            return result
+
+    logits = wide.clone()[..., :6].copy_(wide[..., ::2]).requires_grad_()
+    with Watch():
+        loss = cpu(logits, target)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert copies == [logits.shape]
+    assert torch.equal(loss.detach(), expected[0])
+    assert torch.equal(gradient, expected[1])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from . import _arguments, _backends, autograd, reference
+from ._layout import walkable
 from .distributed import sum_over_group
 
 __all__ = [
@@ -32,8 +33,8 @@ class OverlapCounts(NamedTuple):
     fn: torch.Tensor
 
 
-def _on_backend(logits, checked, function, arguments, check_target, inplace_backward, backend):
-    # function(chosen backend, check, *arguments), or None where the reference is to compute it.
+def _on_backend(logits, checked, function, how, check_target, inplace_backward, backend):
+    # function(chosen backend, check, logits, checked, inplace_backward, *how), or None: the reference is to compute it.
     volumes, options, _ = checked
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"inplace_backward: expected True or False, got {inplace_backward!r}")
@@ -47,9 +48,16 @@ def _on_backend(logits, checked, function, arguments, check_target, inplace_back
     if check and chosen != "cpu" and not compiling:  # the CPU kernels check while they read
         _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
     if compiling:
-        return function(chosen, check, *arguments)
+        return function(chosen, check, logits, checked, inplace_backward, *how)
+    # What cannot be walked is copied here, once for both passes.
+    target, voxel_weight, dense = volumes
+    spatial = 2 if dense else 1
+    if target.shape[spatial:] == logits.shape[2:]:
+        target = walkable(target, spatial)
+        voxel_weight = None if voxel_weight is None else walkable(voxel_weight, 1)
+    checked = (_arguments.Volumes(target, voxel_weight, dense), *checked[1:])
     try:
-        return function(chosen, check, *arguments)
+        return function(chosen, check, walkable(logits, 2), checked, inplace_backward, *how)
     except RuntimeError:
         # The kernel found a bad label or weight. Say it as an error of the argument; anything else is passed on.
         _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
@@ -64,8 +72,7 @@ def _apply_loss(chosen, check, logits, checked, inplace_backward, process_group)
 
 
 def _loss(logits, checked, check_target, inplace_backward, process_group, backend):
-    arguments = (logits, checked, inplace_backward, process_group)
-    loss = _on_backend(logits, checked, _apply_loss, arguments, check_target, inplace_backward, backend)
+    loss = _on_backend(logits, checked, _apply_loss, (process_group,), check_target, inplace_backward, backend)
     return reference.checked_loss(logits, *checked, process_group, check_target) if loss is None else loss
 
 
@@ -312,8 +319,7 @@ def overlap_counts(
         reduction="none",
         check_target=check_target,
     )
-    arguments = (logits, checked, inplace_backward)
-    counts = _on_backend(logits, checked, _apply_counts, arguments, check_target, inplace_backward, backend)
+    counts = _on_backend(logits, checked, _apply_counts, (), check_target, inplace_backward, backend)
     if counts is None:
         counts = reference.checked_counts(logits, *checked[:2], check_target)
     if process_group is not None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .._layout import voxel_stride, walkable
 from . import kernels
 
 #: Up to this many classes a tile of all of them stays in registers.
@@ -63,23 +64,9 @@ def programs_per_sample(logits: torch.Tensor, voxels: int, block: int) -> int:
     return min(tiles, max(1, together // max(1, logits.size(0))))
 
 
-def _voxel_stride(x: torch.Tensor, first: int) -> int | None:
-    stride, voxels = 1, 1
-    for size, step in zip(reversed(x.shape[first:]), reversed(x.stride()[first:]), strict=True):
-        if size == 1:
-            continue
-        if voxels == 1:
-            stride = step
-        elif step != stride * voxels:
-            return None
-        voxels *= size
-    return stride
-
-
 def _walkable(x: torch.Tensor, first: int) -> tuple[torch.Tensor, int]:
-    # The tensor itself where its voxels lie one stride apart, else a contiguous copy; and that stride.
-    stride = _voxel_stride(x, first)
-    return (x, stride) if stride is not None else (x.contiguous(), 1)
+    x = walkable(x, first)
+    return x, voxel_stride(x, first)
 
 
 def _device_of(x: torch.Tensor):
@@ -233,7 +220,7 @@ def _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, 
     with _device_of(logits):
         v.kernel("gradient")(
             grad_loss.contiguous(), z, v.target, v.weight, coefficients.contiguous(), out, v.voxels,
-            z.stride(0), z.stride(1), v.ls_v, out.stride(0), out.stride(1), _voxel_stride(out, 2),
+            z.stride(0), z.stride(1), v.ls_v, out.stride(0), out.stride(1), voxel_stride(out, 2),
             *v.strides, *v.tail, row_stride,
             **v.flags, GRAD_CLASSES=grad_classes, KEPT=next_power_of_two(max(grad_classes, 1)),
             num_warps=v.plan.num_warps,
@@ -244,7 +231,7 @@ def gradient_pass(grad_loss, coefficients, logits, target, voxel_weight, *argume
     """dL/dlogits in a fresh tensor of the logits' layout."""
     logits, _ = _walkable(logits, 2)
     out = torch.empty_like(logits)
-    if _voxel_stride(out, 2) is None:
+    if voxel_stride(out, 2) is None:
         out = out.contiguous()
     _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, *arguments)
     return out
