@@ -13,6 +13,22 @@ from tversky_kernels._ops import ops
 collect_ignore = [] if "TK_GPU_KERNELS" in os.environ else ["gpu_kernels"]
 
 
+#: Files whose tests run compilers and emulators for minutes. They come first, so that processes that share the files
+#: finish together.
+SLOW_FILES = (
+    "test_gpu_without_gpu.py",
+    "test_build.py",
+    "test_portability.py",
+    "test_cuda_by_nvcc.py",
+    "test_example.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """torch.empty gives NaN, so that what a kernel does not write shows."""

@@ -1,0 +1,64 @@
+"""The CUDA kernels by nvcc, without a GPU: registers, spills and load widths as the compiler reports them."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+
+import pytest
+import torch
+from test_gpu_without_gpu import ROOT, TORCH, run
+
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_cuda_kernels_compile_without_spills(arch, tmp_path):
+    flags = ["-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "--expt-relaxed-constexpr"]
+    flags += ["--extended-lambda", "-isystem", TORCH / "include", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    kernels = {}
+    for name in ("count_pass", "gradient_pass", "table"):
+        source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+        result = run([NVCC, *flags, "-Xptxas=-v,--warn-on-spills", "-cubin", source, "-o", tmp_path / f"{name}.cubin"])
+        assert result.returncode == 0, result.stderr
+        for entry in re.split(r"Compiling entry function ", result.stderr)[1:]:
+            kernels[entry.split("'")[1]] = entry
+    assert len(kernels) > 60
+    for name, report in kernels.items():
+        assert re.search(r"0 bytes spill stores, 0 bytes spill loads", report), (name, report)
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        assert registers <= 128, (name, registers)  # two blocks of 256 threads and more
+    # The fast paths read and write 16 bytes at once.
+    result = run(
+        [
+            NVCC,
+            *flags[:-1],
+            f"-arch=compute_{arch}",
+            "-ptx",
+            ROOT / "csrc/cuda/gradient_pass.cu",
+            "-o",
+            tmp_path / "g.ptx",
+        ]
+    )
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "g.ptx").read_text()
+    (body,) = re.findall(r"\.entry \w*20gradient_pass_kernelIfLi4ELi4E\w*\((.*?)\n}", text, re.S)
+    assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.(?:f32|b32|u32)", body)) >= 4
+    assert len(re.findall(r"st\.global\.cs\.v4\.(?:f32|b32|u32)", body)) == 4
+
+
+@needs_nvcc
+def test_library_with_cuda_code_loads_in_this_torch():
+    import tversky_kernels as tk
+    from tversky_kernels import _ops
+
+    if not (pathlib.Path(tk.__file__).parent / "_C_cuda.so").exists():
+        pytest.skip("the package was built without CUDA: TVERSKY_KERNELS_WITH_CUDA=0")
+    assert _ops.CUDA_MISSING is None
+    for name in _ops.NAMES:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tversky_kernels::{name}", "CUDA")
+    if not torch.cuda.is_available():
+        assert "finds no GPU" in tk.available_backends()["cuda"]
