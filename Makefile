@@ -55,7 +55,7 @@ DEMO := --steps 400 --batch-size 2 --features 8 --norm instance --lr 2e-3 --deca
 # A file of tests to each process: the compilers and emulators that some of them run take one core.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 test: $(TEST_READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .
