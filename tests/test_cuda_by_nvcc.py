@@ -45,7 +45,7 @@ def test_cuda_kernels_compile_without_spills(arch, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "g.ptx").read_text()
-    (body,) = re.findall(r"\.entry \w*20gradient_pass_kernelIfLi4ELi4E\w*\((.*?)\n}", text, re.S)
+    (body,) = re.findall(r"\.entry \w*20gradient_pass_kernelIfLi4ELi4ELb0E\w*\((.*?)\n}", text, re.S)
     assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.(?:f32|b32|u32)", body)) >= 4
     assert len(re.findall(r"st\.global\.cs\.v4\.(?:f32|b32|u32)", body)) == 4
 
