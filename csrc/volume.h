@@ -47,6 +47,14 @@ inline ElementType element_type(ScalarType t) {
   }
 }
 
+// Whether the spatial dimensions of x, from `first` on, are the logits'.
+inline bool same_sizes(const Tensor& x, int64_t first, const Tensor& logits) {
+  for (int64_t d = first; d < x.dim(); ++d) {
+    if (x.size(d) != logits.size(d - first + 2)) return false;
+  }
+  return true;
+}
+
 // A target or weight for logits (N, C, *spatial). first: its first spatial dimension.
 inline VoxelView voxel_view(const Tensor& x, int64_t first, const Tensor& logits) {
   VoxelView view{};
@@ -56,7 +64,7 @@ inline VoxelView voxel_view(const Tensor& x, int64_t first, const Tensor& logits
   view.class_stride = first == 2 ? x.stride(1) : 0;
   Resampling& r = view.resampling;
   const int64_t spatial = x.dim() - first;
-  for (int64_t d = 0; d < spatial; ++d) r.active |= x.size(first + d) != logits.size(2 + d);
+  r.active = !same_sizes(x, first, logits);
   if (!r.active) {
     view.voxel_stride = *single_stride(x, first);
     return view;
@@ -69,13 +77,6 @@ inline VoxelView voxel_view(const Tensor& x, int64_t first, const Tensor& logits
     r.scales[i] = static_cast<float>(r.source_sizes[i]) / static_cast<float>(r.sizes[i]);
   }
   return view;
-}
-
-inline bool same_sizes(const Tensor& x, int64_t first, const Tensor& logits) {
-  for (int64_t d = first; d < x.dim(); ++d) {
-    if (x.size(d) != logits.size(d - first + 2)) return false;
-  }
-  return true;
 }
 
 // As `walkable`, but a volume that is resampled is walked by all its strides.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from common import inputs
 
 import tversky_kernels as tk
+from tversky_kernels import _arguments
 
 LOGITS, TARGET = inputs(2, 3, (4, 5))
 
@@ -128,6 +131,18 @@ def test_bad_label_for_the_binary_case(loss):
 def test_unknown_argument(loss):
     with pytest.raises(TypeError, match="colour"):
         loss(LOGITS, TARGET, colour="red")
+
+
+def test_defaults_are_the_signatures():
+    """What the reference and deep_supervision_loss take for granted is what the functions' signatures say."""
+    run = {"process_group", "inplace_backward", "check_target", "backend"}
+    for function, expected in (
+        (tk.tversky_loss, _arguments.TVERSKY_DEFAULTS),
+        (tk.tversky_ce_loss, _arguments.TVERSKY_DEFAULTS | _arguments.CE_DEFAULTS),
+    ):
+        parameters = inspect.signature(function).parameters.values()
+        found = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in run}
+        assert found == expected
 
 
 def test_inplace_backward_is_a_flag():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import CPU_CAPABILITIES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient
+from common import LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient
 
 import tversky_kernels as tk
 from tversky_kernels._ops import ops
@@ -88,13 +88,11 @@ def test_monai_agrees():
             **options,
         )  # fmt: skip
         # MONAI gives its weight to the Dice part too.
-        dice_weight = weight[1:] if "include_background" in options else weight
         expected = loss_and_gradient(lambda z, t: theirs(z, t[:, None]), logits, target)  # noqa: B023
         ours = loss_and_gradient(
             cpu, logits, target, alpha=0.5, beta=0.5, smooth_nr=5e-6, smooth_dr=5e-6, tversky_weight=0.7,
             ce_weight=1.3, ce_class_weight=weight, class_weight=weight, label_smoothing=0.1, **options,
         )  # fmt: skip
-        assert len(dice_weight) in (3, 4)
         torch.testing.assert_close(ours[0], expected[0], rtol=1e-9, atol=0)
         torch.testing.assert_close(ours[1], expected[1], rtol=1e-8, atol=1e-14)
 
@@ -226,4 +224,3 @@ def test_module():
     criterion = tk.TverskyCELoss(ce_weight=0.5, label_smoothing=0.1, ce_class_weight=torch.tensor([1.0, 2.0, 3.0]))
     expected = cpu(logits, target, ce_weight=0.5, label_smoothing=0.1, ce_class_weight=[1, 2, 3])
     assert torch.equal(criterion(logits, target), expected)
-    assert CPU_CAPABILITIES

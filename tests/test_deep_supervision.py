@@ -103,7 +103,7 @@ def test_bad_input():
         loss(logits, target, [1.0, -1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="loss: expected one of 'tversky', 'tversky_ce', got 'dice'"):
         loss(logits, target, loss="dice")
-    with pytest.raises(TypeError, match="unexpected argument 'ce_weight' for loss='tversky'"):
+    with pytest.raises(TypeError, match="loss='tversky': unexpected argument 'ce_weight'"):
         loss(logits, target, ce_weight=1.0)
     with pytest.raises(
         ValueError, match=r"target: for logits \(2, 3, 16, 12, 10\) expected class indices \(2, \*any\)"

@@ -15,6 +15,32 @@ DENSE_DTYPES = (*INDEX_DTYPES, torch.float32, torch.float16, torch.bfloat16, tor
 WEIGHT_DTYPES = (torch.float32, torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64)
 
 
+#: The arguments that say what a loss is, with their defaults: of the Tversky loss, and what its compound adds.
+TVERSKY_DEFAULTS = {
+    "alpha": 0.3,
+    "beta": 0.7,
+    "gamma": 1.0,
+    "smooth_nr": 1e-5,
+    "smooth_dr": 1e-5,
+    "activation": "softmax",
+    "class_weight": None,
+    "include_background": True,
+    "ignore_index": None,
+    "voxel_weight": None,
+    "batch": False,
+    "absent": "keep",
+    "soft_label": False,
+    "reduction": "mean",
+}
+CE_DEFAULTS = {
+    "tversky_weight": 1.0,
+    "ce_weight": 1.0,
+    "ce_class_weight": None,
+    "label_smoothing": 0.0,
+    "focal_gamma": 0.0,
+}
+
+
 class Options(NamedTuple):
     """The arguments of the loss that are not volumes, checked."""
 
@@ -85,25 +111,33 @@ def flag(name: str, value) -> bool:
     return value
 
 
+def with_defaults(function: str, defaults: dict, options: dict) -> dict:
+    """The options, completed; a TypeError that names the function where it takes no such argument."""
+    for name in options:
+        if name not in defaults:
+            raise TypeError(f"{function}: unexpected argument {name!r}")
+    return {**defaults, **options}
+
+
 def check_arguments(
     logits,
     target,
-    voxel_weight,
+    voxel_weight=None,
     *,
-    alpha,
-    beta,
-    class_weight,
-    gamma,
-    smooth_nr,
-    smooth_dr,
-    activation,
-    include_background,
-    ignore_index,
-    batch,
-    absent,
-    soft_label,
-    reduction,
-    check_target,
+    alpha=0.5,
+    beta=0.5,
+    class_weight=None,
+    gamma=1.0,
+    smooth_nr=0.0,
+    smooth_dr=0.0,
+    activation="softmax",
+    include_background=True,
+    ignore_index=None,
+    batch=False,
+    absent="keep",
+    soft_label=False,
+    reduction="none",
+    check_target=None,
     tversky_weight=1.0,
     ce_weight=0.0,
     ce_class_weight=None,
@@ -113,7 +147,8 @@ def check_arguments(
 ) -> Checked:
     """Checks every argument that describes the loss; the labels' range is left to whoever reads the labels.
 
-    any_resolution: target and voxel_weight may have other spatial sizes than the logits, see `Volumes`.
+    What is not given has no effect: the counts alone need none of it. any_resolution: target and voxel_weight may have
+    other spatial sizes than the logits, see `Volumes`.
     """
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
         raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")

@@ -44,10 +44,13 @@ def _result_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _count_coefficients(upstream: torch.Tensor) -> torch.Tensor:
-    # dL/dp where g = 0 and where g = 1, from the upstream gradient of tp, fp and fn (N, C, 3).
-    tp, fp, fn = upstream.double().unbind(-1)
-    return torch.stack((fp, tp - fn), -1)
+def _gradient_arguments(upstream, coefficients, options: Options):
+    # Upstream gradient, coefficients (dL/dp where g = 0 and where g = 1) and the pass's options. Without coefficients
+    # upstream is the gradient of tp, fp and fn (N, C, 3), which gives them.
+    if coefficients is None:
+        tp, fp, fn = upstream.double().unbind(-1)
+        upstream, coefficients = upstream.new_ones(()), torch.stack((fp, tp - fn), -1)
+    return upstream, coefficients, _pass_arguments(options)
 
 
 class GradientPass(torch.autograd.Function):
@@ -61,11 +64,8 @@ class GradientPass(torch.autograd.Function):
         upstream, logits, target, voxel_weight, coefficients, class_parameters, options, process_group, backend
     ):
         """dL/dlogits in a fresh tensor."""
-        if coefficients is None:
-            coefficients, upstream = _count_coefficients(upstream), upstream.new_ones(())
-        return OPERATORS[backend].gradient_pass(
-            upstream, coefficients, logits, target, voxel_weight, *_pass_arguments(options)
-        )
+        upstream, coefficients, arguments = _gradient_arguments(upstream, coefficients, options)
+        return OPERATORS[backend].gradient_pass(upstream, coefficients, logits, target, voxel_weight, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -102,9 +102,8 @@ def _gradient(upstream, volume, coefficients, class_parameters, options, inplace
     compiling = torch.compiler.is_compiling()
     if torch.is_grad_enabled() and not compiling:
         return GradientPass.apply(upstream, *volume, coefficients, class_parameters, options, process_group, backend)
-    if coefficients is None:
-        coefficients, upstream = _count_coefficients(upstream), upstream.new_ones(())
-    ops, arguments = OPERATORS[backend], _pass_arguments(options)
+    upstream, coefficients, arguments = _gradient_arguments(upstream, coefficients, options)
+    ops = OPERATORS[backend]
     if inplace and not compiling and _may_be_overwritten(logits):
         gradient = logits.detach()
         ops.gradient_pass_(gradient, upstream, coefficients, target, voxel_weight, *arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +22,10 @@ __all__ = [
     "tversky_ce_loss",
     "tversky_loss",
 ]
+
+
+#: How a loss is run.
+RUN_DEFAULTS = {"check_target": None, "inplace_backward": False, "process_group": None, "backend": "auto"}
 
 
 class OverlapCounts(NamedTuple):
@@ -304,19 +307,9 @@ def overlap_counts(
         logits,
         target,
         voxel_weight,
-        alpha=0.5,
-        beta=0.5,
-        class_weight=None,
-        gamma=1.0,
-        smooth_nr=0.0,
-        smooth_dr=0.0,
         activation=activation,
-        include_background=True,
         ignore_index=ignore_index,
-        batch=False,
-        absent="keep",
         soft_label=soft_label,
-        reduction="none",
         check_target=check_target,
     )
     counts = _on_backend(logits, checked, _apply_counts, (), check_target, inplace_backward, backend)
@@ -418,36 +411,20 @@ def deep_supervision_loss(
     if len(weights) != len(logits):
         raise ValueError(f"weights: expected {len(logits)} numbers, one a level, got {len(weights)}")
     weights = [_arguments.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
-    run = {name: options.pop(name, default) for name, default in _RUN.items()}
-    defaults = _DEFAULTS if loss == "tversky" else {**_DEFAULTS, **_CE_DEFAULTS}
-    for name in options:
-        if name not in defaults:
-            raise TypeError(f"deep_supervision_loss: unexpected argument {name!r} for loss={loss!r}")
-    options = {**defaults, **options}
-    voxel_weight = options.pop("voxel_weight")
+    run = {name: options.pop(name, default) for name, default in RUN_DEFAULTS.items()}
+    ce_defaults = _arguments.CE_DEFAULTS if loss == "tversky_ce" else {}
+    options = _arguments.with_defaults(
+        f"deep_supervision_loss with loss={loss!r}", {**_arguments.TVERSKY_DEFAULTS, **ce_defaults}, options
+    )
     total = None
     for level, w in zip(logits, weights, strict=True):
         checked = _arguments.check_arguments(
-            level, target, voxel_weight, check_target=run["check_target"], any_resolution=True, **options
+            level, target, check_target=run["check_target"], any_resolution=True, **options
         )
         if w > 0:
             part = w * _loss(level, checked, **run)
             total = part if total is None else total + part
     return sum(0.0 * level.sum() for level in logits) if total is None else total
-
-
-def _keywords(function) -> dict:
-    return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.kind == p.KEYWORD_ONLY}
-
-
-#: How a loss is run, and what it computes, with the defaults.
-_RUN = {
-    name: _keywords(tversky_loss)[name] for name in ("check_target", "inplace_backward", "process_group", "backend")
-}
-_DEFAULTS = {name: value for name, value in _keywords(tversky_loss).items() if name not in _RUN}
-_CE_DEFAULTS = {
-    name: value for name, value in _keywords(tversky_ce_loss).items() if name not in _RUN and name not in _DEFAULTS
-}
 
 
 def dice_loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:

@@ -55,100 +55,24 @@ class Counts(NamedTuple):
 
 
 def tversky_loss(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    alpha=0.3,
-    beta=0.7,
-    gamma: float = 1.0,
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
-    activation: str = "softmax",
-    class_weight=None,
-    include_background: bool = True,
-    ignore_index: int | None = None,
-    voxel_weight: torch.Tensor | None = None,
-    batch: bool = False,
-    absent: str = "keep",
-    soft_label: bool = False,
-    reduction: str = "mean",
-    process_group=None,
-    check_target: bool | None = None,
+    logits: torch.Tensor, target: torch.Tensor, *, process_group=None, check_target: bool | None = None, **options
 ) -> torch.Tensor:
-    """The same arguments, result and errors as `tversky_kernels.tversky_loss`, differentiable any number of times."""
-    checked = _arguments.check_arguments(
-        logits,
-        target,
-        voxel_weight,
-        alpha=alpha,
-        beta=beta,
-        class_weight=class_weight,
-        gamma=gamma,
-        smooth_nr=smooth_nr,
-        smooth_dr=smooth_dr,
-        activation=activation,
-        include_background=include_background,
-        ignore_index=ignore_index,
-        batch=batch,
-        absent=absent,
-        soft_label=soft_label,
-        reduction=reduction,
-        check_target=check_target,
-    )
+    """The same arguments, result and errors as `tversky_kernels.tversky_loss`, differentiable any number of times.
+
+    It takes neither ``backend`` nor ``inplace_backward``.
+    """
+    options = _arguments.with_defaults("tversky_loss", _arguments.TVERSKY_DEFAULTS, options)
+    checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
     return checked_loss(logits, *checked, process_group, check_target)
 
 
 def tversky_ce_loss(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    tversky_weight: float = 1.0,
-    ce_weight: float = 1.0,
-    ce_class_weight=None,
-    label_smoothing: float = 0.0,
-    focal_gamma: float = 0.0,
-    alpha=0.3,
-    beta=0.7,
-    gamma: float = 1.0,
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
-    activation: str = "softmax",
-    class_weight=None,
-    include_background: bool = True,
-    ignore_index: int | None = None,
-    voxel_weight: torch.Tensor | None = None,
-    batch: bool = False,
-    absent: str = "keep",
-    soft_label: bool = False,
-    reduction: str = "mean",
-    process_group=None,
-    check_target: bool | None = None,
+    logits: torch.Tensor, target: torch.Tensor, *, process_group=None, check_target: bool | None = None, **options
 ) -> torch.Tensor:
-    """The same arguments, result and errors as `tversky_kernels.tversky_ce_loss`."""
-    checked = _arguments.check_arguments(
-        logits,
-        target,
-        voxel_weight,
-        tversky_weight=tversky_weight,
-        ce_weight=ce_weight,
-        ce_class_weight=ce_class_weight,
-        label_smoothing=label_smoothing,
-        focal_gamma=focal_gamma,
-        alpha=alpha,
-        beta=beta,
-        class_weight=class_weight,
-        gamma=gamma,
-        smooth_nr=smooth_nr,
-        smooth_dr=smooth_dr,
-        activation=activation,
-        include_background=include_background,
-        ignore_index=ignore_index,
-        batch=batch,
-        absent=absent,
-        soft_label=soft_label,
-        reduction=reduction,
-        check_target=check_target,
-    )
+    """The same arguments, result and errors as `tversky_kernels.tversky_ce_loss`; see `tversky_loss`."""
+    defaults = {**_arguments.TVERSKY_DEFAULTS, **_arguments.CE_DEFAULTS}
+    options = _arguments.with_defaults("tversky_ce_loss", defaults, options)
+    checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
     return checked_loss(logits, *checked, process_group, check_target)
 
 
@@ -241,17 +165,13 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options) -> Counts:
         if options.activation == "softmax":
             of_one, of_zero = _focal(z.log_softmax(1), options.focal_gamma), torch.zeros_like(z)
         else:
-            of_one, of_zero = (_focal(x, options.focal_gamma) for x in (_log_sigmoid(z), _log_sigmoid(-z)))
+            of_one, of_zero = (_focal(torch.nn.functional.logsigmoid(x), options.focal_gamma) for x in (z, -z))
         # Without g a term may be infinite, and is not wanted.
         cross_entropy = torch.where(g != 0, g * of_one, 0.0) + torch.where(g != 1, (1 - g) * of_zero, 0.0)
         smoothing = of_one + of_zero if options.label_smoothing else torch.zeros_like(z)
         sums += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), w.sum(-1).expand_as(tp))
     poison = torch.where(bad, torch.nan, 0.0).to(z.dtype)
     return Counts(*(x + poison for x in sums))
-
-
-def _log_sigmoid(z: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.logsigmoid(z)
 
 
 def _focal(log_p: torch.Tensor, focal_gamma: float) -> torch.Tensor:

@@ -395,26 +395,15 @@ void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
 
 template <typename T>
 void count_general(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts) {
-  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
-  switch (v.activation) {
-    case Activation::kSoftmax:
-      if (v.soft_label) {
-        return cross_entropy ? count_general_softmax<T, true, true>(v, tile, scratch, counts)
-                             : count_general_softmax<T, true, false>(v, tile, scratch, counts);
-      }
-      return cross_entropy ? count_general_softmax<T, false, true>(v, tile, scratch, counts)
-                           : count_general_softmax<T, false, false>(v, tile, scratch, counts);
-    case Activation::kSigmoid:
-      if (v.soft_label) {
-        return cross_entropy ? count_general_channels<T, Activation::kSigmoid, true, true>(v, tile, counts)
-                             : count_general_channels<T, Activation::kSigmoid, true, false>(v, tile, counts);
-      }
-      return cross_entropy ? count_general_channels<T, Activation::kSigmoid, false, true>(v, tile, counts)
-                           : count_general_channels<T, Activation::kSigmoid, false, false>(v, tile, counts);
-    case Activation::kNone:
-      return v.soft_label ? count_general_channels<T, Activation::kNone, true, false>(v, tile, counts)
-                          : count_general_channels<T, Activation::kNone, false, false>(v, tile, counts);
-  }
+  with_general_options(v, [&](auto activation, auto soft_label, auto cross_entropy) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    constexpr bool kSoftLabel = decltype(soft_label)::value, kCrossEntropy = decltype(cross_entropy)::value;
+    if constexpr (kActivation == Activation::kSoftmax) {
+      count_general_softmax<T, kSoftLabel, kCrossEntropy>(v, tile, scratch, counts);
+    } else {
+      count_general_channels<T, kActivation, kSoftLabel, kCrossEntropy>(v, tile, counts);
+    }
+  });
 }
 
 template <typename T>

@@ -93,4 +93,25 @@ struct GeneralSoftmax {
   }
 };
 
+// Calls f with the activation, the form of the overlap and whether there is a cross-entropy, as constants.
+template <typename F>
+TK_INLINE void with_general_options(const Volume& v, F&& f) {
+  const auto with_activation = [&](auto activation) __attribute__((always_inline)) {
+    constexpr bool kHasCrossEntropy = decltype(activation)::value != Activation::kNone;
+    if constexpr (kHasCrossEntropy) {
+      if (v.cross_entropy != CrossEntropy::kNone) {
+        return v.soft_label ? f(activation, std::true_type{}, std::true_type{})
+                            : f(activation, std::false_type{}, std::true_type{});
+      }
+    }
+    return v.soft_label ? f(activation, std::true_type{}, std::false_type{})
+                        : f(activation, std::false_type{}, std::false_type{});
+  };
+  switch (v.activation) {
+    case Activation::kSoftmax: return with_activation(std::integral_constant<Activation, Activation::kSoftmax>{});
+    case Activation::kSigmoid: return with_activation(std::integral_constant<Activation, Activation::kSigmoid>{});
+    case Activation::kNone: return with_activation(std::integral_constant<Activation, Activation::kNone>{});
+  }
+}
+
 }  // namespace

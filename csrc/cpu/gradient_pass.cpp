@@ -336,26 +336,15 @@ void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compu
 template <typename T>
 void general_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Vector<Compute<T>>* scratch,
                       const GradientRows<T>& out) {
-  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
-  switch (v.activation) {
-    case Activation::kSoftmax:
-      if (v.soft_label) {
-        return cross_entropy ? general_softmax_gradient<T, true, true>(v, tile, u, scratch, out)
-                             : general_softmax_gradient<T, true, false>(v, tile, u, scratch, out);
-      }
-      return cross_entropy ? general_softmax_gradient<T, false, true>(v, tile, u, scratch, out)
-                           : general_softmax_gradient<T, false, false>(v, tile, u, scratch, out);
-    case Activation::kSigmoid:
-      if (v.soft_label) {
-        return cross_entropy ? general_channels_gradient<T, Activation::kSigmoid, true, true>(v, tile, u, out)
-                             : general_channels_gradient<T, Activation::kSigmoid, true, false>(v, tile, u, out);
-      }
-      return cross_entropy ? general_channels_gradient<T, Activation::kSigmoid, false, true>(v, tile, u, out)
-                           : general_channels_gradient<T, Activation::kSigmoid, false, false>(v, tile, u, out);
-    case Activation::kNone:
-      return v.soft_label ? general_channels_gradient<T, Activation::kNone, true, false>(v, tile, u, out)
-                          : general_channels_gradient<T, Activation::kNone, false, false>(v, tile, u, out);
-  }
+  with_general_options(v, [&](auto activation, auto soft_label, auto cross_entropy) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    constexpr bool kSoftLabel = decltype(soft_label)::value, kCrossEntropy = decltype(cross_entropy)::value;
+    if constexpr (kActivation == Activation::kSoftmax) {
+      general_softmax_gradient<T, kSoftLabel, kCrossEntropy>(v, tile, u, scratch, out);
+    } else {
+      general_channels_gradient<T, kActivation, kSoftLabel, kCrossEntropy>(v, tile, u, out);
+    }
+  });
 }
 
 template <typename T>

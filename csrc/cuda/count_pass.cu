@@ -139,40 +139,35 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   int* any_bad = labels + tile_voxels;
 
   const int thread = threadIdx.x;
-  const int group = thread / tile_voxels, voxel = thread % tile_voxels;
-  const bool works = group < layout.groups;
+  const TileThread t(layout, tile_voxels);
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   for (int i = thread; i < kColumns * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
   if (thread == 0) *any_bad = 0;
   __syncthreads();
 
-  for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
-       begin += static_cast<int64_t>(programs) * tile_voxels) {
-    const int64_t left = v.voxels - begin;
-    const int count = left < tile_voxels ? static_cast<int>(left) : tile_voxels;
+  for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
     if (load_tile_labels(v, share.sample, begin, count, tile_voxels, labels, scale)) *any_bad = 1;
     __syncthreads();
     if (kActivation == Activation::kSoftmax) {
       // The label's logit, before the tile becomes exponentials; group 0 has one thread a voxel.
       A at_label = A(0), top = -INFINITY;
-      if (kCrossEntropy && group == 0 && labels[voxel] != kUncounted) {
-        at_label = tile[labels[voxel] * layout.tile_stride + voxel];
+      if (kCrossEntropy && t.group == 0 && labels[t.voxel] != kUncounted) {
+        at_label = tile[labels[t.voxel] * layout.tile_stride + t.voxel];
       }
-      const SoftmaxSums<A> total =
-          softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, group, voxel, works, top);
-      if (group == 0) {
-        const bool counts = labels[voxel] != kUncounted;
-        const A inverse = counts ? scale[voxel] / (total.target + total.others) : A(0);
+      const SoftmaxSums<A> total = softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, t, top);
+      if (t.group == 0) {
+        const bool counts = labels[t.voxel] != kUncounted;
+        const A inverse = counts ? scale[t.voxel] / (total.target + total.others) : A(0);
         if (kCrossEntropy) {
-          weights[voxel] = counts ? scale[voxel] : A(0);
+          weights[t.voxel] = counts ? scale[t.voxel] : A(0);
           const A of_label = (top - at_label) + log_one_plus(exponentials_beyond_one(total));
-          cross_entropy[voxel] = counts ? of_label * scale[voxel] : A(0);
+          cross_entropy[t.voxel] = counts ? of_label * scale[t.voxel] : A(0);
         }
-        scale[voxel] = inverse;
-        right[voxel] = total.target * inverse;
-        missed[voxel] = total.others * inverse;
+        scale[t.voxel] = inverse;
+        right[t.voxel] = total.target * inverse;
+        missed[t.voxel] = total.others * inverse;
       }
       __syncthreads();
     }
@@ -208,8 +203,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       if (kCrossEntropy) mine[kCe * classes] += ce;
       if (kCrossEntropy) mine[kVoxels * classes] += voxels;
     }
-    __syncthreads();
-  }
+  });
   A* out = partial + (share.sample * programs + share.first) * kColumns * classes;
   store_tile_sums(sums, layout.halves, kColumns * classes, *any_bad, out);
 }
@@ -236,27 +230,23 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   int* any_bad = labels + tile_voxels;
 
   const int thread = threadIdx.x;
-  const int group = thread / tile_voxels, voxel = thread % tile_voxels;
-  const bool works = group < layout.groups;
+  const TileThread t(layout, tile_voxels);
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   for (int i = thread; i < columns * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
   if (thread == 0) *any_bad = 0;
   __syncthreads();
 
-  for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
-       begin += static_cast<int64_t>(programs) * tile_voxels) {
-    const int64_t left = v.voxels - begin;
-    const int count = left < tile_voxels ? static_cast<int>(left) : tile_voxels;
+  for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     if (load_general_tile<T>(v, rows, share.sample, begin, count, tile, targets, layout.tile_stride, tile_voxels,
                              labels, weights)) {
       *any_bad = 1;
     }
     if (kActivation == Activation::kSoftmax) {
-      const TopSums<A> total = top_of_tile(tile, layout, reduction, classes, tile_voxels, group, voxel, works);
-      if (group == 0) {
-        beyond_one[voxel] = total.beyond_one();
-        if (cross_entropy) log_sum[voxel] = log_one_plus(total.beyond_one());
+      const TopSums<A> total = top_of_tile(tile, layout, reduction, classes, tile_voxels, t);
+      if (t.group == 0) {
+        beyond_one[t.voxel] = total.beyond_one();
+        if (cross_entropy) log_sum[t.voxel] = log_one_plus(total.beyond_one());
       }
       __syncthreads();
     }
@@ -294,8 +284,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       if (cross_entropy) mine[kSmoothing * classes] += smoothing;
       if (cross_entropy) mine[kVoxels * classes] += voxels;
     }
-    __syncthreads();
-  }
+  });
   A* out = partial + (share.sample * programs + share.first) * columns * classes;
   store_tile_sums(sums, layout.halves, columns * classes, *any_bad, out);
 }

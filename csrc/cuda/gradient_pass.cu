@@ -124,8 +124,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   int* labels = reinterpret_cast<int*>(of_ce + classes);  // [tile_voxels]
 
   const int thread = threadIdx.x;
-  const int group = thread / tile_voxels, voxel = thread % tile_voxels;
-  const bool works = group < layout.groups;
+  const TileThread t(layout, tile_voxels);
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
@@ -136,36 +135,29 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     of_ce[c] = u.ce;
   }
 
-  for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
-       begin += static_cast<int64_t>(programs) * tile_voxels) {
-    const int64_t left = v.voxels - begin;
-    const int count = left < tile_voxels ? static_cast<int>(left) : tile_voxels;
+  for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
     load_tile_labels(v, share.sample, begin, count, tile_voxels, labels, scale);
     __syncthreads();
     if (kActivation == Activation::kSoftmax) {
       A top;
-      const SoftmaxSums<A> total =
-          softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, group, voxel, works, top);
-      __syncthreads();  // the reduction is used again
-      if (works) {
-        A mine = A(0);
-        for (int c = group; c < classes; c += layout.groups)
-          mine += tile[c * layout.tile_stride + voxel] * background[c];
-        reduction[group * tile_voxels + voxel] = mine;
+      const SoftmaxSums<A> total = softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, t, top);
+      A weighted_others[1] = {A(0)};
+      if (t.works) {
+        for (int c = t.group; c < classes; c += layout.groups) {
+          weighted_others[0] += tile[c * layout.tile_stride + t.voxel] * background[c];
+        }
       }
-      __syncthreads();
-      if (group == 0) {
-        A weighted_others = A(0);
-        for (int g = 0; g < layout.groups; ++g) weighted_others += reduction[g * tile_voxels + voxel];
-        const int label = labels[voxel];
+      sum_over_groups(weighted_others, layout, reduction, tile_voxels, t);
+      if (t.group == 0) {
+        const int label = labels[t.voxel];
         const A u_target = label == kUncounted ? A(0) : foreground[label];
         const A inverse = label == kUncounted ? A(0) : A(1) / (total.target + total.others);
-        SoftmaxGradient<A> gradient = softmax_gradient(total, weighted_others, u_target, inverse, scale[voxel]);
+        SoftmaxGradient<A> gradient = softmax_gradient(total, weighted_others[0], u_target, inverse, scale[t.voxel]);
         if (kCrossEntropy) gradient.add_cross_entropy(total, label == kUncounted ? A(0) : of_ce[label]);
-        scale[voxel] = gradient.scale;
-        offset[voxel] = gradient.offset;
-        at_target[voxel] = gradient.at_target;
+        scale[t.voxel] = gradient.scale;
+        offset[t.voxel] = gradient.offset;
+        at_target[t.voxel] = gradient.at_target;
       }
       __syncthreads();
     }
@@ -190,8 +182,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       }
       out[c * a.out.class_stride + (begin + k) * a.out.voxel_stride] = static_cast<T>(dz);
     }
-    __syncthreads();
-  }
+  });
 }
 
 // Every class of a voxel with a target of its own, and all options of the cross-entropy.
@@ -217,8 +208,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   int* labels = reinterpret_cast<int*>(u + classes);                             // [tile_voxels]
 
   const int thread = threadIdx.x;
-  const int group = thread / tile_voxels, voxel = thread % tile_voxels;
-  const bool works = group < layout.groups;
+  const TileThread t(layout, tile_voxels);
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
@@ -233,50 +223,36 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     return b;
   };
 
-  for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
-       begin += static_cast<int64_t>(programs) * tile_voxels) {
-    const int64_t left = v.voxels - begin;
-    const int count = left < tile_voxels ? static_cast<int>(left) : tile_voxels;
+  for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     // Bad labels and weights: the count pass has told of them, and the coefficients are NaN then.
     load_general_tile<T>(v, rows, share.sample, begin, count, tile, targets, layout.tile_stride, tile_voxels, labels,
                          weights);
     if (kActivation == Activation::kSoftmax) {
-      const TopSums<A> total = top_of_tile(tile, layout, reduction, classes, tile_voxels, group, voxel, works);
-      if (group == 0) {
-        beyond_one[voxel] = total.beyond_one();
-        log_sum[voxel] = focal ? log_one_plus(total.beyond_one()) : A(0);
+      const TopSums<A> total = top_of_tile(tile, layout, reduction, classes, tile_voxels, t);
+      if (t.group == 0) {
+        beyond_one[t.voxel] = total.beyond_one();
+        log_sum[t.voxel] = focal ? log_one_plus(total.beyond_one()) : A(0);
       }
       __syncthreads();
-      A* tops = reduction + layout.groups * tile_voxels;
-      A* slopes = tops + layout.groups * tile_voxels;
-      if (works) {
-        A rest_u = A(0), top_u = A(0), b = A(0);
-        for (int c = group; c < classes; c += layout.groups) {
-          const A below_top = tile[c * layout.tile_stride + voxel], g = targets[c * layout.tile_stride + voxel];
-          const A inverse = A(1) / (A(1) + beyond_one[voxel]);
-          const Probability<A> p = dense_probability(below_top, beyond_one[voxel], inverse);
+      A sums[3] = {A(0), A(0), A(0)};  // rest_u, top_u and the sum of b
+      if (t.works) {
+        const A inverse = A(1) / (A(1) + beyond_one[t.voxel]);
+        for (int c = t.group; c < classes; c += layout.groups) {
+          const A below_top = tile[c * layout.tile_stride + t.voxel], g = targets[c * layout.tile_stride + t.voxel];
+          const Probability<A> p = dense_probability(below_top, beyond_one[t.voxel], inverse);
           const A slope = overlap_slope(p, g, u[c].background, u[c].foreground, v.soft_label);
-          rest_u += below_top == A(0) ? A(0) : p.p * slope;
-          top_u += below_top == A(0) ? slope : A(0);
-          if (kCrossEntropy) b += ce_slope(u[c], p, g, below_top + log_sum[voxel]);
+          sums[0] += below_top == A(0) ? A(0) : p.p * slope;
+          sums[1] += below_top == A(0) ? slope : A(0);
+          if (kCrossEntropy) sums[2] += ce_slope(u[c], p, g, below_top + log_sum[t.voxel]);
         }
-        reduction[group * tile_voxels + voxel] = rest_u;
-        tops[group * tile_voxels + voxel] = top_u;
-        slopes[group * tile_voxels + voxel] = b;
       }
-      __syncthreads();
-      if (group == 0) {
-        A rest_u = A(0), top_u = A(0), b = A(0);
-        for (int g = 0; g < layout.groups; ++g) {
-          rest_u += reduction[g * tile_voxels + voxel];
-          top_u += tops[g * tile_voxels + voxel];
-          b += slopes[g * tile_voxels + voxel];
-        }
+      sum_over_groups(sums, layout, reduction, tile_voxels, t);
+      if (t.group == 0) {
         const DenseSoftmaxGradient<A> gradient =
-            dense_softmax_gradient(rest_u, top_u, beyond_one[voxel], A(1) / (A(1) + beyond_one[voxel]));
-        shift[voxel] = gradient.shift;
-        excess[voxel] = gradient.excess;
-        b_all[voxel] = b;
+            dense_softmax_gradient(sums[0], sums[1], beyond_one[t.voxel], A(1) / (A(1) + beyond_one[t.voxel]));
+        shift[t.voxel] = gradient.shift;
+        excess[t.voxel] = gradient.excess;
+        b_all[t.voxel] = sums[2];
       }
       __syncthreads();
     }
@@ -309,8 +285,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       dz = labels[k] == kUncounted ? A(0) : dz * weights[k];
       out[c * a.out.class_stride + (begin + k) * a.out.voxel_stride] = static_cast<T>(dz);
     }
-    __syncthreads();
-  }
+  });
 }
 
 }  // namespace

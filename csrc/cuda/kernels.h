@@ -63,7 +63,7 @@ void with_logits_type(ElementType type, F&& f) {
 
 // Classes that fit in a thread's registers; more of float64 would spill.
 template <typename T>
-constexpr int kMostInRegisters = sizeof(T) == 8 ? 4 : 8;
+constexpr int kMostInRegisters = sizeof(T) == 8 ? 3 : 8;
 
 // Calls f with the number of classes, 2 to kMostInRegisters<T>, as a constant.
 template <typename T, int kClasses = 2, typename F>

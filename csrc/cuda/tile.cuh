@@ -7,6 +7,29 @@
 namespace tversky_kernels {
 namespace cuda {
 
+// A thread's place in a tiled block: the voxel and the share of its classes that it works on. Group 0 has one thread a
+// voxel; threads that are left over do not work.
+struct TileThread {
+  int group, voxel;
+  bool works;
+  __device__ __forceinline__ TileThread(const TileLayout& layout, int tile_voxels)
+      : group(static_cast<int>(threadIdx.x) / tile_voxels),
+        voxel(static_cast<int>(threadIdx.x) % tile_voxels),
+        works(group < layout.groups) {}
+};
+
+// Calls f(begin, count) for every tile of the block's share, and synchronises after each. All threads call it.
+template <typename F>
+__device__ __forceinline__ void for_each_tile(const Volume& v, const Share& share, int programs, int tile_voxels,
+                                              F&& f) {
+  for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
+       begin += static_cast<int64_t>(programs) * tile_voxels) {
+    const int64_t left = v.voxels - begin;
+    f(begin, left < tile_voxels ? static_cast<int>(left) : tile_voxels);
+    __syncthreads();
+  }
+}
+
 // tile[c][voxel] from rows + c * class_stride + voxel * voxel_stride. Neighbouring threads take neighbouring addresses
 // in either layout. What is beyond `count` is 0.
 template <typename T>
@@ -44,48 +67,71 @@ __device__ bool load_tile_labels(const Volume& v, int64_t sample, int64_t begin,
   return bad;
 }
 
+// The largest logit of the calling thread's voxel. reduction: [groups][tile_voxels], free to be used again afterwards.
+// All threads must call.
+template <typename A>
+__device__ A largest_of_voxel(const A* tile, const TileLayout& layout, A* reduction, int classes, int tile_voxels,
+                              const TileThread& t) {
+  A top = -INFINITY;
+  if (t.works) {
+    for (int c = t.group; c < classes; c += layout.groups) {
+      const A x = tile[c * layout.tile_stride + t.voxel];
+      top = x > top ? x : top;
+    }
+    reduction[t.group * tile_voxels + t.voxel] = top;
+  }
+  __syncthreads();
+  if (t.works) {
+    for (int g = 0; g < layout.groups; ++g) {
+      const A x = reduction[g * tile_voxels + t.voxel];
+      top = x > top ? x : top;
+    }
+  }
+  __syncthreads();
+  return top;
+}
+
+// Replaces each of kValues values that a voxel's threads bring by their sum over the groups, in all of them. reduction:
+// [kValues][groups][tile_voxels], free to be used again afterwards. All threads must call.
+template <typename A, int kValues>
+__device__ void sum_over_groups(A (&values)[kValues], const TileLayout& layout, A* reduction, int tile_voxels,
+                                const TileThread& t) {
+  const int size = layout.groups * tile_voxels;
+  if (t.works) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) reduction[i * size + t.group * tile_voxels + t.voxel] = values[i];
+  }
+  __syncthreads();
+  if (t.works) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      values[i] = A(0);
+      for (int g = 0; g < layout.groups; ++g) values[i] += reduction[i * size + g * tile_voxels + t.voxel];
+    }
+  }
+  __syncthreads();
+}
+
 // Replaces the tile's logits by their exponentials over the voxel's largest, 0 at the target and where the voxel does
 // not count, and returns the sums of the calling thread's voxel and its largest logit. reduction:
 // [2][groups][tile_voxels]. All threads must call.
 template <typename A>
 __device__ SoftmaxSums<A> softmax_of_tile(A* tile, const TileLayout& layout, const int* labels, A* reduction,
-                                          int classes, int tile_voxels, int group, int voxel, bool works, A& top) {
-  SoftmaxSums<A> total;
-  top = -INFINITY;
-  if (works) {
-    for (int c = group; c < classes; c += layout.groups) {
-      const A x = tile[c * layout.tile_stride + voxel];
-      top = x > top ? x : top;
-    }
-    reduction[group * tile_voxels + voxel] = top;
-  }
-  __syncthreads();
-  if (works) {
-    for (int g = 0; g < layout.groups; ++g) {
-      const A x = reduction[g * tile_voxels + voxel];
-      top = x > top ? x : top;
+                                          int classes, int tile_voxels, const TileThread& t, A& top) {
+  top = largest_of_voxel(tile, layout, reduction, classes, tile_voxels, t);
+  SoftmaxSums<A> sums;
+  if (t.works) {
+    const int label = labels[t.voxel];
+    for (int c = t.group; c < classes; c += layout.groups) {
+      A& x = tile[c * layout.tile_stride + t.voxel];
+      x = sums.add(label == c, label != c && label != kUncounted, exponential(x - top));
     }
   }
-  __syncthreads();
-  A* targets = reduction + layout.groups * tile_voxels;
-  if (works) {
-    const int label = labels[voxel];
-    SoftmaxSums<A> mine;
-    for (int c = group; c < classes; c += layout.groups) {
-      A& x = tile[c * layout.tile_stride + voxel];
-      x = mine.add(label == c, label != c && label != kUncounted, exponential(x - top));
-    }
-    reduction[group * tile_voxels + voxel] = mine.others;
-    targets[group * tile_voxels + voxel] = mine.target;
-  }
-  __syncthreads();
-  if (works) {
-    for (int g = 0; g < layout.groups; ++g) {
-      total.others += reduction[g * tile_voxels + voxel];
-      total.target += targets[g * tile_voxels + voxel];
-    }
-  }
-  return total;
+  A values[2] = {sums.others, sums.target};
+  sum_over_groups(values, layout, reduction, tile_voxels, t);
+  sums.others = values[0];
+  sums.target = values[1];
+  return sums;
 }
 
 // ---- A target of its own for every class (Volume::is_general)
@@ -139,43 +185,21 @@ __device__ bool load_general_tile(const Volume& v, const T* rows, int64_t sample
 // reduction: [2][groups][tile_voxels]. All threads must call.
 template <typename A>
 __device__ TopSums<A> top_of_tile(A* tile, const TileLayout& layout, A* reduction, int classes, int tile_voxels,
-                                  int group, int voxel, bool works) {
-  TopSums<A> total;
-  A top = -INFINITY;
-  if (works) {
-    for (int c = group; c < classes; c += layout.groups) {
-      const A x = tile[c * layout.tile_stride + voxel];
-      top = x > top ? x : top;
-    }
-    reduction[group * tile_voxels + voxel] = top;
-  }
-  __syncthreads();
-  if (works) {
-    for (int g = 0; g < layout.groups; ++g) {
-      const A x = reduction[g * tile_voxels + voxel];
-      top = x > top ? x : top;
-    }
-  }
-  __syncthreads();
-  A* tops = reduction + layout.groups * tile_voxels;
-  if (works) {
-    TopSums<A> mine;
-    for (int c = group; c < classes; c += layout.groups) {
-      A& x = tile[c * layout.tile_stride + voxel];
+                                  const TileThread& t) {
+  const A top = largest_of_voxel(tile, layout, reduction, classes, tile_voxels, t);
+  TopSums<A> sums;
+  if (t.works) {
+    for (int c = t.group; c < classes; c += layout.groups) {
+      A& x = tile[c * layout.tile_stride + t.voxel];
       x = top - x;
-      mine.add(x == A(0), exponential(-x));
-    }
-    reduction[group * tile_voxels + voxel] = mine.rest;
-    tops[group * tile_voxels + voxel] = mine.tops;
-  }
-  __syncthreads();
-  if (works) {
-    for (int g = 0; g < layout.groups; ++g) {
-      total.rest += reduction[g * tile_voxels + voxel];
-      total.tops += tops[g * tile_voxels + voxel];
+      sums.add(x == A(0), exponential(-x));
     }
   }
-  return total;
+  A values[2] = {sums.rest, sums.tops};
+  sum_over_groups(values, layout, reduction, tile_voxels, t);
+  sums.rest = values[0];
+  sums.tops = values[1];
+  return sums;
 }
 
 // p and 1 - p from z_top - z.

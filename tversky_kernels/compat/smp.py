@@ -107,51 +107,36 @@ class TverskyLoss(torch.nn.Module):
         return mean if self.gamma == 1 else mean**self.gamma
 
 
-class DiceLoss(TverskyLoss):
+class _EqualWeights(TverskyLoss):
+    """False positives and false negatives weigh the same; takes no alpha, beta and gamma."""
+
+    _weight = 0.5
+
+    def __init__(
+        self,
+        mode: str,
+        classes: Sequence[int] | None = None,
+        log_loss: bool = False,
+        from_logits: bool = True,
+        smooth: float = 0.0,
+        ignore_index: int | None = None,
+        eps: float = 1e-7,
+        class_weights: Sequence[float] | None = None,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            mode, classes, log_loss, from_logits, smooth, ignore_index, eps, self._weight, self._weight,
+            class_weights=class_weights, inplace_backward=inplace_backward, backend=backend,
+        )  # fmt: skip
+
+
+class DiceLoss(_EqualWeights):
     """`segmentation_models_pytorch.losses.DiceLoss`: `TverskyLoss` with alpha = beta = 0.5."""
 
-    def __init__(
-        self,
-        mode: str,
-        classes: Sequence[int] | None = None,
-        log_loss: bool = False,
-        from_logits: bool = True,
-        smooth: float = 0.0,
-        ignore_index: int | None = None,
-        eps: float = 1e-7,
-        class_weights: Sequence[float] | None = None,
-        **run,
-    ):
-        super().__init__(
-            mode, classes, log_loss, from_logits, smooth, ignore_index, eps, class_weights=class_weights, **run
-        )
 
-
-class JaccardLoss(TverskyLoss):
+class JaccardLoss(_EqualWeights):
     """`segmentation_models_pytorch.losses.JaccardLoss`: `TverskyLoss` with alpha = beta = 1."""
 
-    def __init__(
-        self,
-        mode: str,
-        classes: Sequence[int] | None = None,
-        log_loss: bool = False,
-        from_logits: bool = True,
-        smooth: float = 0.0,
-        ignore_index: int | None = None,
-        eps: float = 1e-7,
-        class_weights: Sequence[float] | None = None,
-        **run,
-    ):
-        super().__init__(
-            mode,
-            classes,
-            log_loss,
-            from_logits,
-            smooth,
-            ignore_index,
-            eps,
-            1.0,
-            1.0,
-            class_weights=class_weights,
-            **run,
-        )
+    _weight = 1.0

@@ -231,7 +231,7 @@ def _split(z, top, c, label, counts):
 
 @triton.jit
 def _label_cross_entropy(z, top, is_target, target, others, counts, w, REAL: tl.constexpr):
-    # -log p of the label, weighted
+    # -log p of the label, weighted; right where the label is one of these classes
     below_top = tl.sum(tl.where(is_target, top[None, :] - z, 0.0), 0)
     ce = below_top + _log1p(others + (target - 1.0), REAL)
     return tl.where(counts, ce * w, 0.0)
@@ -473,9 +473,8 @@ def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label
         fp = tl.sum(others * inverse[None, :], 1)
         fn = tl.sum(tl.where(is_target, (sum_others * inverse)[None, :], 0.0), 1)
         if CE > 0:
-            beyond_one = sum_others + (sum_target - 1.0)
-            of_label = (top[None, :] - z) + _log1p(beyond_one, REAL)[None, :]
-            ce = tl.sum(tl.where(is_target, of_label * w[None, :], 0.0), 1)
+            of_label = _label_cross_entropy(z, top, is_target, sum_target, sum_others, counts, w, REAL)
+            ce = tl.sum(tl.where(is_target, of_label[None, :], 0.0), 1)
     else:
         tps, fps, fns = _channel_counts(z, c, label, counts, w, FIRST_LABEL, ACTIVATION)
         tp, fp, fn = tl.sum(tps, 1), tl.sum(fps, 1), tl.sum(fns, 1)
