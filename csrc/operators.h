@@ -3,6 +3,7 @@
 //   evaluate(table, counts, loss, coefficients)                    the table alone
 //   forward(logits, volume, raise_bad_input, table, loss, coefficients)   both
 //   gradient(volume, grad_loss, coefficients, out)                 the gradient pass; all tensors contiguous but out
+//   about_to_fill(out)                                             for fresh memory of a gradient
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -73,6 +74,7 @@ struct Operators {
                                {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
     Tensor gradient = torch::stable::empty_like(volume.logits);
     if (!single_stride(gradient, 2).has_value()) gradient = torch::stable::contiguous(gradient);
+    Backend::about_to_fill(gradient);
     write_gradient(gradient, volume.view, grad_loss, coefficients);
     return gradient;
   }

@@ -8,7 +8,7 @@ import tversky_kernels as tk
 
 LOGITS_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-CPU_CAPABILITIES = {"baseline": 0, "avx2": 1, "avx512": 2}
+CPU_CAPABILITIES = {"baseline": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
 
 def inputs(samples, classes, spatial, dtype=torch.float32, target_dtype=torch.int64, seed=0, scale=3.0, labels=None):

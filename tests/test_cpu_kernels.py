@@ -12,6 +12,7 @@ from common import CPU_CAPABILITIES, INDEX_DTYPES, LOGITS_DTYPES, check_against_
 import tversky_kernels as tk
 from tversky_kernels._ops import ops
 
+WIDEST = max(CPU_CAPABILITIES.values())
 
 def cpu(logits, target, **options):
     return tk.tversky_loss(logits, target, backend="cpu", **options)
@@ -256,9 +257,9 @@ def test_same_bits_for_any_number_of_threads(capability, threads):
 
 
 def test_capability_can_only_be_narrowed():
-    widest = ops.cpu_capability(2)
+    widest = ops.cpu_capability(WIDEST)
     assert ops.cpu_capability(0) == 0
-    assert ops.cpu_capability(2) == widest == ops.cpu_capability(None)
+    assert ops.cpu_capability(WIDEST) == widest == ops.cpu_capability(None)
 
 
 def test_loss_on_128_cubed_to_one_in_a_million():
@@ -267,7 +268,7 @@ def test_loss_on_128_cubed_to_one_in_a_million():
     for capability in CPU_CAPABILITIES.values():
         ops.cpu_capability(capability)
         assert cpu(logits, target).item() == pytest.approx(expected, rel=1e-6)
-    ops.cpu_capability(2)
+    ops.cpu_capability(WIDEST)
 
 
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
@@ -277,7 +278,7 @@ def test_any_combination(case, capability):
     try:
         check_case(case, "cpu")
     finally:
-        ops.cpu_capability(2)
+        ops.cpu_capability(WIDEST)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)

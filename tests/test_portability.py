@@ -23,7 +23,8 @@ ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}
 FEATURES = {
     "baseline": set(),
     "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512": (AVX512 := {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx512_bf16": AVX512 | {"avx512_bf16"},
 }
 
 
@@ -150,7 +151,7 @@ def test_sanitizers(capability, tmp_path):
         has = set(next(line for line in lines if line.startswith("flags")).split())
         if not has >= FEATURES[capability]:
             pytest.skip(f"this processor has no {capability}")
-    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += setup_flags.X86_CAPABILITIES[capability] if platform.machine() == "x86_64" else []
     check([build("g++", flags, capability, tmp_path / "driver")])
 

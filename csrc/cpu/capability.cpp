@@ -20,6 +20,7 @@ const Kernels kCompiled[] = {
 #if defined(TK_WITH_AVX)
     TK_KERNELS(avx2),
     TK_KERNELS(avx512),
+    TK_KERNELS(avx512_bf16),
 #endif
 };
 
@@ -28,7 +29,8 @@ Capability supported_by_processor() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? Capability::kAvx512 : avx2 ? Capability::kAvx2 : Capability::kBaseline;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  return bf16 ? Capability::kAvx512Bf16 : avx512 ? Capability::kAvx512 : avx2 ? Capability::kAvx2 : Capability::kBaseline;
 #else
   return Capability::kBaseline;
 #endif

@@ -6,7 +6,7 @@
 namespace tversky_kernels {
 namespace cpu {
 
-enum class Capability : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Capability : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // The widest that this build, this processor and TVERSKY_KERNELS_CPU_CAPABILITY allow.
 Capability widest_capability();

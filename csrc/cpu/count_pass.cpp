@@ -87,10 +87,12 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   }
 }
 
-// kClasses: the number of classes where it is known when this is compiled, else 0.
-template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, bool kInner>
+// From the logits of kVectors vectors of voxels and their maxima; exponentials take the logits' place. kClasses: the number
+// of classes where it is known when this is compiled, else 0. read_next(c) is called for every class on the way.
+template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, typename Next>
 TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_classes, PresentClasses& present,
-                                   LogitsVector<T>* exponentials, CountVectors<T>* counts) {
+                                   LogitsVector<T>* logits, const LogitsVector<T>* top, const Next& read_next,
+                                   CountVectors<T>* counts) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
@@ -98,39 +100,23 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
   constexpr int kLanes = Lanes<A>::count;
   constexpr bool kFew = kClasses > 0;
   const int classes = kFew ? kClasses : runtime_classes;
-  const T* rows = tile.rows + at;
-  V few[kFew ? kClasses : 1];
-  if constexpr (kFew) load_classes<kClasses, kInner>(tile, at, few);  // one vector
+  V* const exponentials = logits;
 
-  V top[kVectors];
   I label[kVectors];
 #pragma GCC unroll 4
-  for (int k = 0; k < kVectors; ++k) {
-    top[k] = kFew ? few[0] : load_logits(rows + k * kLanes);
-    label[k] = load<I>(tile.labels + at + k * kLanes);
-  }
-#pragma GCC unroll 8
-  for (int c = 1; c < classes; ++c) {
-    const T* row = rows + c * tile.row_stride;
-#pragma GCC unroll 4
-    for (int k = 0; k < kVectors; ++k) {
-      top[k] = maximum(top[k], kFew ? few[kFew ? c : 0] : load_logits(row + k * kLanes));
-      if (!kFew) prefetch(row + (kVectors + k) * kLanes);
-    }
-  }
+  for (int k = 0; k < kVectors; ++k) label[k] = load<I>(tile.labels + at + k * kLanes);
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
   SoftmaxSums<V> sums[kVectors];
   V below_top[kVectors] = {};  // z_top - z_t
-#pragma GCC unroll 8
-  for (int c = 0; c < classes; ++c) {
-    const T* row = rows + c * tile.row_stride;
-    const bool is_present = kFew || present.has(c);
+  // kPresent: class c is the label of some voxel here.
+  const auto add_class = [&](int c, auto is_present) __attribute__((always_inline)) {
+    constexpr bool kPresent = decltype(is_present)::value;
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      const V difference = (kFew ? few[kFew ? c : 0] : load_logits(row + k * kLanes)) - top[k];
+      const V difference = logits[c * kVectors + k] - top[k];
       const V e = exp_nonpositive<A>(difference);
-      if (is_present) {
+      if constexpr (kPresent) {
         const I is_target = label[k] == static_cast<Int>(c);
         if (kCrossEntropy) below_top[k] = is_target ? -difference : below_top[k];
         const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
@@ -138,6 +124,15 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
       } else {
         exponentials[c * kVectors + k] = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
       }
+    }
+  };
+#pragma GCC unroll 8
+  for (int c = 0; c < classes; ++c) {
+    read_next(c);
+    if (kFew || present.has(c)) {
+      add_class(c, std::true_type{});
+    } else {
+      add_class(c, std::false_type{});
     }
   }
 
@@ -182,25 +177,27 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
 
 template <typename T, int kClasses, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, PresentClasses& present,
-                             LogitsVector<T>* exponentials, CountVectors<T>* counts) {
+                             LogitsVector<T>* scratch, CountVectors<T>* counts) {
   if constexpr (kClasses == 2) {
     count_two_classes<T, kMasked, kCrossEntropy, kInner>(tile, padded, counts);
   } else if constexpr (kClasses > 0) {
-    constexpr int kVectors = 1;
-    LogitsVector<T> registers[kClasses * kVectors];
+    LogitsVector<T> logits[kClasses];
     CountVectors<T> sums[kClasses] = {};
-    for (int at = 0; at < padded; at += kVectors * Lanes<Compute<T>>::count) {
-      count_softmax_block<T, kClasses, kVectors, kMasked, kCrossEntropy, kInner>(tile, at, kClasses, present, registers,
-                                                                                 sums);
+    for (int at = 0; at < padded; at += Lanes<Compute<T>>::count) {
+      const LogitsVector<T> top = load_classes_and_top<kClasses, kInner>(tile, at, logits);
+      count_softmax_block<T, kClasses, 1, kMasked, kCrossEntropy>(
+          tile, at, kClasses, present, logits, &top, [](int) __attribute__((always_inline)) {}, sums);
     }
     for (int c = 0; c < kClasses; ++c) {
       for (int q = 0; q < (kCrossEntropy ? kAllCounts : kOverlapCounts); ++q) counts[c][q] += sums[c][q];
     }
   } else {
-    for (int at = 0; at < padded; at += kBlock<Compute<T>>) {
-      count_softmax_block<T, 0, kBlockVectors, kMasked, kCrossEntropy, false>(tile, at, classes, present, exponentials,
-                                                                              counts);
-    }
+    for_each_block(tile, padded, classes, scratch,
+                   [&](int at, LogitsVector<T>* logits, const LogitsVector<T>* top, const auto& read_next)
+                       __attribute__((always_inline)) {
+                         count_softmax_block<T, 0, kBlockVectors, kMasked, kCrossEntropy>(
+                             tile, at, classes, present, logits, top, read_next, counts);
+                       });
   }
 }
 
@@ -213,7 +210,7 @@ TK_INLINE void count_channel(const Tile<T>& tile, int padded, int c, int classes
   using I = IntVector<A>;
   const T* row = tile.rows + c * tile.row_stride;
   const T* next = next_channel(tile, c, classes);
-  V tp{}, fp{}, fn{};
+  V tp = counts[kTp], fp = counts[kFp], fn = counts[kFn];
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     prefetch(next + i);
     const I label = load<I>(tile.labels + i);
@@ -237,9 +234,9 @@ TK_INLINE void count_channel(const Tile<T>& tile, int padded, int c, int classes
       fn += is_target ? p.complement : V{};
     }
   }
-  counts[kTp] += tp;
-  counts[kFp] += fp;
-  counts[kFn] += fn;
+  counts[kTp] = tp;
+  counts[kFp] = fp;
+  counts[kFn] = fn;
 }
 
 template <typename T, Activation kActivation>
@@ -268,7 +265,7 @@ void count_few_classes(const Tile<T>& tile, PresentClasses& present, CountVector
 }
 
 template <typename T, bool kMasked, bool kCrossEntropy>
-void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& present, LogitsVector<T>* exponentials,
+void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& present, LogitsVector<T>* scratch,
                         CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
   switch (classes) {
@@ -276,7 +273,7 @@ void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& presen
     case 3: return count_few_classes<T, 3, kMasked, kCrossEntropy>(tile, present, counts);
     case 4: return count_few_classes<T, 4, kMasked, kCrossEntropy>(tile, present, counts);
     default:
-      return count_softmax<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, present, exponentials, counts);
+      return count_softmax<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, present, scratch, counts);
   }
 }
 
@@ -427,12 +424,12 @@ void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, L
   }
 }
 
-// Scratch: the tile's buffers, exponentials[C][kBlockVectors], tile sums[C][kAllCounts], totals[C][kAllCounts], present
-// classes.
+constexpr int kScratchVectors = larger(2 * kBlockVectors, 2 * kGeneralVectors);  // of a class: two blocks' logits
+
+// Scratch: the tile's buffers, kScratchVectors a class, tile sums[C][kAllCounts], totals[C][kAllCounts], present classes.
 template <typename T>
 int64_t scratch_bytes(const Volume& v) {
-  static_assert(2 * kGeneralVectors <= kBlockVectors, "the general kernels keep logits and exponentials");
-  return TileBuffers<T>::bytes(v) + v.classes * (kBlockVectors + kAllCounts + kAllCounts) * kVectorBytes +
+  return TileBuffers<T>::bytes(v) + v.classes * (kScratchVectors + kAllCounts + kAllCounts) * kVectorBytes +
          PresentClasses::bytes(v.classes);
 }
 
@@ -441,16 +438,16 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
   using A = Compute<T>;
   const TileBuffers<T> buffers(v, scratch);
   const int columns = v.count_columns();
-  Vector<A>* exponentials = reinterpret_cast<Vector<A>*>(buffers.rest);
-  CountVectors<T>* sums = reinterpret_cast<CountVectors<T>*>(exponentials + v.classes * kBlockVectors);
+  Vector<A>* block = reinterpret_cast<Vector<A>*>(buffers.rest);
+  CountVectors<T>* sums = reinterpret_cast<CountVectors<T>*>(block + v.classes * kScratchVectors);
   auto* totals = reinterpret_cast<DoubleVector(*)[kAllCounts]>(sums + v.classes);
   PresentClasses present(totals + v.classes, v.classes);
   memset(sums, 0, v.classes * sizeof(*sums));
   memset(totals, 0, v.classes * sizeof(*totals));
   int since_flush = 0;
   for (int64_t at = begin; at < end;) {
-    const int voxels = static_cast<int>(smaller(buffers.tile_voxels, end - at));
-    count_tile(v, load_tile<T>(v, sample, at, voxels, buffers, true, *bad), present, exponentials, sums);
+    const int voxels = buffers.take(end - at);
+    count_tile(v, load_tile<T>(v, sample, at, voxels, buffers, true, *bad), present, block, sums);
     at += voxels;
     since_flush += voxels;
     if (since_flush >= kTileVoxels || at >= end) {

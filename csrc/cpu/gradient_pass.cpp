@@ -42,10 +42,11 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
   }
 }
 
-template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, bool kInner>
+// As count_softmax_block. store(c, k, dz) takes the gradient.
+template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, typename Next, typename Store>
 TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const Compute<T>* u,
-                                      PresentClasses& present, Vector<Compute<T>>* exponentials,
-                                      const GradientRows<T>& out) {
+                                      PresentClasses& present, Vector<Compute<T>>* logits,
+                                      const Vector<Compute<T>>* top, const Next& read_next, const Store& store_dz) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
@@ -53,52 +54,44 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   constexpr int kLanes = Lanes<A>::count;
   constexpr bool kFew = kClasses > 0;
   const int classes = kFew ? kClasses : runtime_classes;
-  const T* rows = tile.rows + at;
-  V few[kFew ? kClasses : 1];
-  if constexpr (kFew) load_classes<kClasses, kInner>(tile, at, few);  // one vector
+  V* const exponentials = logits;
 
-  V top[kVectors];
   I label[kVectors];
 #pragma GCC unroll 4
-  for (int k = 0; k < kVectors; ++k) {
-    top[k] = kFew ? few[0] : load_logits(rows + k * kLanes);
-    label[k] = load<I>(tile.labels + at + k * kLanes);
-  }
-#pragma GCC unroll 8
-  for (int c = 1; c < classes; ++c) {
-    const T* row = rows + c * tile.row_stride;
-#pragma GCC unroll 4
-    for (int k = 0; k < kVectors; ++k) {
-      top[k] = maximum(top[k], kFew ? few[kFew ? c : 0] : load_logits(row + k * kLanes));
-      if (!kFew) prefetch(row + (kVectors + k) * kLanes);
-    }
-  }
+  for (int k = 0; k < kVectors; ++k) label[k] = load<I>(tile.labels + at + k * kLanes);
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
   SoftmaxSums<V> sums[kVectors];
   V weighted_others[kVectors] = {}, u_target[kVectors] = {}, k_target[kVectors] = {};
-#pragma GCC unroll 8
-  for (int c = 0; c < classes; ++c) {
-    const T* row = rows + c * tile.row_stride;
+  // kPresent: class c is the label of some voxel here.
+  const auto add_class = [&](int c, auto is_present) __attribute__((always_inline)) {
+    constexpr bool kPresent = decltype(is_present)::value;
     const A* of_class = u + c * kCoefficients<kCrossEntropy>;
     const V background = broadcast<A>(of_class[kBackground]);
-    const V foreground = broadcast<A>(of_class[kForeground]);
-    const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      const V e = exp_nonpositive<A>((kFew ? few[kFew ? c : 0] : load_logits(row + k * kLanes)) - top[k]);
+      const V e = exp_nonpositive<A>(logits[c * kVectors + k] - top[k]);
       V other;
-      if (is_present) {
+      if constexpr (kPresent) {
         const I is_target = label[k] == static_cast<Int>(c);
         const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
         other = sums[k].add(is_target, is_other, e);
-        u_target[k] = is_target ? foreground : u_target[k];
+        u_target[k] = is_target ? broadcast<A>(of_class[kForeground]) : u_target[k];
         if (kCrossEntropy) k_target[k] = is_target ? broadcast<A>(of_class[kCeCoefficient]) : k_target[k];
       } else {
         other = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
       }
       weighted_others[k] += other * background;
       exponentials[c * kVectors + k] = other;
+    }
+  };
+#pragma GCC unroll 8
+  for (int c = 0; c < classes; ++c) {
+    read_next(c);
+    if (kFew || present.has(c)) {
+      add_class(c, std::true_type{});
+    } else {
+      add_class(c, std::false_type{});
     }
   }
 
@@ -113,41 +106,45 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   }
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
-    T* row = out.rows + at + c * out.row_stride;
     const V background = broadcast<A>(u[c * kCoefficients<kCrossEntropy> + kBackground]);
     const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
       V dz = gradient[k].other(exponentials[c * kVectors + k], background);
       if (is_present) dz = label[k] == static_cast<Int>(c) ? gradient[k].at_target : dz;
-      if constexpr (kFew) {
-        few[c] = dz;
-      } else {
-        store_logits(row + k * kLanes, dz);
-      }
+      store_dz(c, k, dz);
     }
   }
-  if constexpr (kFew) store_classes<kClasses, kInner>(out.rows, out.row_stride, at, few);
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
 template <typename T, int kClasses, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classes, const Compute<T>* u,
-                                     PresentClasses& present, Vector<Compute<T>>* exponentials,
+                                     PresentClasses& present, Vector<Compute<T>>* scratch,
                                      const GradientRows<T>& out) {
+  using V = Vector<Compute<T>>;
+  constexpr int kLanes = Lanes<Compute<T>>::count;
   if constexpr (kClasses == 2) {
     two_classes_gradient<T, kMasked, kCrossEntropy, kInner>(tile, padded, u, out);
   } else if constexpr (kClasses > 0) {
-    Vector<Compute<T>> registers[kClasses];
-    for (int at = 0; at < padded; at += Lanes<Compute<T>>::count) {
-      softmax_gradient_block<T, kClasses, 1, kMasked, kCrossEntropy, kInner>(tile, at, kClasses, u, present, registers,
-                                                                             out);
+    V logits[kClasses];
+    for (int at = 0; at < padded; at += kLanes) {
+      const V top = load_classes_and_top<kClasses, kInner>(tile, at, logits);
+      V dz[kClasses];
+      softmax_gradient_block<T, kClasses, 1, kMasked, kCrossEntropy>(
+          tile, at, kClasses, u, present, logits, &top, [](int) __attribute__((always_inline)) {},
+          [&](int c, int, V value) __attribute__((always_inline)) { dz[c] = value; });
+      store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz);
     }
   } else {
-    for (int at = 0; at < padded; at += kBlock<Compute<T>>) {
-      softmax_gradient_block<T, 0, kBlockVectors, kMasked, kCrossEntropy, false>(tile, at, classes, u, present,
-                                                                                 exponentials, out);
-    }
+    for_each_block(tile, padded, classes, scratch,
+                   [&](int at, V* logits, const V* top, const auto& read_next) __attribute__((always_inline)) {
+                     softmax_gradient_block<T, 0, kBlockVectors, kMasked, kCrossEntropy>(
+                         tile, at, classes, u, present, logits, top, read_next,
+                         [&](int c, int k, V dz) __attribute__((always_inline)) {
+                           store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz);
+                         });
+                   });
   }
 }
 
@@ -215,14 +212,14 @@ void few_classes_gradient(const Tile<T>& tile, const Compute<T>* u, PresentClass
 
 template <typename T, bool kMasked, bool kCrossEntropy>
 void softmax_gradient_tile(const Tile<T>& tile, int classes, const Compute<T>* u, PresentClasses& present,
-                           Vector<Compute<T>>* e, const GradientRows<T>& out) {
+                           Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
   switch (classes) {
     case 2: return few_classes_gradient<T, 2, kMasked, kCrossEntropy>(tile, u, present, out);
     case 3: return few_classes_gradient<T, 3, kMasked, kCrossEntropy>(tile, u, present, out);
     case 4: return few_classes_gradient<T, 4, kMasked, kCrossEntropy>(tile, u, present, out);
     default:
-      return softmax_gradient_rows<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, u, present, e, out);
+      return softmax_gradient_rows<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, u, present, scratch, out);
   }
 }
 
@@ -368,14 +365,14 @@ void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Pr
   }
 }
 
-// Vectors of a class that a block keeps: the exponentials, or four things in the general kernels.
-constexpr int kScratchVectors = larger(kBlockVectors, 4 * kGeneralVectors);
+// Vectors of a class that are kept: two blocks' logits, or four things in the general kernels.
+constexpr int kScratchVectors = larger(2 * kBlockVectors, 4 * kGeneralVectors);
 
-// Scratch: the tile's buffers, kScratchVectors a class, gradient rows[C][tile voxels], present classes.
+// Scratch: the tile's buffers, kScratchVectors a class, gradient rows[C][row voxels], present classes.
 template <typename T>
 int64_t scratch_bytes(const Volume& v) {
   return TileBuffers<T>::bytes(v) + v.classes * kScratchVectors * kVectorBytes +
-         v.classes * TileBuffers<T>::voxels_per_tile(v) * static_cast<int64_t>(sizeof(T)) +
+         v.classes * TileBuffers<T>::voxels_per_row(v) * static_cast<int64_t>(sizeof(T)) +
          PresentClasses::bytes(v.classes);
 }
 
@@ -384,23 +381,25 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
               const GradientView& view, void* scratch) {
   using A = Compute<T>;
   const A* u = static_cast<const A*>(coefficients);
-  const TileBuffers<T> buffers(v, scratch);
+  TileBuffers<T> buffers(v, scratch);
+  if (view.voxel_stride != 1) buffers.tile_voxels = buffers.row_voxels;  // what is copied there is kept in rows
   Vector<A>* block = reinterpret_cast<Vector<A>*>(buffers.rest);
   T* buffer = reinterpret_cast<T*>(block + v.classes * kScratchVectors);
-  PresentClasses present(buffer + v.classes * buffers.tile_voxels, v.classes);
+  PresentClasses present(buffer + v.classes * buffers.row_voxels, v.classes);
   const bool inner = is_inner(v, view.class_stride, view.voxel_stride);
   BadInput bad;  // the count pass has told of it, and its coefficients are NaN then
-  for (int64_t at = begin; at < end; at += buffers.tile_voxels) {
-    const int voxels = static_cast<int>(smaller(buffers.tile_voxels, end - at));
+  for (int64_t at = begin; at < end;) {
+    const int voxels = buffers.take(end - at);
     const Tile<T> tile = load_tile<T>(v, sample, at, voxels, buffers, inner, bad);
     T* there = static_cast<T*>(view.data) + sample * view.sample_stride + at * view.voxel_stride;
     const bool direct = tile.is_inner || (view.voxel_stride == 1 && voxels == tile.padded_voxels());
     const GradientRows<T> out =
-        direct ? GradientRows<T>{there, view.class_stride} : GradientRows<T>{buffer, buffers.tile_voxels};
+        direct ? GradientRows<T>{there, view.class_stride} : GradientRows<T>{buffer, buffers.row_voxels};
     gradient_tile(v, tile, u, present, block, out);
     if (!direct) {
-      copy_rows<true>(there, view.class_stride, view.voxel_stride, buffer, buffers.tile_voxels, v.classes, voxels);
+      copy_rows<true>(there, view.class_stride, view.voxel_stride, buffer, buffers.row_voxels, v.classes, voxels);
     }
+    at += voxels;
   }
 }
 

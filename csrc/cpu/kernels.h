@@ -43,6 +43,7 @@ struct Kernels {
 TK_DECLARE_KERNELS(baseline)
 TK_DECLARE_KERNELS(avx2)
 TK_DECLARE_KERNELS(avx512)
+TK_DECLARE_KERNELS(avx512_bf16)
 
 }  // namespace cpu
 }  // namespace tversky_kernels

@@ -106,9 +106,24 @@ TK_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p);
 }
 
+// a > b ? a : b, so that b's NaN stays and a's does not; gcc does not find the instruction by itself where a is constant.
 template <typename V>
 TK_INLINE V maximum(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) {
+    return (V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+  } else {
+    return (V)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(a[0]) == 4) {
+    return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  } else {
+    return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+  }
+#else
   return a > b ? a : b;
+#endif
 }
 
 // -|x|
@@ -130,20 +145,28 @@ TK_INLINE Vector<A> reciprocal(Vector<A> x) {
   return 1 / x;
 }
 
+// q[0] + q[1] x + ... by pairs, so that fewer steps wait for each other than by Horner's rule. x2: x * x.
+template <int kTerms, typename V, typename A>
+TK_INLINE V polynomial(const A (&q)[kTerms], V x, V x2) {
+  constexpr int kLast = (kTerms - 1) / 2 * 2;
+  V sum = kLast + 1 < kTerms ? q[kTerms - 1] * x + q[kLast] : q[kLast] - V{};
+#pragma GCC unroll 16
+  for (int i = kLast - 2; i >= 0; i -= 2) sum = sum * x2 + (q[i + 1] * x + q[i]);
+  return sum;
+}
+
 // e^x for x <= 0 (and for small positive x), error below 1 ulp; below 2^-126 it is 0, NaN stays NaN.
 template <typename A>
 TK_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
   using L = Lanes<A>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  x = x < broadcast<A>(L::smallest) ? broadcast<A>(L::smallest) : x;  // in this order NaN passes
+  x = maximum(broadcast<A>(L::smallest), x);  // in this order NaN passes
   const V shifted = x * L::log2e + L::round_magic;                    // its low bits are n + bias
   const V n = shifted - L::round_magic;
   const V r = (x - n * L::ln2_high) - n * L::ln2_low;
-  V q = broadcast<A>(L::q[L::degree - 1]);
-#pragma GCC unroll 16
-  for (int i = L::degree - 2; i >= 0; --i) q = q * r + L::q[i];
-  const V exponential_minus_1 = (r * r) * q + r;
+  const V r2 = r * r;
+  const V exponential_minus_1 = r2 * polynomial(L::q, r, r2) + r;
   const V scale = (V)((I)shifted << L::mantissa_bits);  // 2^n
   return exponential_minus_1 * scale + scale;
 }
@@ -194,10 +217,7 @@ TK_INLINE Vector<A> log1p_of_fraction(Vector<A> x) {
   if constexpr (sizeof(A) == 4) {  // x q(x), minimax in relative error: 3.0e-8
     constexpr float q[] = {0.9999999699f,  -0.4999949314f, 0.3331909672f,   -0.2484298163f, 0.1910600471f,
                            -0.1366324187f, 0.07822590975f, -0.02950521503f, 0.005232688787f};
-    Vector<A> sum = broadcast<A>(q[8]);
-#pragma GCC unroll 16
-    for (int i = 7; i >= 0; --i) sum = sum * x + q[i];
-    return sum * x;
+    return polynomial(q, x, x * x) * x;
   } else {
     return log1p<A>(x);
   }
@@ -340,10 +360,14 @@ TK_INLINE FloatVector widen(HalfVector bits, BFloat16) {
 }
 
 TK_INLINE HalfVector narrow(FloatVector x, BFloat16) {
+#if defined(__AVX512BF16__)
+  return (HalfVector)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)x);  // below 2^-126 it is 0
+#else
   const Uint32Vector b = (Uint32Vector)x;
   const Uint32Vector rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const Uint32Vector quiet_nan = (b >> 16) | 0x40u;
   return narrow_bits(x != x ? quiet_nan : rounded);
+#endif
 }
 
 TK_INLINE FloatVector widen(HalfVector bits, Half) {

@@ -16,6 +16,7 @@ using namespace tversky_kernels::cpu;  // NOLINT
 
 constexpr int kBlockVectors = 4;      // vectors of voxels that a pass works on at once
 constexpr int kTileVoxels = 1024;     // at most
+constexpr int kCopiedVoxels = 128;    // at most, where a tile's logits are copied
 constexpr int kRowBytes = 48 * 1024;  // of copied rows, so that they stay in the first-level cache
 constexpr int kUncounted = -1;        // label of a voxel that does not count
 
@@ -347,6 +348,15 @@ TK_INLINE void load_classes(const Tile<T>& tile, int i, Vector<Compute<T>>* z) {
   for (int c = 0; c < C; ++c) z[c] = load_logits(tile.rows + c * tile.row_stride + i);
 }
 
+// The same; returns their maximum.
+template <int C, bool kInner, typename T>
+TK_INLINE Vector<Compute<T>> load_classes_and_top(const Tile<T>& tile, int i, Vector<Compute<T>>* z) {
+  load_classes<C, kInner>(tile, i, z);
+  Vector<Compute<T>> top = z[0];
+  for (int c = 1; c < C; ++c) top = maximum(top, z[c]);
+  return top;
+}
+
 template <int C, bool kInner, typename T>
 TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, const Vector<Compute<T>>* dz) {
 #if defined(TK_HAS_SHUFFLES)
@@ -369,8 +379,17 @@ class PresentClasses {
     memset(memory, 0, bytes(classes));
   }
   template <typename Int>
+  // count: whole vectors of them.
   TK_INLINE void set(const Int* labels, int count, bool present) {
-    for (int i = 0; i < count; ++i) flags_[labels[i]] = present;
+    using I = typename Integers<Int>::Vector;
+    const I first = labels[0] - I{};
+    I others{};
+    for (int i = 0; i < count; i += Integers<Int>::count) others |= load<I>(labels + i) != first;
+    if (any(others)) {
+      for (int i = 0; i < count; ++i) flags_[labels[i]] = present;
+    } else {
+      flags_[labels[0]] = present;  // as inside of an organ
+    }
   }
   TK_INLINE bool has(int c) const { return flags_[c] != 0; }
 
@@ -378,13 +397,63 @@ class PresentClasses {
   uint8_t* flags_;  // flags_[kUncounted] is the first byte
 };
 
+// Reads the softmax's logits of one block of kBlockVectors vectors after another, class by class: into memory where the
+// classes of a block lie side by side, with their maxima. Rows a power of two apart share a few lines of every cache, so
+// that a block's logits are soon gone from it: each is read once, while the block before is worked on, and asked for a
+// few rows before that.
+template <typename T>
+struct BlockReader {
+  using V = Vector<Compute<T>>;
+  const T* rows;
+  int64_t row_stride;
+  int classes, ahead;
+
+  TK_INLINE BlockReader(const Tile<T>& tile, int classes_)
+      : rows(tile.rows), row_stride(tile.row_stride), classes(classes_), ahead(classes_ < 16 ? classes_ : 16) {}
+
+  TK_INLINE void read_class(int at, int c, V* logits, V* top) const {
+    constexpr int kLanes = Lanes<Compute<T>>::count, kLine = 64 / sizeof(T);
+    const T* row = rows + c * row_stride + at;
+    const T* later = row + (c + ahead < classes ? ahead * row_stride : (ahead - classes) * row_stride + kBlock<Compute<T>>);
+    for (int i = 0; i < kBlock<Compute<T>>; i += kLine) prefetch(later + i);
+#pragma GCC unroll 4
+    for (int k = 0; k < kBlockVectors; ++k) {
+      const V z = load_logits(row + k * kLanes);
+      top[k] = maximum(top[k], z);
+      logits[c * kBlockVectors + k] = z;
+    }
+  }
+};
+
+// Calls work(at, logits, top, read_next) for every block of the tile; it calls read_next(c) for every class.
+template <typename T, typename F>
+TK_INLINE void for_each_block(const Tile<T>& tile, int padded, int classes, Vector<Compute<T>>* scratch, F&& work) {
+  using V = Vector<Compute<T>>;
+  constexpr int kStep = kBlock<Compute<T>>;
+  const BlockReader<T> reader(tile, classes);
+  V* logits = scratch;
+  V* next = scratch + classes * kBlockVectors;
+  const V lowest = broadcast<Compute<T>>(-__builtin_inff());
+  V top[kBlockVectors] = {lowest, lowest, lowest, lowest};
+  for (int c = 0; c < classes; ++c) reader.read_class(0, c, logits, top);
+  for (int at = 0; at < padded; at += kStep) {
+    const int next_at = at + kStep < padded ? at + kStep : at;  // after the last one nothing is new
+    V next_top[kBlockVectors] = {lowest, lowest, lowest, lowest};
+    work(at, logits, top, [&](int c) __attribute__((always_inline)) { reader.read_class(next_at, c, next, next_top); });
+    for (int k = 0; k < kBlockVectors; ++k) top[k] = next_top[k];
+    V* const done = logits;
+    logits = next;
+    next = done;
+  }
+}
+
 // Where and how a pass keeps its working memory; the same arithmetic sizes it and lays it out.
 template <typename T>
 struct TileBuffers {
   using A = Compute<T>;
   using Int = typename Lanes<A>::Int;
-  int tile_voxels;
-  T* rows;     // [C][tile_voxels]
+  int tile_voxels, row_voxels;
+  T* rows;     // [C][row_voxels]
   A* targets;  // [C][tile_voxels]; none but for Volume::is_general
   Int* labels;
   A* weights;
@@ -393,19 +462,35 @@ struct TileBuffers {
   static int64_t bytes_per_voxel(const Volume& v) {
     return v.classes * static_cast<int64_t>(sizeof(T) + (v.is_general() ? sizeof(A) : 0));
   }
+  // Whether whole blocks of logits are read where they are.
+  static bool is_direct(const Volume& v) { return v.logits.voxel_stride == 1 && !v.is_general(); }
   static int voxels_per_tile(const Volume& v) {
-    const int64_t fit = kRowBytes / bytes_per_voxel(v) / kBlock<A> * kBlock<A>;
-    return static_cast<int>(smaller(larger(fit, kBlock<A>), kTileVoxels));
+    if (is_direct(v)) return kTileVoxels;
+    // Halved, so that partial sums end at the same voxels in every layout.
+    int voxels = v.logits.voxel_stride == 1 || is_inner(v, v.logits.class_stride, v.logits.voxel_stride)
+                     ? kTileVoxels
+                     : kCopiedVoxels;
+    while (voxels > kBlock<A> && voxels * bytes_per_voxel(v) > kRowBytes) voxels /= 2;
+    return voxels;
   }
+  // The rows that are copied: of what is read where it is, the last voxels that are no whole block.
+  static int voxels_per_row(const Volume& v) { return is_direct(v) ? kBlock<A> : voxels_per_tile(v); }
   static int64_t bytes(const Volume& v) {
-    return voxels_per_tile(v) * (bytes_per_voxel(v) + static_cast<int64_t>(sizeof(Int) + sizeof(A)));
+    const int64_t target_bytes = v.is_general() ? v.classes * static_cast<int64_t>(sizeof(A)) : 0;
+    return voxels_per_tile(v) * (target_bytes + static_cast<int64_t>(sizeof(Int) + sizeof(A))) +
+           voxels_per_row(v) * v.classes * static_cast<int64_t>(sizeof(T));
   }
-  TileBuffers(const Volume& v, void* scratch) : tile_voxels(voxels_per_tile(v)) {
+  TileBuffers(const Volume& v, void* scratch) : tile_voxels(voxels_per_tile(v)), row_voxels(voxels_per_row(v)) {
     labels = static_cast<Int*>(scratch);
     weights = reinterpret_cast<A*>(labels + tile_voxels);
     targets = weights + tile_voxels;
     rows = reinterpret_cast<T*>(targets + (v.is_general() ? v.classes * tile_voxels : 0));
-    rest = reinterpret_cast<char*>(rows + v.classes * tile_voxels);
+    rest = reinterpret_cast<char*>(rows + v.classes * row_voxels);
+  }
+
+  // How many of the `left` voxels the next tile takes: whole blocks, and by itself what remains.
+  int take(int64_t left) const {
+    return static_cast<int>(left < kBlock<A> ? left : smaller(left / kBlock<A> * kBlock<A>, tile_voxels));
   }
 };
 
@@ -462,13 +547,13 @@ Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, con
     tile.is_inner = true;
     return tile;
   }
-  copy_rows<false>(at, v.logits.class_stride, v.logits.voxel_stride, buffers.rows, buffers.tile_voxels, v.classes,
+  copy_rows<false>(at, v.logits.class_stride, v.logits.voxel_stride, buffers.rows, buffers.row_voxels, v.classes,
                    count);
   for (int64_t c = 0; c < v.classes; ++c) {
-    for (int i = count; i < padded; ++i) buffers.rows[c * buffers.tile_voxels + i] = T{};
+    for (int i = count; i < padded; ++i) buffers.rows[c * buffers.row_voxels + i] = T{};
   }
   tile.rows = buffers.rows;
-  tile.row_stride = buffers.tile_voxels;
+  tile.row_stride = buffers.row_voxels;
   return tile;
 }
 

@@ -116,6 +116,8 @@ struct Cuda {
     run_forward(logits, v, a);
   }
 
+  static void about_to_fill(const Tensor&) {}
+
   static void gradient(const Volume& v, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& out) {
     const Device device(out);
     GradientArguments a{};
