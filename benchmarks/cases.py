@@ -103,19 +103,33 @@ class Case:
         )
 
 
-SHAPES = ((128, 2), (128, 4), (96, 14), (64, 32))
+SHAPES = ((128, 2), (128, 4), (96, 14), (64, 32), (64, 118))
 
 
 def core(device: str) -> list[Case]:
     """The cases by which the project is judged."""
-    return [Case(side, classes, label=label, device=device) for side, classes in SHAPES for label in ("uint8", "int64")]
+    return [Case(side, classes, label=label, device=device) for label in ("uint8", "int64") for side, classes in SHAPES]
 
 
-def compound(device: str) -> list[Case]:
-    """The cases of the compound loss."""
+def plain(device: str) -> list[Case]:
+    """The core cases with uint8 labels."""
     return [Case(side, classes, device=device) for side, classes in SHAPES]
 
 
+def half(device: str) -> list[Case]:
+    """The same in both half precisions, float32 beside them."""
+    dtypes = ("float32", "float16", "bfloat16")
+    return [Case(side, classes, dtype=dtype, device=device) for side, classes in SHAPES for dtype in dtypes]
+
+
+def small(device: str) -> list[Case]:
+    """Volumes so small that it is the calls that cost."""
+    return [Case(side, classes, device=device) for side in (16, 32) for classes in (2, 4, 14)]
+
+
 def quick(device: str) -> list[Case]:
-    """A few small ones, for a look."""
+    """A few, for a look."""
     return [Case(64, 2, device=device), Case(64, 4, device=device), Case(48, 14, device=device)]
+
+
+SETS = {function.__name__: function for function in (core, plain, half, small, quick)}

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.cases import compound, core
+from benchmarks.cases import core, plain
 from benchmarks.providers import DICE_CE, PROVIDERS, TVERSKY
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = {TVERSKY: core(DEVICE), DICE_CE: compound(DEVICE)}
+CASES = {TVERSKY: core(DEVICE), DICE_CE: plain(DEVICE)}
 
 
 @pytest.mark.parametrize(

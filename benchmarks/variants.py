@@ -8,7 +8,6 @@ bytes to read). Rows are appended to benchmarks/results/variants.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import pathlib
 import statistics
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks.cases import SHAPES, Case
 from benchmarks.providers import PROVIDERS
+from benchmarks.results_table import ResultsTable
 from benchmarks.run import OURS, describe_run, seconds, spread
 
 VARIANTS = {
@@ -86,24 +86,18 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"), metavar="DIR")
     arguments = parser.parse_args()
     run = describe_run()
-    path = arguments.out / "variants.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*run, *FIELDS])
-        if new:
-            writer.writeheader()
-        for side, classes in SHAPES:
-            rows = measure(Case(side, classes, device=arguments.device), arguments.repeats)
-            print(f"\n{side}^3, C = {classes}: a copy takes {rows[0]['copy_ms']:.2f} ms")
-            for r in rows:
-                writer.writerow({**run, **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()}})
-                print(
-                    f"  {r['gradient']:9} {r['variant']:15} {r['milliseconds']:7.2f} ms +-{100 * r['spread']:3.0f}%  "
-                    f"{r['times_floor']:5.2f} x floor   {r['of_plain']:5.2f} x plain   "
-                    f"{r['of_plain_floor']:5.2f} x its floor ratio"
-                )
-    print(f"\nAppended to {path}")
+    table = ResultsTable(arguments.out / "variants.csv", [*run, *FIELDS])
+    for side, classes in SHAPES:
+        rows = measure(Case(side, classes, device=arguments.device), arguments.repeats)
+        table.append([{**run, **row} for row in rows])
+        print(f"\n{side}^3, C = {classes}: a copy takes {rows[0]['copy_ms']:.2f} ms")
+        for r in rows:
+            print(
+                f"  {r['gradient']:9} {r['variant']:15} {r['milliseconds']:7.2f} ms +-{100 * r['spread']:3.0f}%  "
+                f"{r['times_floor']:5.2f} x floor   {r['of_plain']:5.2f} x plain   "
+                f"{r['of_plain_floor']:5.2f} x its floor ratio"
+            )
+    print(f"\nAppended to {table.path}")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ CASES = {
     "too many class weights": ({"class_weight": torch.ones(4)}, ValueError, "class_weight: expected.*3 numbers"),
     "complex class_weight": ({"class_weight": torch.ones(3).cfloat()}, TypeError, "class_weight: expected real"),
     "gamma 0": ({"gamma": 0}, ValueError, "gamma: expected a finite number > 0, got 0"),
+    "gamma is a list": ({"gamma": [0.75]}, TypeError, "gamma: expected a number > 0, got list"),
+    "reduction is a list": ({"reduction": ["mean"]}, ValueError, r"reduction: expected one of .*\['mean'\]"),
     "gamma is None": ({"gamma": None}, TypeError, "gamma: expected a number > 0, got NoneType"),
     "negative smooth_nr": ({"smooth_nr": -1e-5}, ValueError, "smooth_nr: expected"),
     "infinite smooth_dr": ({"smooth_dr": float("inf")}, ValueError, "smooth_dr: expected"),
@@ -126,6 +128,14 @@ def test_bad_input(loss, case):
 def test_bad_label_for_the_binary_case(loss):
     with pytest.raises(ValueError, match=r"target: expected labels in \[0, 2\), got 2"):
         loss(LOGITS[:, :1], torch.full((2, 4, 5), 2), activation="sigmoid")
+
+
+def test_what_was_right_once_is_not_taken_for_what_equals_it(loss):
+    loss(LOGITS, TARGET, gamma=1.0, batch=True)
+    with pytest.raises(TypeError, match="batch: expected True or False, got 1"):
+        loss(LOGITS, TARGET, gamma=1.0, batch=1)
+    with pytest.raises(TypeError, match="gamma: expected a number > 0, got bool"):
+        loss(LOGITS, TARGET, gamma=True, batch=True)
 
 
 def test_unknown_argument(loss):

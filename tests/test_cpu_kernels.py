@@ -14,6 +14,7 @@ from tversky_kernels._ops import ops
 
 WIDEST = max(CPU_CAPABILITIES.values())
 
+
 def cpu(logits, target, **options):
     return tk.tversky_loss(logits, target, backend="cpu", **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -150,15 +151,31 @@ def check_arguments(
     What is not given has no effect: the counts alone need none of it. any_resolution: target and voxel_weight may have
     other spatial sizes than the logits, see `Volumes`.
     """
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
-        raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
-    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
     if check_target not in (None, True, False):
         raise TypeError(f"check_target: expected None, True or False, got {check_target!r}")
     one_of("activation", activation, ACTIVATIONS)
     _check_logits(logits, activation)
     alpha, beta, class_parameters = _check_class_parameters(alpha, beta, class_weight, ce_class_weight, logits)
+    options = (
+        *(alpha, beta, gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent),
+        *(soft_label, reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma),
+    )
+    try:
+        # The same ones at every step of a training, and a third of the time of a call on a small volume.
+        checked = (_check_options if torch.compiler.is_compiling() else _check_options_once)(*options)
+    except TypeError:  # also where one cannot be hashed
+        checked = _check_options(*options)
+    return Checked(_check_volumes(logits, target, voxel_weight, any_resolution), checked, class_parameters)
+
+
+def _check_options(
+    alpha, beta, gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent,
+    soft_label, reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma,
+) -> Options:  # fmt: skip
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
+    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
     options = Options(
         alpha,
         beta,
@@ -179,7 +196,10 @@ def check_arguments(
     )
     if options.ce_weight and activation == "none":
         raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
-    return Checked(_check_volumes(logits, target, voxel_weight, any_resolution), options, class_parameters)
+    return options
+
+
+_check_options_once = functools.lru_cache(maxsize=128, typed=True)(_check_options)  # typed: True is not 1.0
 
 
 def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Tensor:

@@ -17,12 +17,17 @@ def available_backends() -> dict[str, bool | str]:
     >>> tk.available_backends()
     {'cpu': True, 'cuda': '...', 'triton': '...', 'reference': True}
     """
-    return {
-        "cpu": _ops.CPU_MISSING is None or _ops.CPU_MISSING,
-        "cuda": _on_gpu(_ops.CUDA_MISSING),
-        "triton": True if _interpreted() and _ops.TRITON_MISSING is None else _on_gpu(_ops.TRITON_MISSING),
-        "reference": True,
-    }
+    return {name: _available(name) for name in NAMES}
+
+
+def _available(backend: str) -> bool | str:
+    if backend == "cpu":
+        return _ops.CPU_MISSING is None or _ops.CPU_MISSING
+    if backend == "cuda":
+        return _on_gpu(_ops.CUDA_MISSING)
+    if backend == "triton":
+        return True if _interpreted() and _ops.TRITON_MISSING is None else _on_gpu(_ops.TRITON_MISSING)
+    return True
 
 
 def _on_gpu(missing: str | None) -> bool | str:
@@ -46,7 +51,7 @@ def _obstacle(backend: str, device: torch.device, unsupported: str | None) -> st
     # Why a backend cannot compute this case, as the end of an error message; None where it can.
     if backend == "reference":
         return None
-    reason = available_backends()[backend]
+    reason = _available(backend)
     if reason is not True:
         return f"is not available: {reason}"
     expected = backend if backend != "triton" else "cpu" if _interpreted() else "cuda"

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from . import reference
 from ._arguments import Options, Volumes
 from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, OPERATORS, REDUCTIONS
 from .distributed import sum_over_group
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """`function.apply`, without binding the arguments to the signature first: that takes longer than all the rest.
+
+    torch needs it for its transforms (torch.func, vmap) and for the compiler, which get it.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def _pass_arguments(options: Options):
@@ -101,7 +112,7 @@ def _gradient(upstream, volume, coefficients, class_parameters, options, inplace
     logits, target, voxel_weight = volume
     compiling = torch.compiler.is_compiling()
     if torch.is_grad_enabled() and not compiling:
-        return GradientPass.apply(upstream, *volume, coefficients, class_parameters, options, process_group, backend)
+        return apply(GradientPass, upstream, *volume, coefficients, class_parameters, options, process_group, backend)
     upstream, coefficients, arguments = _gradient_arguments(upstream, coefficients, options)
     ops = OPERATORS[backend]
     if inplace and not compiling and _may_be_overwritten(logits):

@@ -69,9 +69,8 @@ def _on_backend(logits, checked, function, how, check_target, inplace_backward, 
 
 def _apply_loss(chosen, check, logits, checked, inplace_backward, process_group):
     (target, voxel_weight, _), options, class_parameters = checked
-    return autograd.TverskyLoss.apply(
-        logits, target, voxel_weight, class_parameters, options, check, inplace_backward, process_group, chosen
-    )[0]
+    volumes = (logits, target, voxel_weight, class_parameters)
+    return autograd.apply(autograd.TverskyLoss, *volumes, options, check, inplace_backward, process_group, chosen)[0]
 
 
 def _loss(logits, checked, check_target, inplace_backward, process_group, backend):
@@ -81,7 +80,8 @@ def _loss(logits, checked, check_target, inplace_backward, process_group, backen
 
 def _apply_counts(chosen, check, logits, checked, inplace_backward):
     (target, voxel_weight, _), options, _ = checked
-    return autograd.OverlapCounts.apply(logits, target, voxel_weight, options, check, inplace_backward, chosen)
+    volumes = (logits, target, voxel_weight)
+    return autograd.apply(autograd.OverlapCounts, *volumes, options, check, inplace_backward, chosen)
 
 
 def tversky_loss(

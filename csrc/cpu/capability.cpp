@@ -30,7 +30,10 @@ Capability supported_by_processor() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  return bf16 ? Capability::kAvx512Bf16 : avx512 ? Capability::kAvx512 : avx2 ? Capability::kAvx2 : Capability::kBaseline;
+  return bf16     ? Capability::kAvx512Bf16
+         : avx512 ? Capability::kAvx512
+         : avx2   ? Capability::kAvx2
+                  : Capability::kBaseline;
 #else
   return Capability::kBaseline;
 #endif

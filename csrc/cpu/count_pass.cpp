@@ -87,8 +87,8 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   }
 }
 
-// From the logits of kVectors vectors of voxels and their maxima; exponentials take the logits' place. kClasses: the number
-// of classes where it is known when this is compiled, else 0. read_next(c) is called for every class on the way.
+// From the logits of kVectors vectors of voxels and their maxima; exponentials take the logits' place. kClasses: the
+// number of classes where it is known when this is compiled, else 0. read_next(c) is called for every class on the way.
 template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, typename Next>
 TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_classes, PresentClasses& present,
                                    LogitsVector<T>* logits, const LogitsVector<T>* top, const Next& read_next,
@@ -272,8 +272,7 @@ void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& presen
     case 2: return count_few_classes<T, 2, kMasked, kCrossEntropy>(tile, present, counts);
     case 3: return count_few_classes<T, 3, kMasked, kCrossEntropy>(tile, present, counts);
     case 4: return count_few_classes<T, 4, kMasked, kCrossEntropy>(tile, present, counts);
-    default:
-      return count_softmax<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, present, scratch, counts);
+    default: return count_softmax<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, present, scratch, counts);
   }
 }
 
@@ -426,7 +425,8 @@ void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, L
 
 constexpr int kScratchVectors = larger(2 * kBlockVectors, 2 * kGeneralVectors);  // of a class: two blocks' logits
 
-// Scratch: the tile's buffers, kScratchVectors a class, tile sums[C][kAllCounts], totals[C][kAllCounts], present classes.
+// Scratch: the tile's buffers, kScratchVectors a class, tile sums[C][kAllCounts], totals[C][kAllCounts], present
+// classes.
 template <typename T>
 int64_t scratch_bytes(const Volume& v) {
   return TileBuffers<T>::bytes(v) + v.classes * (kScratchVectors + kAllCounts + kAllCounts) * kVectorBytes +

@@ -120,8 +120,7 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
 
 template <typename T, int kClasses, bool kMasked, bool kCrossEntropy, bool kInner>
 TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classes, const Compute<T>* u,
-                                     PresentClasses& present, Vector<Compute<T>>* scratch,
-                                     const GradientRows<T>& out) {
+                                     PresentClasses& present, Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   using V = Vector<Compute<T>>;
   constexpr int kLanes = Lanes<Compute<T>>::count;
   if constexpr (kClasses == 2) {
@@ -219,7 +218,8 @@ void softmax_gradient_tile(const Tile<T>& tile, int classes, const Compute<T>* u
     case 3: return few_classes_gradient<T, 3, kMasked, kCrossEntropy>(tile, u, present, out);
     case 4: return few_classes_gradient<T, 4, kMasked, kCrossEntropy>(tile, u, present, out);
     default:
-      return softmax_gradient_rows<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, u, present, scratch, out);
+      return softmax_gradient_rows<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, u, present, scratch,
+                                                                        out);
   }
 }
 

@@ -1,6 +1,7 @@
 // The operators on CPU tensors.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -12,7 +13,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 #include "../operators.h"
@@ -216,6 +216,41 @@ std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coeffi
   return scaled;
 }
 
+// First touches fresh memory in pages of 2 MB, where the system leaves that to its programs (madvise): each costs about
+// as much as 80 of 4 KB, of which it replaces 512. Where they turn out slow, because a virtual machine has given its
+// large free blocks back to its host or memory must be compacted first, the rest is left alone, and so are the next
+// calls'.
+void touch_in_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = int64_t{2} << 20;
+  constexpr int kCallsToSkip = 64;
+  constexpr auto kSlow = std::chrono::microseconds(1000);  // small pages cost about 700
+  static std::atomic<int> calls_to_skip{[] {
+    const char* asked = std::getenv("TVERSKY_KERNELS_HUGE_PAGES");
+    return asked != nullptr && std::string(asked) == "0" ? std::numeric_limits<int>::max() : 0;
+  }()};
+  const int64_t before_first = -reinterpret_cast<intptr_t>(data) & (kPage - 1);
+  const int64_t pages = (bytes - before_first) / kPage;
+  if (pages < 2) return;
+  const int skip = calls_to_skip.load(std::memory_order_relaxed);
+  if (skip > 0) {
+    if (skip != std::numeric_limits<int>::max()) calls_to_skip.store(skip - 1, std::memory_order_relaxed);
+    return;
+  }
+  std::atomic<bool> slow{false};
+  torch::stable::parallel_for(0, pages, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last && !slow.load(std::memory_order_relaxed); ++i) {
+      char* const page = data + before_first + i * kPage;
+      const auto started = std::chrono::steady_clock::now();
+      if (madvise(page, kPage, MADV_HUGEPAGE) != 0) return;
+      *static_cast<volatile char*>(page) = 0;
+      if (std::chrono::steady_clock::now() - started > kSlow) slow.store(true, std::memory_order_relaxed);
+    }
+  });
+  if (slow.load()) calls_to_skip.store(kCallsToSkip, std::memory_order_relaxed);
+#endif
+}
+
 struct Cpu {
   static void count(const Tensor&, const Volume& v, bool raise, const Tensor& counts) {
     tversky_kernels::cpu::count(v, raise, counts.mutable_data_ptr<double>());
@@ -243,22 +278,9 @@ struct Cpu {
     evaluate(t, counts.data(), loss, coefficients);
   }
 
-  // Asks for huge pages, where the system leaves that to its programs: 2 MB cost about as much to touch first as three of
-  // 4 KB each. Advice; whatever comes of it is right.
   static void about_to_fill(const Tensor& out) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    static const bool wanted = [] {
-      const char* asked = std::getenv("TVERSKY_KERNELS_HUGE_PAGES");
-      return asked == nullptr || std::string(asked) != "0";
-    }();
-    constexpr uintptr_t kWorthwhile = 4 << 20;
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t bytes = out.numel() * out.element_size();
-    if (!wanted || bytes < kWorthwhile) return;
-    const uintptr_t first = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-    const uintptr_t begin = first / page * page, end = (first + bytes + page - 1) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+    touch_in_huge_pages(static_cast<char*>(out.mutable_data_ptr()),
+                        out.numel() * static_cast<int64_t>(out.element_size()));
   }
 
   static void gradient(const Volume& v, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& out) {

@@ -106,7 +106,8 @@ TK_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p);
 }
 
-// a > b ? a : b, so that b's NaN stays and a's does not; gcc does not find the instruction by itself where a is constant.
+// a > b ? a : b, so that b's NaN stays and a's does not; gcc does not find the instruction by itself where a is
+// constant.
 template <typename V>
 TK_INLINE V maximum(V a, V b) {
 #if defined(__AVX512F__)
@@ -161,8 +162,8 @@ TK_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
   using L = Lanes<A>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  x = maximum(broadcast<A>(L::smallest), x);  // in this order NaN passes
-  const V shifted = x * L::log2e + L::round_magic;                    // its low bits are n + bias
+  x = maximum(broadcast<A>(L::smallest), x);        // in this order NaN passes
+  const V shifted = x * L::log2e + L::round_magic;  // its low bits are n + bias
   const V n = shifted - L::round_magic;
   const V r = (x - n * L::ln2_high) - n * L::ln2_low;
   const V r2 = r * r;

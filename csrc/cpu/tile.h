@@ -398,9 +398,9 @@ class PresentClasses {
 };
 
 // Reads the softmax's logits of one block of kBlockVectors vectors after another, class by class: into memory where the
-// classes of a block lie side by side, with their maxima. Rows a power of two apart share a few lines of every cache, so
-// that a block's logits are soon gone from it: each is read once, while the block before is worked on, and asked for a
-// few rows before that.
+// classes of a block lie side by side, with their maxima. Rows a power of two apart share a few lines of every cache,
+// so that a block's logits are soon gone from it: each is read once, while the block before is worked on, and asked for
+// a few rows before that.
 template <typename T>
 struct BlockReader {
   using V = Vector<Compute<T>>;
@@ -414,7 +414,8 @@ struct BlockReader {
   TK_INLINE void read_class(int at, int c, V* logits, V* top) const {
     constexpr int kLanes = Lanes<Compute<T>>::count, kLine = 64 / sizeof(T);
     const T* row = rows + c * row_stride + at;
-    const T* later = row + (c + ahead < classes ? ahead * row_stride : (ahead - classes) * row_stride + kBlock<Compute<T>>);
+    const T* later =
+        row + (c + ahead < classes ? ahead * row_stride : (ahead - classes) * row_stride + kBlock<Compute<T>>);
     for (int i = 0; i < kBlock<Compute<T>>; i += kLine) prefetch(later + i);
 #pragma GCC unroll 4
     for (int k = 0; k < kBlockVectors; ++k) {

@@ -1,0 +1,121 @@
+"""The benchmarks' own parts: what they would print of a wrong loss, a missing package, a known growth."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+
+for _module in ("matplotlib", "pandas", "tqdm", "monai"):
+    pytest.importorskip(_module)
+
+from benchmarks import growth, memory, plot, run, training_step
+from benchmarks.cases import SETS, Case
+from benchmarks.providers import PROVIDERS
+from benchmarks.results_table import ResultsTable
+
+TINY = Case(8, 3)
+
+
+@pytest.mark.parametrize("set_name", list(SETS))
+def test_a_case_is_its_name(set_name):
+    for case in SETS[set_name]("cpu"):
+        assert Case.parse(case.name) == case
+
+
+def test_inputs_have_every_class_and_the_size_they_say():
+    logits, target = Case(24, 4, samples=2, dtype="bfloat16", label="int16").inputs(seed=0)
+    assert logits.shape == (2, 4, 24, 24, 24)
+    assert target.shape == (2, 1, 24, 24, 24)
+    assert logits.dtype == torch.bfloat16
+    assert target.dtype == torch.int16
+    assert target.unique().tolist() == [0, 1, 2, 3]
+    case = Case(24, 4, samples=2, dtype="bfloat16", label="int16")
+    assert case.logits_bytes == logits.nbytes
+    assert case.target_bytes == target.nbytes
+    assert case.floor_copies == (3 * logits.nbytes + 2 * target.nbytes) / (2 * logits.nbytes)
+
+
+def test_a_wrong_loss_and_a_missing_package_get_no_time(monkeypatch):
+    def missing(case):
+        raise ImportError(name="no_such_package")
+
+    right = PROVIDERS["ours"]
+    wrong = dataclasses.replace(right, name="wrong", make=lambda case: lambda z, t: 1.001 * right.make(case)(z, t))
+    none = dataclasses.replace(right, name="none", make=lambda case: lambda z, t: right.make(case)(z, t) + 0 * z.nan)
+    for provider in (wrong, dataclasses.replace(right, name="missing", make=missing), none):
+        monkeypatch.setitem(PROVIDERS, provider.name, provider)
+    rows = {r["provider"]: r for r in run.run_case(TINY, ["ours", "wrong", "missing", "none"], 2, memory=False)}
+    assert rows["ours"]["status"] == "ok"
+    assert rows["ours"]["milliseconds"] > 0
+    assert rows["wrong"]["status"] == "wrong"
+    assert rows["wrong"]["loss_error"] == pytest.approx(1e-3, rel=0.01)
+    assert rows["missing"]["status"] == "missing: no_such_package"
+    assert rows["none"]["status"] == "failed: AttributeError"
+    assert all("milliseconds" not in rows[name] for name in ("wrong", "missing", "none"))
+
+
+def test_monai_dice_of_float16_is_found_wrong():
+    """Its sums overflow: the loss is 1 and the gradient 0, or NaN."""
+    case = Case(64, 2, dtype="float16")
+    rows = {r["provider"]: r for r in run.run_case(case, ["ours", "MONAI DiceLoss"], 2, memory=False)}
+    assert rows["ours"]["status"] == "ok"
+    assert rows["MONAI DiceLoss"]["status"] == "wrong"
+
+
+def test_peak_memory_is_of_the_loss_alone():
+    found = memory.measure(Case(64, 4), PROVIDERS["ours"])
+    gradient = Case(64, 4).logits_bytes / 2**20
+    assert found["forward_allocator_mib"] < 0.1
+    assert gradient <= found["both_allocator_mib"] < 1.1 * gradient
+    assert memory.measure(Case(64, 4), PROVIDERS["MONAI TverskyLoss"])["both_allocator_mib"] > 3 * gradient
+
+
+def test_exponent_of_a_power_law():
+    assert growth.exponent([(x, 3 * x**1.5) for x in (2, 7, 40)]) == pytest.approx(1.5)
+
+
+def test_report_of_growth():
+    rows = [{"value": s**3, "voxels": s**3, "provider": "ours", "milliseconds": 1e-6 * 2 * s**3} for s in (32, 64, 128)]
+    assert "2.00     2.00     2.00   exponent 1.00" in growth.report("voxels", rows)
+
+
+def test_table_appends_and_refuses_other_columns(tmp_path):
+    ResultsTable(tmp_path / "t.csv", ["a", "b"]).append([{"a": 1.23456, "b": "x"}])
+    ResultsTable(tmp_path / "t.csv", ["a", "b"]).append([{"a": 2}])
+    with open(tmp_path / "t.csv") as file:
+        assert list(csv.reader(file)) == [["a", "b"], ["1.235", "x"], ["2", ""]]
+    with pytest.raises(ValueError, match=r"t.csv: expected the columns \['a'\], found \['a', 'b'\]"):
+        ResultsTable(tmp_path / "t.csv", ["a"])
+
+
+def test_largest_patch_is_within_the_budget():
+    rows = training_step.largest_patches("demo FCN", training_step.fcn, 14, 180 * 2**20, 80, "cpu")
+    sides = {r["loss"]: r for r in rows if r["status"] == "ok"}
+    assert sides["our Dice + CE, in place"]["largest_side"] == 64
+    assert sides["our Dice + CE, in place"]["step_peak_mib"] <= 180
+    assert sides["MONAI DiceCELoss"]["largest_side"] < 64
+
+
+def test_pictures_of_what_is_measured(tmp_path):
+    """From tables as the benchmarks write them."""
+    names = ["ours", "MONAI TverskyLoss"]
+    table = ResultsTable(tmp_path / "growth.csv", ["series", "value", "voxels", *run.FIELDS])
+    described = run.describe_run()
+    for series, case, value in (("voxels", Case(8, 2), 8**3), ("voxels", Case(16, 2), 16**3), ("classes", TINY, 3)):
+        rows = run.run_case(case, names, 2, memory=False)
+        table.append([{**described, "series": series, "value": value, "voxels": case.voxels, **r} for r in rows])
+    core = ResultsTable(tmp_path / "cpu.csv", run.FIELDS)
+    name = SETS["plain"]("cpu")[0].name
+    measured = {
+        "task": "tversky",
+        "case": name,
+        "provider": "ours",
+        "status": "ok",
+        "milliseconds": 1,
+        "times_floor": 2,
+    }
+    core.append([{**described, **measured}])
+    assert plot.draw_growth(tmp_path, "cpu").stat().st_size > 10_000
