@@ -2,6 +2,7 @@
 # make test   all tests (sets everything up)
 # make lint   ruff and clang-format        make bench  the benchmarks of this machine
 # make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own
+# make bench-report  there too: everything that docs/performance.md shows, with its pictures (45 minutes on 2 cores)
 # make gpu    on a machine with a card: builds, tests and benchmarks with the Python and torch that are there
 # make wheel  a wheel in dist/
 #
@@ -16,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f) setup.py
 OUT ?= benchmarks/results
 
-.PHONY: demo test lint format bench bench-peers gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel clean
+.PHONY: demo test lint format bench bench-peers bench-all bench-report gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel clean
 SHELL := /bin/bash -o pipefail
 
 $(VENV)/.python: Makefile
@@ -75,6 +76,19 @@ PEERS := .venv-peers
 bench-peers:
 	$(MAKE) bench VENV=$(PEERS) TORCH='torch==2.14.1 torchvision==0.29.1' BENCH_EXTRAS=bench,peers BENCH='$(BENCH)'
 
+bench-all: $(BENCH_READY)
+	$(PY) -m benchmarks.run --set plain --out $(OUT)
+	$(PY) -m benchmarks.run --task dice_ce --out $(OUT)
+	$(PY) -m benchmarks.run --set half --no-memory --out $(OUT)
+	$(PY) -m benchmarks.run --set small --no-memory --out $(OUT)
+	$(PY) -m benchmarks.growth --out $(OUT)
+	$(PY) -m benchmarks.training_step --out $(OUT)
+	$(PY) -m benchmarks.variants --out $(OUT)
+	$(PY) -m benchmarks.plot --results $(OUT)
+
+bench-report:
+	$(MAKE) bench-all VENV=$(PEERS) TORCH='torch==2.14.1 torchvision==0.29.1' BENCH_EXTRAS=bench,peers
+
 # No set-up: the card's machine has its own torch and no network. Each part can be called by itself.
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench
 
@@ -95,6 +109,12 @@ gpu-sanitize:
 
 gpu-bench:
 	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)
+	$(PYTHON) -m benchmarks.run --device cuda --task dice_ce --out $(OUT)
+	$(PYTHON) -m benchmarks.run --device cuda --set half --no-memory --out $(OUT)
+	$(PYTHON) -m benchmarks.growth --device cuda --no-memory --out $(OUT)
+	$(PYTHON) -m benchmarks.variants --device cuda --out $(OUT)
+	$(PYTHON) -m benchmarks.training_step --device cuda --network 'demo FCN' --out $(OUT)
+	$(PYTHON) -m benchmarks.plot --device cuda --results $(OUT)
 
 wheel: $(TORCH_STAMP)
 	$(PIP) wheel --no-build-isolation --no-deps -w dist .

@@ -30,9 +30,11 @@ class Provider:
     offset: float = 0.0
     #: The cases' variants that it takes, besides the plain one.
     takes: tuple[str, ...] = ()
+    #: The only device on which it is measured; None: on all.
+    device: str | None = None
 
     def suits(self, case: Case) -> bool:
-        return set(case.variant) <= set(self.takes)
+        return set(case.variant) <= set(self.takes) and self.device in (None, case.device)
 
 
 def _tversky_of_counts(tp, fp, fn):
@@ -145,6 +147,8 @@ PROVIDERS = {
     for p in (
         Provider("ours", _ours("auto"), takes=EVERYTHING),
         Provider("ours, in place", _ours("auto", inplace=True), takes=EVERYTHING),
+        Provider("ours, cuda", _ours("cuda"), takes=EVERYTHING, device="cuda"),
+        Provider("ours, triton", _ours("triton"), takes=EVERYTHING, device="cuda"),
         Provider("our reference", _ours("reference"), takes=EVERYTHING),
         Provider("lean eager, gather", _lean(lean_gather)),
         Provider("lean eager, mask", _lean(lean_mask)),

@@ -45,9 +45,13 @@ def test_cuda_kernels_compile_without_spills(arch, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "g.ptx").read_text()
-    (body,) = re.findall(r"\.entry \w*20gradient_pass_kernelIfLi4ELi4ELb0E\w*\((.*?)\n}", text, re.S)
-    assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.(?:f32|b32|u32)", body)) >= 4
-    assert len(re.findall(r"st\.global\.cs\.v4\.(?:f32|b32|u32)", body)) == 4
+    for kernel, stores in (
+        ("20gradient_pass_kernelIfLi4ELi4ELb0E", 4),  # four classes in registers
+        ("26tiled_gradient_pass_kernelIfL\\w*ActivationE0ELb0E", 1),  # any number through shared memory
+    ):
+        (body,) = re.findall(rf"\.entry \w*{kernel}\w*\((.*?)\n}}", text, re.S)
+        assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.(?:f32|b32|u32)", body)) >= 4
+        assert len(re.findall(r"st\.global\.cs\.v4\.(?:f32|b32|u32)", body)) >= stores
 
 
 @needs_nvcc

@@ -42,7 +42,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
   }
 }
 
-// As count_softmax_block. store(c, k, dz) takes the gradient.
+// As count_softmax_block. store_dz(c, k, dz) takes the gradient of class c in the k-th vector.
 template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, typename Next, typename Store>
 TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const Compute<T>* u,
                                       PresentClasses& present, Vector<Compute<T>>* logits,

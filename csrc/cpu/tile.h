@@ -378,8 +378,8 @@ class PresentClasses {
   PresentClasses(void* memory, int64_t classes) : flags_(static_cast<uint8_t*>(memory) - kUncounted) {
     memset(memory, 0, bytes(classes));
   }
+  // count: of labels, whole vectors.
   template <typename Int>
-  // count: whole vectors of them.
   TK_INLINE void set(const Int* labels, int count, bool present) {
     using I = typename Integers<Int>::Vector;
     const I first = labels[0] - I{};

@@ -161,26 +161,37 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       }
       __syncthreads();
     }
-    const bool class_is_inner = a.out.voxel_stride != 1;
-    for (int i = thread; i < classes * tile_voxels; i += Plan::kThreads) {
-      const int c = class_is_inner ? i % classes : i / tile_voxels;
-      const int k = class_is_inner ? i / classes : i % tile_voxels;
-      if (k >= count) continue;
+    const auto gradient_at = [&](int c, int k) {
       const int label = labels[k];
       const A x = tile[c * layout.tile_stride + k];
-      A dz;
       if (kActivation == Activation::kSoftmax) {
         const SoftmaxGradient<A> gradient{scale[k], offset[k], at_target[k]};
-        dz = label == c ? gradient.at_target : gradient.other(x, background[c]);
-      } else {
-        dz = label == c + v.first_label ? foreground[c] : background[c];
-        if (kActivation == Activation::kSigmoid) {
-          const A e = exponential(x < A(0) ? x : -x);
-          dz = logistic_gradient(e, A(1) / (A(1) + e), dz);
-        }
-        dz = label == kUncounted ? A(0) : dz * scale[k];
+        return label == c ? gradient.at_target : gradient.other(x, background[c]);
       }
-      out[c * a.out.class_stride + (begin + k) * a.out.voxel_stride] = static_cast<T>(dz);
+      A dz = label == c + v.first_label ? foreground[c] : background[c];
+      if (kActivation == Activation::kSigmoid) {
+        const A e = exponential(x < A(0) ? x : -x);
+        dz = logistic_gradient(e, A(1) / (A(1) + e), dz);
+      }
+      return label == kUncounted ? A(0) : dz * scale[k];
+    };
+    const bool class_is_inner = a.out.voxel_stride != 1;
+    if (in_packs(out + begin, a.out.class_stride, a.out.voxel_stride, count, tile_voxels)) {
+      const int log_packs = log2_of(tile_voxels / kPack<T>);
+      for (int i = thread; i < classes << log_packs; i += Plan::kThreads) {
+        const int c = i >> log_packs, k = (i - (c << log_packs)) * kPack<T>;
+        Packed<T, kPack<T>> dz;
+#pragma unroll
+        for (int q = 0; q < kPack<T>; ++q) dz.values[q] = static_cast<T>(gradient_at(c, k + q));
+        store_packed(out + c * a.out.class_stride + begin + k, dz);
+      }
+      return;
+    }
+    const int log_voxels = log2_of(tile_voxels);
+    for (int i = thread; i < classes * tile_voxels; i += Plan::kThreads) {
+      const int c = class_is_inner ? i % classes : i >> log_voxels;
+      const int k = class_is_inner ? i / classes : i - (c << log_voxels);
+      if (k < count) out[c * a.out.class_stride + (begin + k) * a.out.voxel_stride] = static_cast<T>(gradient_at(c, k));
     }
   });
 }

@@ -30,6 +30,48 @@ __device__ __forceinline__ void for_each_tile(const Volume& v, const Share& shar
   }
 }
 
+// Voxels of one class that a thread of a tiled block reads or writes at once.
+template <typename T>
+constexpr int kPack = 16 / sizeof(T);
+
+// log2 of a power of two; for the tiles' sizes, so that nothing is divided by them.
+__device__ __forceinline__ int log2_of(int size) {
+  int log = 0;
+  while ((1 << log) < size) ++log;
+  return log;
+}
+
+// Whether a tile's `count` voxels from `at` on can be read or written in whole packs. The same for the whole block.
+template <typename T>
+__device__ __forceinline__ bool in_packs(const T* at, int64_t class_stride, int64_t voxel_stride, int count,
+                                         int tile_voxels) {
+  return voxel_stride == 1 && count == tile_voxels && tile_voxels >= kPack<T> &&
+         reinterpret_cast<uintptr_t>(at) % 16 == 0 && class_stride % kPack<T> == 0;
+}
+
+// As load_tile, in packs, several of each thread under way at once.
+template <typename T>
+__device__ void load_tile_in_packs(const T* at, int64_t class_stride, int classes, Compute<T>* tile, int tile_stride,
+                                   int tile_voxels) {
+  constexpr int kUnderWay = 4;
+  const int log_packs = log2_of(tile_voxels / kPack<T>), total = classes << log_packs;
+  for (int first = threadIdx.x; first < total; first += kUnderWay * Plan::kThreads) {
+    Packed<T, kPack<T>> packs[kUnderWay];
+#pragma unroll
+    for (int j = 0; j < kUnderWay; ++j) {
+      const int i = first + j * Plan::kThreads, c = i >> log_packs, k = (i - (c << log_packs)) * kPack<T>;
+      if (i < total) packs[j] = load_packed<T, kPack<T>>(at + c * class_stride + k);
+    }
+#pragma unroll
+    for (int j = 0; j < kUnderWay; ++j) {
+      const int i = first + j * Plan::kThreads, c = i >> log_packs, k = (i - (c << log_packs)) * kPack<T>;
+      if (i >= total) break;
+#pragma unroll
+      for (int q = 0; q < kPack<T>; ++q) tile[c * tile_stride + k + q] = static_cast<Compute<T>>(packs[j].values[q]);
+    }
+  }
+}
+
 // tile[c][voxel] from rows + c * class_stride + voxel * voxel_stride. Neighbouring threads take neighbouring addresses
 // in either layout. What is beyond `count` is 0.
 template <typename T>
@@ -38,10 +80,14 @@ __device__ void load_tile(const Volume& v, const T* rows, int64_t begin, int cou
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes), total = classes * tile_voxels;
   const bool class_is_inner = v.logits.voxel_stride != 1;
+  if (in_packs(rows + begin, v.logits.class_stride, v.logits.voxel_stride, count, tile_voxels)) {
+    return load_tile_in_packs<T>(rows + begin, v.logits.class_stride, classes, tile, tile_stride, tile_voxels);
+  }
+  const int log_voxels = log2_of(tile_voxels);
 #pragma unroll 4
   for (int i = threadIdx.x; i < total; i += Plan::kThreads) {
-    const int c = class_is_inner ? i % classes : i / tile_voxels;
-    const int k = class_is_inner ? i / classes : i % tile_voxels;
+    const int c = class_is_inner ? i % classes : i >> log_voxels;
+    const int k = class_is_inner ? i / classes : i - (c << log_voxels);
     A x = A(0);
     if (k < count) x = static_cast<A>(rows[c * v.logits.class_stride + (begin + k) * v.logits.voxel_stride]);
     tile[c * tile_stride + k] = x;
