@@ -91,6 +91,9 @@ def draw_growth(folder: pathlib.Path, device: str) -> pathlib.Path:
     bars(floor, core, cases, "case", names, "provider", "times_floor")
     floor.set_yticklabels([c.split(",")[0] for c in cases], fontsize=8)
     floor.set_xscale("log")
+    floor.set_xlim(left=1)
+    floor.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100), [str(t) for t in ticks])
+    floor.minorticks_off()
     floor.set(xlabel="multiples of reading logits and target twice and writing once", title="Distance to the floor")
     figure.suptitle(said_of(growth), fontsize=9)
     path = folder / f"growth_{device}.png"

@@ -8,6 +8,7 @@ marked wrong and gets no figures. A task is what they are all asked for.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,13 @@ from benchmarks.cases import Case
 
 TVERSKY, DICE_CE = TASKS = ("tversky", "dice_ce")
 ALPHA, BETA, SMOOTH = 0.3, 0.7, 1e-5
+PACKAGES = {
+    "MONAI": "monai",
+    "smp": "segmentation-models-pytorch",
+    "kornia": "kornia",
+    "exacta": "exacta",
+    "nnU-Net": "nnunetv2",
+}
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -32,6 +40,19 @@ class Provider:
     takes: tuple[str, ...] = ()
     #: The only device on which it is measured; None: on all.
     device: str | None = None
+
+    @property
+    def package(self) -> str:
+        """Whose loss it is, as pip calls it."""
+        return PACKAGES.get(self.name.split()[0], "torch" if self.name.startswith("lean") else "tversky_kernels")
+
+    @property
+    def version(self) -> str:
+        """The package and its version; the package alone where it is not installed."""
+        try:
+            return f"{self.package} {importlib.metadata.version(self.package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return self.package
 
     def suits(self, case: Case) -> bool:
         return set(case.variant) <= set(self.takes) and self.device in (None, case.device)

@@ -15,7 +15,7 @@ class ResultsTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             with open(path, "w", newline="") as file:
-                csv.writer(file).writerow(self.fields)
+                csv.writer(file, lineterminator="\n").writerow(self.fields)
             return
         with open(path, newline="") as file:
             found = next(csv.reader(file), [])
@@ -25,5 +25,5 @@ class ResultsTable:
     def append(self, rows: Sequence[dict]) -> None:
         """Adds them now: a run that is cut short keeps what it has measured. A field that a row lacks stays empty."""
         with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, self.fields, restval="")
+            writer = csv.DictWriter(file, self.fields, restval="", lineterminator="\n")
             writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

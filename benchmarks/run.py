@@ -31,7 +31,7 @@ from benchmarks.providers import DICE_CE, PROVIDERS, TASKS, TVERSKY, Provider
 from benchmarks.results_table import ResultsTable
 
 FIELDS = [
-    *("date", "commit", "machine", "cores", "threads", "torch", "task", "case", "provider", "status"),
+    *("date", "commit", "machine", "cores", "threads", "torch", "task", "case", "provider", "version", "status"),
     *("milliseconds", "spread", "times_floor", "copy_ms", "first_touch_ms", "loss_error", "gradient_error"),
     *("forward_allocator_mib", "forward_process_mib", "both_allocator_mib", "both_process_mib"),
 ]
@@ -109,7 +109,9 @@ def run_case(
     rows, runners = {}, {}
     for name in names:
         provider = PROVIDERS[name]
-        row = rows[name] = {"task": provider.task, "case": case.name, "provider": name, "status": "ok"}
+        row = rows[name] = {
+            "task": provider.task, "case": case.name, "provider": name, "version": provider.version, "status": "ok",
+        }  # fmt: skip
         try:
             loss = provider.make(case)
             if check:

@@ -33,7 +33,7 @@ LOSSES = (
     "exacta DiceCELoss",
 )
 FIELDS = [
-    *("device", "measured", "network", "parameters", "classes", "side", "loss", "status", "loss_seconds"),
+    *("device", "measured", "network", "parameters", "classes", "side", "loss", "version", "status", "loss_seconds"),
     *("share_of_time", "step_peak_mib", "share_of_peak", "budget_mib", "largest_side"),
 ]
 STEP = 16  # sides of patches; every network here halves them four times at the most
@@ -113,6 +113,7 @@ def shares(name: str, make: Callable, classes: int, side: int, device: str, repe
         row = {
             "measured": "shares", "network": name, "classes": classes, "side": side, "loss": loss_name,
             "parameters": sum(p.numel() for p in network.parameters()),
+            "version": PROVIDERS[loss_name].version,
             "status": loss if isinstance(loss, str) else "ok",
         }  # fmt: skip
         if callable(loss):
@@ -151,6 +152,7 @@ def largest_patches(name: str, make: Callable, classes: int, budget: int, most: 
         {
             "measured": "largest patch", "network": name, "classes": classes, "loss": n, "budget_mib": budget / 2**20,
             "parameters": sum(p.numel() for p in network.parameters()),
+            "version": PROVIDERS[n].version,
             **({"status": side} if isinstance(side, str) else {"status": "ok", "largest_side": side}),
             "step_peak_mib": peaks[n] / 2**20 if n in peaks else "",
         }
