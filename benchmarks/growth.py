@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.cases import Case
 from benchmarks.memory import measure_in_own_process
-from benchmarks.providers import PROVIDERS, TVERSKY
+from benchmarks.providers import PROVIDERS
 from benchmarks.results_table import ResultsTable
 from benchmarks.run import FIELDS, describe_run, run_case
 
@@ -83,7 +83,7 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks: --device cuda: torch finds no CUDA device", file=sys.stderr)
         return 2
-    names = arguments.provider or [n for n in PROVIDER_NAMES if PROVIDERS[n].task == TVERSKY]
+    names = arguments.provider or PROVIDER_NAMES
     table = ResultsTable(arguments.out / "growth.csv", ["series", "value", "voxels", *FIELDS])
     usual_threads = torch.get_num_threads()
     reports = []

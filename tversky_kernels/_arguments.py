@@ -156,10 +156,10 @@ def check_arguments(
     one_of("activation", activation, ACTIVATIONS)
     _check_logits(logits, activation)
     alpha, beta, class_parameters = _check_class_parameters(alpha, beta, class_weight, ce_class_weight, logits)
-    options = (
-        *(alpha, beta, gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent),
-        *(soft_label, reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma),
-    )
+    options = Options(
+        alpha, beta, gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent,
+        soft_label, reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma,
+    )  # fmt: skip
     try:
         # The same ones at every step of a training, and a third of the time of a call on a small volume.
         checked = (_check_options if torch.compiler.is_compiling() else _check_options_once)(*options)
@@ -168,33 +168,29 @@ def check_arguments(
     return Checked(_check_volumes(logits, target, voxel_weight, any_resolution), checked, class_parameters)
 
 
-def _check_options(
-    alpha, beta, gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent,
-    soft_label, reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma,
-) -> Options:  # fmt: skip
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
-        raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
-    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: expected a 64-bit integer, got {ignore_index}")
-    options = Options(
-        alpha,
-        beta,
-        number("gamma", gamma, positive=True),
-        number("smooth_nr", smooth_nr),
-        number("smooth_dr", smooth_dr),
-        activation,
-        flag("include_background", include_background),
-        ignore_index,
-        flag("batch", batch),
-        one_of("absent", absent, ABSENT),
-        flag("soft_label", soft_label),
-        one_of("reduction", reduction, REDUCTIONS),
-        number("tversky_weight", tversky_weight),
-        number("ce_weight", ce_weight),
-        number("label_smoothing", label_smoothing, most=1.0),
-        number("focal_gamma", focal_gamma),
+def _check_options(*values) -> Options:
+    # Their values one by one, for the cache tells True from 1.0 only there.
+    given = Options(*values)
+    index = given.ignore_index
+    if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+        raise TypeError(f"ignore_index: expected an integer or None, got {index!r}")
+    if index is not None and not -(2**63) <= index < 2**63:
+        raise ValueError(f"ignore_index: expected a 64-bit integer, got {index}")
+    options = given._replace(
+        gamma=number("gamma", given.gamma, positive=True),
+        smooth_nr=number("smooth_nr", given.smooth_nr),
+        smooth_dr=number("smooth_dr", given.smooth_dr),
+        include_background=flag("include_background", given.include_background),
+        batch=flag("batch", given.batch),
+        absent=one_of("absent", given.absent, ABSENT),
+        soft_label=flag("soft_label", given.soft_label),
+        reduction=one_of("reduction", given.reduction, REDUCTIONS),
+        tversky_weight=number("tversky_weight", given.tversky_weight),
+        ce_weight=number("ce_weight", given.ce_weight),
+        label_smoothing=number("label_smoothing", given.label_smoothing, most=1.0),
+        focal_gamma=number("focal_gamma", given.focal_gamma),
     )
-    if options.ce_weight and activation == "none":
+    if options.ce_weight and options.activation == "none":
         raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
     return options
 

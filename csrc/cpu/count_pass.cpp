@@ -126,15 +126,7 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
       }
     }
   };
-#pragma GCC unroll 8
-  for (int c = 0; c < classes; ++c) {
-    read_next(c);
-    if (kFew || present.has(c)) {
-      add_class(c, std::true_type{});
-    } else {
-      add_class(c, std::false_type{});
-    }
-  }
+  for_each_class<kFew>(classes, present, read_next, add_class);
 
   V inverse[kVectors], right[kVectors], missed[kVectors], cross_entropy[kVectors];
 #pragma GCC unroll 4

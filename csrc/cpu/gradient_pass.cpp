@@ -85,15 +85,7 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
       exponentials[c * kVectors + k] = other;
     }
   };
-#pragma GCC unroll 8
-  for (int c = 0; c < classes; ++c) {
-    read_next(c);
-    if (kFew || present.has(c)) {
-      add_class(c, std::true_type{});
-    } else {
-      add_class(c, std::false_type{});
-    }
-  }
+  for_each_class<kFew>(classes, present, read_next, add_class);
 
   SoftmaxGradient<V> gradient[kVectors];
 #pragma GCC unroll 4

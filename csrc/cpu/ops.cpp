@@ -225,18 +225,16 @@ void touch_in_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t b
   constexpr int64_t kPage = int64_t{2} << 20;
   constexpr int kCallsToSkip = 64;
   constexpr auto kSlow = std::chrono::microseconds(1000);  // small pages cost about 700
-  static std::atomic<int> calls_to_skip{[] {
+  static const bool wanted = [] {
     const char* asked = std::getenv("TVERSKY_KERNELS_HUGE_PAGES");
-    return asked != nullptr && std::string(asked) == "0" ? std::numeric_limits<int>::max() : 0;
-  }()};
+    return asked == nullptr || std::string(asked) != "0";
+  }();
+  static std::atomic<int> calls_to_skip{0};
   const int64_t before_first = -reinterpret_cast<intptr_t>(data) & (kPage - 1);
   const int64_t pages = (bytes - before_first) / kPage;
-  if (pages < 2) return;
+  if (!wanted || pages < 2) return;
   const int skip = calls_to_skip.load(std::memory_order_relaxed);
-  if (skip > 0) {
-    if (skip != std::numeric_limits<int>::max()) calls_to_skip.store(skip - 1, std::memory_order_relaxed);
-    return;
-  }
+  if (skip > 0) return calls_to_skip.store(skip - 1, std::memory_order_relaxed);
   std::atomic<bool> slow{false};
   torch::stable::parallel_for(0, pages, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last && !slow.load(std::memory_order_relaxed); ++i) {

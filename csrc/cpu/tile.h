@@ -448,6 +448,21 @@ TK_INLINE void for_each_block(const Tile<T>& tile, int padded, int classes, Vect
   }
 }
 
+// Calls read_next(c) and add_class(c, whether it is some voxel's label, as a constant) for every class. kAll: that it
+// is need not be asked.
+template <bool kAll, typename Next, typename Add>
+TK_INLINE void for_each_class(int classes, const PresentClasses& present, const Next& read_next, const Add& add_class) {
+#pragma GCC unroll 8
+  for (int c = 0; c < classes; ++c) {
+    read_next(c);
+    if (kAll || present.has(c)) {
+      add_class(c, std::true_type{});
+    } else {
+      add_class(c, std::false_type{});
+    }
+  }
+}
+
 // Where and how a pass keeps its working memory; the same arithmetic sizes it and lays it out.
 template <typename T>
 struct TileBuffers {
