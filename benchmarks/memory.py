@@ -1,7 +1,7 @@
 """Peak memory of a loss, twice: what torch's allocator held, and on Linux what the process held.
 
-The second sees what the kernels allocate without torch. It runs in a process of its own, in which glibc gives memory
-back to the system at once: python -m benchmarks.memory CASE PROVIDER prints both as JSON.
+The second sees what the kernels allocate without torch. It runs in a process of its own, in which glibc and our kernels
+give memory back to the system at once: python -m benchmarks.memory CASE PROVIDER prints both as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ import torch
 from examples.loss_cost import peak_bytes
 
 STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
+
+GIVE_BACK_AT_ONCE = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "TVERSKY_KERNELS_KEEP_GRADIENT": "0",
+}
 
 
 def _status(field: str) -> int:
@@ -60,7 +66,7 @@ def measure(case, provider) -> dict[str, float | None]:
 
 def measure_in_own_process(case, provider) -> dict[str, float | None]:
     """`measure`, in a process that has run nothing else."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {**os.environ, **GIVE_BACK_AT_ONCE}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", case.name, provider.name]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:

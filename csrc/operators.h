@@ -3,7 +3,7 @@
 //   evaluate(table, counts, loss, coefficients)                    the table alone
 //   forward(logits, volume, raise_bad_input, table, loss, coefficients)   both
 //   gradient(volume, grad_loss, coefficients, out)                 the gradient pass; all tensors contiguous but out
-//   about_to_fill(out)                                             for fresh memory of a gradient
+//   new_gradient(logits)                                           its memory, the voxels one stride apart
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -72,9 +72,7 @@ struct Operators {
     check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
     const VolumeTensors volume(logits, target, voxel_weight,
                                {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
-    Tensor gradient = torch::stable::empty_like(volume.logits);
-    if (!single_stride(gradient, 2).has_value()) gradient = torch::stable::contiguous(gradient);
-    Backend::about_to_fill(gradient);
+    Tensor gradient = Backend::new_gradient(volume.logits);
     write_gradient(gradient, volume.view, grad_loss, coefficients);
     return gradient;
   }

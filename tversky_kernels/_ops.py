@@ -38,6 +38,8 @@ SCHEMAS = (
     f"gradient_pass(Tensor grad_loss, Tensor coefficients, Tensor logits, {_TARGET}, {_PASS}) -> Tensor",
     f"gradient_pass_(Tensor(a!) logits, Tensor grad_loss, Tensor coefficients, {_TARGET}, {_PASS}) -> ()",
     "cpu_capability(int? force) -> int",
+    # -> whether large gradients' memory is kept for the next ones; the bytes of it that gradients occupy, that wait
+    "cpu_gradient_memory(bool? keep) -> (bool, int, int)",
 )
 
 #: The operators that every kernel backend implements.

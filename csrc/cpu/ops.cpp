@@ -1,22 +1,17 @@
 // The operators on CPU tensors.
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <memory>
 #include <new>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../operators.h"
 #include "capability.h"
+#include "gradient_memory.h"
 
 namespace tversky_kernels {
 namespace cpu {
@@ -216,39 +211,6 @@ std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coeffi
   return scaled;
 }
 
-// First touches fresh memory in pages of 2 MB, where the system leaves that to its programs (madvise): each costs about
-// as much as 80 of 4 KB, of which it replaces 512. Where they turn out slow, because a virtual machine has given its
-// large free blocks back to its host or memory must be compacted first, the rest is left alone, and so are the next
-// calls'.
-void touch_in_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kPage = int64_t{2} << 20;
-  constexpr int kCallsToSkip = 64;
-  constexpr auto kSlow = std::chrono::microseconds(1000);  // small pages cost about 700
-  static const bool wanted = [] {
-    const char* asked = std::getenv("TVERSKY_KERNELS_HUGE_PAGES");
-    return asked == nullptr || std::string(asked) != "0";
-  }();
-  static std::atomic<int> calls_to_skip{0};
-  const int64_t before_first = -reinterpret_cast<intptr_t>(data) & (kPage - 1);
-  const int64_t pages = (bytes - before_first) / kPage;
-  if (!wanted || pages < 2) return;
-  const int skip = calls_to_skip.load(std::memory_order_relaxed);
-  if (skip > 0) return calls_to_skip.store(skip - 1, std::memory_order_relaxed);
-  std::atomic<bool> slow{false};
-  torch::stable::parallel_for(0, pages, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last && !slow.load(std::memory_order_relaxed); ++i) {
-      char* const page = data + before_first + i * kPage;
-      const auto started = std::chrono::steady_clock::now();
-      if (madvise(page, kPage, MADV_HUGEPAGE) != 0) return;
-      *static_cast<volatile char*>(page) = 0;
-      if (std::chrono::steady_clock::now() - started > kSlow) slow.store(true, std::memory_order_relaxed);
-    }
-  });
-  if (slow.load()) calls_to_skip.store(kCallsToSkip, std::memory_order_relaxed);
-#endif
-}
-
 struct Cpu {
   static void count(const Tensor&, const Volume& v, bool raise, const Tensor& counts) {
     tversky_kernels::cpu::count(v, raise, counts.mutable_data_ptr<double>());
@@ -276,10 +238,7 @@ struct Cpu {
     evaluate(t, counts.data(), loss, coefficients);
   }
 
-  static void about_to_fill(const Tensor& out) {
-    touch_in_huge_pages(static_cast<char*>(out.mutable_data_ptr()),
-                        out.numel() * static_cast<int64_t>(out.element_size()));
-  }
+  static Tensor new_gradient(const Tensor& logits) { return tversky_kernels::cpu::new_gradient(logits); }
 
   static void gradient(const Volume& v, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& out) {
     const GradientView view{out.mutable_data_ptr(), out.stride(0), out.stride(1), *single_stride(out, 2)};
@@ -316,4 +275,5 @@ STABLE_TORCH_LIBRARY_IMPL(tversky_kernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tversky_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&tversky_kernels::cpu::cpu_capability));
+  m.impl("cpu_gradient_memory", TORCH_BOX(&tversky_kernels::cpu::gradient_memory));
 }

@@ -1,0 +1,211 @@
+// Memory for fresh gradients on the CPU. A page that the system hands out costs more than the arithmetic on it, and a
+// C library asks the system for every large block anew. So the memory of large gradients stays here when they die, for
+// the next step's; meanwhile the system may take it (MADV_FREE), as soon as anything else needs it.
+#include "gradient_memory.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../volume.h"
+
+namespace tversky_kernels {
+namespace cpu {
+namespace {
+
+bool wanted([[maybe_unused]] const char* variable) {
+#if defined(__linux__) && defined(MADV_FREE) && defined(MADV_HUGEPAGE)
+  const char* const asked = std::getenv(variable);
+  return asked == nullptr || std::string(asked) != "0";
+#else
+  return false;
+#endif
+}
+
+// First touches fresh memory in pages of 2 MB, where the system leaves that to its programs (madvise): each costs about
+// as much as 80 of 4 KB, of which it replaces 512. Where they turn out slow, because a virtual machine has given its
+// large free blocks back to its host or memory must be compacted first, the rest is left alone, and so are the next
+// calls'.
+void touch_in_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kPage = int64_t{2} << 20;
+  constexpr int kCallsToSkip = 64;
+  constexpr auto kSlow = std::chrono::microseconds(1000);  // small pages cost about 700
+  static const bool is_wanted = wanted("TVERSKY_KERNELS_HUGE_PAGES");
+  static std::atomic<int> calls_to_skip{0};
+  const int64_t before_first = -reinterpret_cast<intptr_t>(data) & (kPage - 1);
+  const int64_t pages = (bytes - before_first) / kPage;
+  if (!is_wanted || pages < 2) return;
+  const int skip = calls_to_skip.load(std::memory_order_relaxed);
+  if (skip > 0) return calls_to_skip.store(skip - 1, std::memory_order_relaxed);
+  std::atomic<bool> slow{false};
+  torch::stable::parallel_for(0, pages, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last && !slow.load(std::memory_order_relaxed); ++i) {
+      char* const page = data + before_first + i * kPage;
+      const auto started = std::chrono::steady_clock::now();
+      if (madvise(page, kPage, MADV_HUGEPAGE) != 0) return;
+      *static_cast<volatile char*>(page) = 0;
+      if (std::chrono::steady_clock::now() - started > kSlow) slow.store(true, std::memory_order_relaxed);
+    }
+  });
+  if (slow.load()) calls_to_skip.store(kCallsToSkip, std::memory_order_relaxed);
+#endif
+}
+
+struct Block {
+  char* data;
+  int64_t bytes;
+};
+
+void* map([[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return data == MAP_FAILED ? nullptr : data;
+#else
+  return nullptr;
+#endif
+}
+
+void unmap([[maybe_unused]] const Block& block) {
+#if defined(__linux__)
+  munmap(block.data, block.bytes);
+#endif
+}
+
+// Lets the system take the memory when it needs it; false where it does not know how.
+bool lend_to_system([[maybe_unused]] const Block& block) {
+#if defined(__linux__) && defined(MADV_FREE)
+  return madvise(block.data, block.bytes, MADV_FREE) == 0;
+#else
+  return false;
+#endif
+}
+
+// Holds, used and waiting together, never more than was once in use at the same time.
+class GradientMemory {
+ public:
+  // Never destroyed: gradients may die after everything else.
+  static GradientMemory& instance() {
+    static GradientMemory* const memory = new GradientMemory;
+    return *memory;
+  }
+
+  // Null where nothing is kept or there is no memory.
+  char* take(int64_t bytes) {
+    Block block{nullptr, bytes};
+    {
+      const std::lock_guard<std::mutex> guard(mutex_);
+      if (!keeps_) return nullptr;
+      auto best = waiting_.end();
+      for (auto it = waiting_.begin(); it != waiting_.end(); ++it) {
+        const bool fits = it->bytes >= bytes && it->bytes / 2 <= bytes;
+        if (fits && (best == waiting_.end() || it->bytes < best->bytes)) best = it;
+      }
+      if (best != waiting_.end()) {
+        block = *best;
+        waiting_.erase(best);
+        start_using(block);
+        return block.data;
+      }
+      const int64_t most = std::max(most_used_, total(used_) + bytes);
+      while (!waiting_.empty() && total(used_) + bytes + total(waiting_) > most) drop_oldest();
+      block.data = static_cast<char*>(map(bytes));
+      if (block.data == nullptr) return nullptr;
+      start_using(block);
+    }
+    touch_in_huge_pages(block.data, bytes);
+    return block.data;
+  }
+
+  void give_back(void* data) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto it = std::find_if(used_.begin(), used_.end(), [&](const Block& block) { return block.data == data; });
+    const Block block = *it;
+    used_.erase(it);
+    if (keeps_ && lend_to_system(block)) {
+      waiting_.push_back(block);
+    } else {
+      unmap(block);
+    }
+  }
+
+  std::tuple<bool, int64_t, int64_t> state(std::optional<bool> keep) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (keep.has_value()) keeps_ = *keep && can_keep_;
+    while (!keeps_ && !waiting_.empty()) drop_oldest();
+    return {keeps_, total(used_), total(waiting_)};
+  }
+
+ private:
+  static int64_t total(const std::vector<Block>& blocks) {
+    int64_t bytes = 0;
+    for (const Block& block : blocks) bytes += block.bytes;
+    return bytes;
+  }
+
+  void start_using(const Block& block) {
+    used_.push_back(block);
+    most_used_ = std::max(most_used_, total(used_));
+  }
+
+  void drop_oldest() {
+    unmap(waiting_.front());
+    waiting_.erase(waiting_.begin());
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> used_, waiting_;  // waiting: the longest first
+  int64_t most_used_ = 0;
+  const bool can_keep_ = wanted("TVERSKY_KERNELS_KEEP_GRADIENT");
+  bool keeps_ = can_keep_;
+};
+
+// Whether the elements fill a block of memory, each one place of its own.
+bool is_dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) != 1) dimensions.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t elements = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != elements) return false;
+    elements *= size;
+  }
+  return true;
+}
+
+}  // namespace
+
+Tensor new_gradient(const Tensor& logits) {
+  constexpr int64_t kLeastBytes = int64_t{32} << 20;  // from which glibc keeps nothing itself
+  const int64_t bytes = logits.numel() * static_cast<int64_t>(logits.element_size());
+  if (bytes >= kLeastBytes && is_dense(logits)) {
+    char* const data = GradientMemory::instance().take(bytes);
+    if (data != nullptr) {
+      return torch::stable::from_blob(data, logits.sizes(), logits.strides(), logits.device(), logits.scalar_type(),
+                                      [](void* p) { GradientMemory::instance().give_back(p); });
+    }
+  }
+  const Tensor gradient = walkable(torch::stable::empty_like(logits), 2);
+  touch_in_huge_pages(static_cast<char*>(gradient.mutable_data_ptr()), bytes);
+  return gradient;
+}
+
+std::tuple<bool, int64_t, int64_t> gradient_memory(std::optional<bool> keep) {
+  return GradientMemory::instance().state(keep);
+}
+
+}  // namespace cpu
+}  // namespace tversky_kernels
