@@ -53,7 +53,7 @@ struct Probability {
 template <typename V>
 TK_MATH V two_class_logit(V z0, V z1) {
   const V top = z0 > z1 ? z0 : z1;
-  return (z1 - z0) - (top - top);
+  return (z1 - z0) + top * 0.0f;
 }
 
 // sigmoid(x) from e = exp(-|x|) and inverse = 1 / (1 + e).

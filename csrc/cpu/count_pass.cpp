@@ -23,8 +23,9 @@ TK_INLINE void add_to_double(DoubleVector& total, Vector<A> v) {
 
 // Softmax over two classes is a sigmoid of the difference: one exponential, and each class's false positives are the
 // other's false negatives.
-template <typename T, bool kMasked, bool kCrossEntropy, bool kInner>
+template <typename T, Labels kLabels, bool kCrossEntropy, bool kInner>
 TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T>* counts) {
+  constexpr bool kMasked = kLabels == Labels::kSome;
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
@@ -41,16 +42,15 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   constexpr int kFactors = 64;
   int factors = 0;
   for (int i = 0; i < padded; i += Lanes<A>::count) {
-    const I label = load<I>(tile.labels + i);
+    const I label = tile.template label<kLabels>(i);
     V z[2];
     load_classes<2, kInner>(tile, i, z);
     const V difference = two_class_logit(z[0], z[1]);
+    const V e = exp_nonpositive<A>(negative_magnitude<A>(difference));
+    Probability<V> p = logistic(difference < V{}, e, reciprocal<A>(1 + e));  // of class 1
     const I is1 = label == 1;
     const I is0 = kMasked ? label == 0 : ~is1;
-    const V margin = is1 ? difference : -difference;  // of the label's logit over the other
-    const V e = exp_nonpositive<A>(negative_magnitude<A>(difference));
-    Probability<V> p = logistic(margin < V{}, e, reciprocal<A>(1 + e));  // of the label
-    V cross_entropy = maximum(V{}, -margin);                             // and log(1 + e)
+    V cross_entropy = maximum(V{}, is1 ? -difference : difference);  // and log(1 + e)
     if (weighted) {
       const V weight = load<V>(tile.weights + i);
       p.p *= weight;
@@ -63,13 +63,13 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
       product0 = is0 ? product0 + e * (1 + product0) : product0;
       if (++factors % kFactors == 0) take_logarithms();
     }
-    right1 += is1 ? p.p : V{};
-    missed1 += is1 ? p.complement : V{};
-    right0 += is0 ? p.p : V{};
-    missed0 += is0 ? p.complement : V{};
+    add_where(is1, right1, p.p);
+    add_where(is1, missed1, p.complement);
+    add_where(is0, right0, p.complement);
+    add_where(is0, missed0, p.p);
     if constexpr (kCrossEntropy) {
-      cross_entropy1 += is1 ? cross_entropy : V{};
-      cross_entropy0 += is0 ? cross_entropy : V{};
+      add_where(is1, cross_entropy1, cross_entropy);
+      add_where(is0, cross_entropy0, cross_entropy);
     }
   }
   if (kCrossEntropy) take_logarithms();
@@ -89,7 +89,7 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
 
 // From the logits of kVectors vectors of voxels and their maxima; exponentials take the logits' place. kClasses: the
 // number of classes where it is known when this is compiled, else 0. read_next(c) is called for every class on the way.
-template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, typename Next>
+template <typename T, int kClasses, int kVectors, Labels kLabels, bool kCrossEntropy, typename Next>
 TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_classes, PresentClasses& present,
                                    LogitsVector<T>* logits, const LogitsVector<T>* top, const Next& read_next,
                                    CountVectors<T>* counts) {
@@ -98,13 +98,13 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
   using I = IntVector<A>;
   using Int = typename Lanes<A>::Int;
   constexpr int kLanes = Lanes<A>::count;
-  constexpr bool kFew = kClasses > 0;
+  constexpr bool kFew = kClasses > 0, kMasked = kLabels == Labels::kSome;
   const int classes = kFew ? kClasses : runtime_classes;
   V* const exponentials = logits;
 
   I label[kVectors];
 #pragma GCC unroll 4
-  for (int k = 0; k < kVectors; ++k) label[k] = load<I>(tile.labels + at + k * kLanes);
+  for (int k = 0; k < kVectors; ++k) label[k] = tile.template label<kLabels>(at + k * kLanes);
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
   SoftmaxSums<V> sums[kVectors];
@@ -155,9 +155,9 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const I is_target = label[k] == static_cast<Int>(c);
-        tp += is_target ? right[k] : V{};
-        fn += is_target ? missed[k] : V{};
-        if (kCrossEntropy) ce += is_target ? cross_entropy[k] : V{};
+        add_where(is_target, tp, right[k]);
+        add_where(is_target, fn, missed[k]);
+        if (kCrossEntropy) add_where(is_target, ce, cross_entropy[k]);
       }
       counts[c][kTp] = tp;
       counts[c][kFn] = fn;
@@ -167,17 +167,17 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, bool kMasked, bool kCrossEntropy, bool kInner>
+template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kInner>
 TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, PresentClasses& present,
                              LogitsVector<T>* scratch, CountVectors<T>* counts) {
   if constexpr (kClasses == 2) {
-    count_two_classes<T, kMasked, kCrossEntropy, kInner>(tile, padded, counts);
+    count_two_classes<T, kLabels, kCrossEntropy, kInner>(tile, padded, counts);
   } else if constexpr (kClasses > 0) {
     LogitsVector<T> logits[kClasses];
     CountVectors<T> sums[kClasses] = {};
     for (int at = 0; at < padded; at += Lanes<Compute<T>>::count) {
       const LogitsVector<T> top = load_classes_and_top<kClasses, kInner>(tile, at, logits);
-      count_softmax_block<T, kClasses, 1, kMasked, kCrossEntropy>(
+      count_softmax_block<T, kClasses, 1, kLabels, kCrossEntropy>(
           tile, at, kClasses, present, logits, &top, [](int) __attribute__((always_inline)) {}, sums);
     }
     for (int c = 0; c < kClasses; ++c) {
@@ -187,7 +187,7 @@ TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, Prese
     for_each_block(tile, padded, classes, scratch,
                    [&](int at, LogitsVector<T>* logits, const LogitsVector<T>* top, const auto& read_next)
                        __attribute__((always_inline)) {
-                         count_softmax_block<T, 0, kBlockVectors, kMasked, kCrossEntropy>(
+                         count_softmax_block<T, 0, kBlockVectors, kLabels, kCrossEntropy>(
                              tile, at, classes, present, logits, top, read_next, counts);
                        });
   }
@@ -246,25 +246,29 @@ void count_channels(const Tile<T>& tile, int padded, int classes, int first_labe
   if (!few) present.set(tile.labels, padded, false);
 }
 
-template <typename T, int kClasses, bool kMasked, bool kCrossEntropy>
+template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy>
 void count_few_classes(const Tile<T>& tile, PresentClasses& present, CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
   if (tile.is_inner) {
-    count_softmax<T, kClasses, kMasked, kCrossEntropy, true>(tile, padded, kClasses, present, nullptr, counts);
+    count_softmax<T, kClasses, kLabels, kCrossEntropy, true>(tile, padded, kClasses, present, nullptr, counts);
   } else {
-    count_softmax<T, kClasses, kMasked, kCrossEntropy, false>(tile, padded, kClasses, present, nullptr, counts);
+    count_softmax<T, kClasses, kLabels, kCrossEntropy, false>(tile, padded, kClasses, present, nullptr, counts);
   }
 }
 
-template <typename T, bool kMasked, bool kCrossEntropy>
+template <typename T, Labels kLabels, bool kCrossEntropy>
 void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& present, LogitsVector<T>* scratch,
                         CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
+  static_assert(kFewClasses == 4, "as here");
   switch (classes) {
-    case 2: return count_few_classes<T, 2, kMasked, kCrossEntropy>(tile, present, counts);
-    case 3: return count_few_classes<T, 3, kMasked, kCrossEntropy>(tile, present, counts);
-    case 4: return count_few_classes<T, 4, kMasked, kCrossEntropy>(tile, present, counts);
-    default: return count_softmax<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, present, scratch, counts);
+    case 2: return count_few_classes<T, 2, kLabels, kCrossEntropy>(tile, present, counts);
+    case 3: return count_few_classes<T, 3, kLabels, kCrossEntropy>(tile, present, counts);
+    case 4: return count_few_classes<T, 4, kLabels, kCrossEntropy>(tile, present, counts);
+    default:
+      if constexpr (kLabels != Labels::kBytes) {
+        count_softmax<T, 0, kLabels, kCrossEntropy, false>(tile, padded, classes, present, scratch, counts);
+      }
   }
 }
 
@@ -402,12 +406,14 @@ void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, L
   if (tile.targets != nullptr) return count_general(v, tile, exponentials, counts);
   switch (v.activation) {
     case Activation::kSoftmax:
-      if (v.cross_entropy != CrossEntropy::kNone) {
-        return tile.masked ? count_softmax_tile<T, true, true>(tile, classes, present, exponentials, counts)
-                           : count_softmax_tile<T, false, true>(tile, classes, present, exponentials, counts);
-      }
-      return tile.masked ? count_softmax_tile<T, true, false>(tile, classes, present, exponentials, counts)
-                         : count_softmax_tile<T, false, false>(tile, classes, present, exponentials, counts);
+      return with_labels(tile, [&](auto labels) {
+        constexpr Labels kLabels = decltype(labels)::value;
+        if (v.cross_entropy != CrossEntropy::kNone) {
+          count_softmax_tile<T, kLabels, true>(tile, classes, present, exponentials, counts);
+        } else {
+          count_softmax_tile<T, kLabels, false>(tile, classes, present, exponentials, counts);
+        }
+      });
     case Activation::kSigmoid:
       return count_channels<T, Activation::kSigmoid>(tile, padded, classes, first_label, present, counts);
     case Activation::kNone:

@@ -13,8 +13,9 @@ struct GradientRows {
 template <bool kCrossEntropy>
 constexpr int kCoefficients = kCrossEntropy ? kAllCoefficients : kOverlapCoefficients;
 
-template <typename T, bool kMasked, bool kCrossEntropy, bool kInner>
+template <typename T, Labels kLabels, bool kCrossEntropy, bool kInner>
 TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compute<T>* u, const GradientRows<T>& out) {
+  constexpr bool kMasked = kLabels == Labels::kSome;
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
@@ -22,7 +23,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
   const A difference0 = u1[kBackground] - u[kForeground];  // u_1 - u_0 where the label is 0
   const A difference1 = u1[kForeground] - u[kBackground];  // where it is 1
   for (int i = 0; i < padded; i += Lanes<A>::count) {
-    const I label = load<I>(tile.labels + i);
+    const I label = tile.template label<kLabels>(i);
     V z[2];
     load_classes<2, kInner>(tile, i, z);
     const V d = two_class_logit(z[0], z[1]);
@@ -43,7 +44,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
 }
 
 // As count_softmax_block. store_dz(c, k, dz) takes the gradient of class c in the k-th vector.
-template <typename T, int kClasses, int kVectors, bool kMasked, bool kCrossEntropy, typename Next, typename Store>
+template <typename T, int kClasses, int kVectors, Labels kLabels, bool kCrossEntropy, typename Next, typename Store>
 TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const Compute<T>* u,
                                       PresentClasses& present, Vector<Compute<T>>* logits,
                                       const Vector<Compute<T>>* top, const Next& read_next, const Store& store_dz) {
@@ -52,13 +53,13 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   using I = IntVector<A>;
   using Int = typename Lanes<A>::Int;
   constexpr int kLanes = Lanes<A>::count;
-  constexpr bool kFew = kClasses > 0;
+  constexpr bool kFew = kClasses > 0, kMasked = kLabels == Labels::kSome;
   const int classes = kFew ? kClasses : runtime_classes;
   V* const exponentials = logits;
 
   I label[kVectors];
 #pragma GCC unroll 4
-  for (int k = 0; k < kVectors; ++k) label[k] = load<I>(tile.labels + at + k * kLanes);
+  for (int k = 0; k < kVectors; ++k) label[k] = tile.template label<kLabels>(at + k * kLanes);
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
   SoftmaxSums<V> sums[kVectors];
@@ -110,19 +111,19 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, bool kMasked, bool kCrossEntropy, bool kInner>
+template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kInner>
 TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classes, const Compute<T>* u,
                                      PresentClasses& present, Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   using V = Vector<Compute<T>>;
   constexpr int kLanes = Lanes<Compute<T>>::count;
   if constexpr (kClasses == 2) {
-    two_classes_gradient<T, kMasked, kCrossEntropy, kInner>(tile, padded, u, out);
+    two_classes_gradient<T, kLabels, kCrossEntropy, kInner>(tile, padded, u, out);
   } else if constexpr (kClasses > 0) {
     V logits[kClasses];
     for (int at = 0; at < padded; at += kLanes) {
       const V top = load_classes_and_top<kClasses, kInner>(tile, at, logits);
       V dz[kClasses];
-      softmax_gradient_block<T, kClasses, 1, kMasked, kCrossEntropy>(
+      softmax_gradient_block<T, kClasses, 1, kLabels, kCrossEntropy>(
           tile, at, kClasses, u, present, logits, &top, [](int) __attribute__((always_inline)) {},
           [&](int c, int, V value) __attribute__((always_inline)) { dz[c] = value; });
       store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz);
@@ -130,7 +131,7 @@ TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classe
   } else {
     for_each_block(tile, padded, classes, scratch,
                    [&](int at, V* logits, const V* top, const auto& read_next) __attribute__((always_inline)) {
-                     softmax_gradient_block<T, 0, kBlockVectors, kMasked, kCrossEntropy>(
+                     softmax_gradient_block<T, 0, kBlockVectors, kLabels, kCrossEntropy>(
                          tile, at, classes, u, present, logits, top, read_next,
                          [&](int c, int k, V dz) __attribute__((always_inline)) {
                            store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz);
@@ -190,28 +191,30 @@ void channels_gradient(const Tile<T>& tile, int padded, int classes, int first_l
   }
 }
 
-template <typename T, int kClasses, bool kMasked, bool kCrossEntropy>
+template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy>
 void few_classes_gradient(const Tile<T>& tile, const Compute<T>* u, PresentClasses& present,
                           const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
   if (tile.is_inner) {
-    softmax_gradient_rows<T, kClasses, kMasked, kCrossEntropy, true>(tile, padded, kClasses, u, present, nullptr, out);
+    softmax_gradient_rows<T, kClasses, kLabels, kCrossEntropy, true>(tile, padded, kClasses, u, present, nullptr, out);
   } else {
-    softmax_gradient_rows<T, kClasses, kMasked, kCrossEntropy, false>(tile, padded, kClasses, u, present, nullptr, out);
+    softmax_gradient_rows<T, kClasses, kLabels, kCrossEntropy, false>(tile, padded, kClasses, u, present, nullptr, out);
   }
 }
 
-template <typename T, bool kMasked, bool kCrossEntropy>
+template <typename T, Labels kLabels, bool kCrossEntropy>
 void softmax_gradient_tile(const Tile<T>& tile, int classes, const Compute<T>* u, PresentClasses& present,
                            Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
+  static_assert(kFewClasses == 4, "as here");
   switch (classes) {
-    case 2: return few_classes_gradient<T, 2, kMasked, kCrossEntropy>(tile, u, present, out);
-    case 3: return few_classes_gradient<T, 3, kMasked, kCrossEntropy>(tile, u, present, out);
-    case 4: return few_classes_gradient<T, 4, kMasked, kCrossEntropy>(tile, u, present, out);
+    case 2: return few_classes_gradient<T, 2, kLabels, kCrossEntropy>(tile, u, present, out);
+    case 3: return few_classes_gradient<T, 3, kLabels, kCrossEntropy>(tile, u, present, out);
+    case 4: return few_classes_gradient<T, 4, kLabels, kCrossEntropy>(tile, u, present, out);
     default:
-      return softmax_gradient_rows<T, 0, kMasked, kCrossEntropy, false>(tile, padded, classes, u, present, scratch,
-                                                                        out);
+      if constexpr (kLabels != Labels::kBytes) {
+        softmax_gradient_rows<T, 0, kLabels, kCrossEntropy, false>(tile, padded, classes, u, present, scratch, out);
+      }
   }
 }
 
@@ -344,12 +347,14 @@ void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Pr
   if (tile.targets != nullptr) return general_gradient(v, tile, u, scratch, out);
   switch (v.activation) {
     case Activation::kSoftmax:
-      if (v.cross_entropy != CrossEntropy::kNone) {
-        return tile.masked ? softmax_gradient_tile<T, true, true>(tile, classes, u, present, scratch, out)
-                           : softmax_gradient_tile<T, false, true>(tile, classes, u, present, scratch, out);
-      }
-      return tile.masked ? softmax_gradient_tile<T, true, false>(tile, classes, u, present, scratch, out)
-                         : softmax_gradient_tile<T, false, false>(tile, classes, u, present, scratch, out);
+      return with_labels(tile, [&](auto labels) {
+        constexpr Labels kLabels = decltype(labels)::value;
+        if (v.cross_entropy != CrossEntropy::kNone) {
+          softmax_gradient_tile<T, kLabels, true>(tile, classes, u, present, scratch, out);
+        } else {
+          softmax_gradient_tile<T, kLabels, false>(tile, classes, u, present, scratch, out);
+        }
+      });
     case Activation::kSigmoid:
       return channels_gradient<T, Activation::kSigmoid>(tile, padded, classes, first_label, u, present, out);
     case Activation::kNone:

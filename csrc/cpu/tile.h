@@ -19,9 +19,13 @@ constexpr int kTileVoxels = 1024;     // at most
 constexpr int kCopiedVoxels = 128;    // at most, where a tile's logits are copied
 constexpr int kRowBytes = 48 * 1024;  // of copied rows, so that they stay in the first-level cache
 constexpr int kUncounted = -1;        // label of a voxel that does not count
+constexpr int kFewClasses = 4;        // softmax kernels that know the number of classes have up to so many
 
 template <typename A>
 constexpr int kBlock = kBlockVectors * Lanes<A>::count;
+
+// A tile's labels: bytes where they are, all of which count; converted, and all of them count, or some do not.
+enum class Labels { kBytes, kAll, kSome };
 
 template <typename T>
 struct Tile {
@@ -29,15 +33,36 @@ struct Tile {
   const T* rows;  // logits of class c: rows + c * row_stride
   int64_t row_stride;
   const typename Lanes<A>::Int* labels;
-  const A* weights;  // null: all are 1
-  const A* targets;  // g of class c: targets + c * target_stride; null but for Volume::is_general
+  const uint8_t* bytes;  // in place of the labels; null: they are converted
+  const A* weights;      // null: all are 1
+  const A* targets;      // g of class c: targets + c * target_stride; null but for Volume::is_general
   int64_t target_stride;
   int voxels;     // before padding
   bool masked;    // some label is kUncounted
   bool is_inner;  // the few classes of a voxel lie side by side from `rows` on, and are read there
 
   int padded_voxels() const { return (voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>; }
+  template <Labels kLabels>
+  TK_INLINE IntVector<A> label(int i) const {
+    if constexpr (kLabels == Labels::kBytes) {
+      return (IntVector<A>)load_widened<typename Lanes<A>::Int>(bytes + i);
+    } else {
+      return load<IntVector<A>>(labels + i);
+    }
+  }
 };
+
+// Calls work with the tile's Labels as a constant.
+template <typename T, typename F>
+TK_INLINE void with_labels(const Tile<T>& tile, const F& work) {
+  if (tile.bytes != nullptr) {
+    work(std::integral_constant<Labels, Labels::kBytes>{});
+  } else if (tile.masked) {
+    work(std::integral_constant<Labels, Labels::kSome>{});
+  } else {
+    work(std::integral_constant<Labels, Labels::kAll>{});
+  }
+}
 
 constexpr TK_INLINE int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -156,6 +181,24 @@ void load_labels(const Volume& v, int64_t sample, int64_t begin, int count, Int*
     case ElementType::kInt32: return load_labels_of<int32_t>(v, sample, begin, count, out, masked, bad);
     default: return load_labels_of<int64_t>(v, sample, begin, count, out, masked, bad);
   }
+}
+
+// The labels as they are stored, where the kernels for few classes can take them so; else null.
+TK_INLINE const uint8_t* labels_in_place(const Volume& v, int64_t sample, int64_t begin, int count) {
+  const bool bytes = v.target.type == ElementType::kBool || v.target.type == ElementType::kUint8 ||
+                     v.target.type == ElementType::kInt8;
+  const bool ignores_a_class = v.has_ignore_index && v.ignore_index >= 0 && v.ignore_index < v.classes;
+  if (!bytes || ignores_a_class || v.classes > kFewClasses || v.activation != Activation::kSoftmax || v.is_general() ||
+      v.weight.data != nullptr || v.target.resampling.active || v.target.voxel_stride != 1 || count % kVectorBytes) {
+    return nullptr;
+  }
+  const uint8_t* labels = static_cast<const uint8_t*>(v.target.data) + sample * v.target.sample_stride + begin;
+  ByteVector largest{};
+  for (int i = 0; i < count; i += kVectorBytes) {
+    const ByteVector next = load<ByteVector>(labels + i);
+    largest = next > largest ? next : largest;
+  }
+  return any(largest > static_cast<uint8_t>(v.classes - 1)) ? nullptr : labels;
 }
 
 template <typename T, typename A>
@@ -523,7 +566,10 @@ Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, con
   tile.masked = false;
   tile.is_inner = false;
   const int padded = tile.padded_voxels();
-  if (v.dense) {
+  tile.bytes = count == padded ? labels_in_place(v, sample, begin, count) : nullptr;
+  if (tile.bytes != nullptr) {
+    // There is nothing to convert.
+  } else if (v.dense) {
     load_targets(v, sample, begin, count, buffers.targets, tile.target_stride, buffers.labels, tile.masked);
   } else {
     load_labels(v, sample, begin, count, buffers.labels, tile.masked, bad);
