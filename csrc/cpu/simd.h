@@ -106,6 +106,10 @@ template <typename T>
 TK_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p);
 }
+template <typename T>
+TK_INLINE void prefetch_to_second_level(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
 
 // a > b ? a : b, so that b's NaN stays and a's does not; gcc does not find the instruction by itself where a is
 // constant.

@@ -447,6 +447,7 @@ class PresentClasses {
 template <typename T>
 struct BlockReader {
   using V = Vector<Compute<T>>;
+  static constexpr int kManyClasses = 24, kLongRun = 4;
   const T* rows;
   int64_t row_stride;
   int classes, ahead;
@@ -460,6 +461,11 @@ struct BlockReader {
     const T* later =
         row + (c + ahead < classes ? ahead * row_stride : (ahead - classes) * row_stride + kBlock<Compute<T>>);
     for (int i = 0; i < kBlock<Compute<T>>; i += kLine) prefetch(later + i);
+    const int block = at / kBlock<Compute<T>>;
+    if (classes >= kManyClasses && c % kLongRun == block % kLongRun) {
+      const T* far = rows + c * row_stride + (block / kLongRun + 1) * kLongRun * kBlock<Compute<T>>;
+      for (int i = 0; i < kLongRun * kBlock<Compute<T>>; i += kLine) prefetch_to_second_level(far + i);
+    }
 #pragma GCC unroll 4
     for (int k = 0; k < kBlockVectors; ++k) {
       const V z = load_logits(row + k * kLanes);
