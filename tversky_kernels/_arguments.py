@@ -76,15 +76,31 @@ class Volumes(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What `check_arguments` returns. class_parameters: (4, C) float64 or None, see `_check_class_parameters`."""
+    """What `check_arguments` returns. class_parameters: (4, C) float64 or None, see `_class_parameters`."""
 
     volumes: Volumes
     options: Options
     class_parameters: torch.Tensor | None
 
 
+class Facts(NamedTuple):
+    """What is checked of a tensor, but for what it holds."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Layout(NamedTuple):
+    """What follows from a target's facts, and a voxel_weight's: whether it is dense, and has a channel too many."""
+
+    dense: bool
+    squeeze_target: bool
+    squeeze_weight: bool
+
+
 def _shape(x) -> str:
-    sizes = x.shape if isinstance(x, torch.Tensor) else x
+    sizes = x.shape if isinstance(x, (torch.Tensor, Facts)) else x
     return f"({', '.join(str(s) for s in sizes)})"
 
 
@@ -153,30 +169,69 @@ def check_arguments(
     """
     if check_target not in (None, True, False):
         raise TypeError(f"check_target: expected None, True or False, got {check_target!r}")
-    one_of("activation", activation, ACTIVATIONS)
-    _check_logits(logits, activation)
-    alpha, beta, class_parameters = _check_class_parameters(alpha, beta, class_weight, ce_class_weight, logits)
-    options = Options(
-        alpha, beta, gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent,
-        soft_label, reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma,
+    in_table = not (
+        class_weight is None
+        and ce_class_weight is None
+        and isinstance(alpha, (int, float))
+        and isinstance(beta, (int, float))
+    )
+    what = (
+        _facts("logits", logits),
+        _facts("target", target),
+        None if voxel_weight is None else _facts("voxel_weight", voxel_weight),
+        any_resolution,
+        None if in_table else alpha, None if in_table else beta,
+        gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent, soft_label, reduction,
+        tversky_weight, ce_weight, label_smoothing, focal_gamma,
     )  # fmt: skip
     try:
-        # The same ones at every step of a training, and a third of the time of a call on a small volume.
-        checked = (_check_options if torch.compiler.is_compiling() else _check_options_once)(*options)
+        # The same at every step of a training, and a third of the time of a call on a small volume.
+        options, layout = (_check_facts if torch.compiler.is_compiling() else _check_facts_once)(*what)
     except TypeError:  # also where one cannot be hashed
-        checked = _check_options(*options)
-    return Checked(_check_volumes(logits, target, voxel_weight, any_resolution), checked, class_parameters)
+        options, layout = _check_facts(*what)
+    class_parameters = None
+    if in_table:
+        class_parameters = _class_parameters(alpha, beta, class_weight, ce_class_weight, logits)
+    if layout.squeeze_target:
+        target = target.squeeze(1)
+    if voxel_weight is not None:
+        if voxel_weight.requires_grad:
+            raise ValueError("voxel_weight: expected constants, got a tensor that requires a gradient")
+        if layout.squeeze_weight:
+            voxel_weight = voxel_weight.squeeze(1)
+    return Checked(Volumes(target, voxel_weight, layout.dense), options, class_parameters)
+
+
+def _facts(name: str, x) -> Facts:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    return Facts(x.shape, x.dtype, x.device)
+
+
+def _check_facts(
+    logits: Facts, target: Facts, weight: Facts | None, any_resolution: bool, alpha, beta, *values
+) -> tuple[Options, Layout]:
+    # All that does not depend on what the tensors hold. alpha and beta are None where a table has them.
+    options = _check_options(alpha, beta, *values)
+    _check_logits(logits, options.activation)
+    return options, _check_volumes(logits, target, weight, any_resolution)
+
+
+_check_facts_once = functools.lru_cache(maxsize=256, typed=True)(_check_facts)  # typed: True is not 1.0
 
 
 def _check_options(*values) -> Options:
-    # Their values one by one, for the cache tells True from 1.0 only there.
     given = Options(*values)
+    one_of("activation", given.activation, ACTIVATIONS)
     index = given.ignore_index
     if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
         raise TypeError(f"ignore_index: expected an integer or None, got {index!r}")
     if index is not None and not -(2**63) <= index < 2**63:
         raise ValueError(f"ignore_index: expected a 64-bit integer, got {index}")
+    in_table = given.alpha is None
     options = given._replace(
+        alpha=math.nan if in_table else number("alpha", given.alpha),
+        beta=math.nan if in_table else number("beta", given.beta),
         gamma=number("gamma", given.gamma, positive=True),
         smooth_nr=number("smooth_nr", given.smooth_nr),
         smooth_dr=number("smooth_dr", given.smooth_dr),
@@ -193,9 +248,6 @@ def _check_options(*values) -> Options:
     if options.ce_weight and options.activation == "none":
         raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
     return options
-
-
-_check_options_once = functools.lru_cache(maxsize=128, typed=True)(_check_options)  # typed: True is not 1.0
 
 
 def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Tensor:
@@ -224,12 +276,8 @@ def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Te
     return values
 
 
-def _check_class_parameters(alpha, beta, class_weight, ce_class_weight, logits: torch.Tensor):
-    # -> alpha, beta and no table, or a (4, C) table of alpha, beta, class_weight and ce_class_weight that stands for
-    # all.
-    numbers = isinstance(alpha, (int, float)) and isinstance(beta, (int, float))
-    if class_weight is None and ce_class_weight is None and numbers:
-        return number("alpha", alpha), number("beta", beta), None
+def _class_parameters(alpha, beta, class_weight, ce_class_weight, logits: torch.Tensor) -> torch.Tensor:
+    # A (4, C) table of alpha, beta, class_weight and ce_class_weight.
     classes, device = logits.size(1), logits.device
     rows = (
         _per_class("alpha", alpha, classes, device),
@@ -237,46 +285,43 @@ def _check_class_parameters(alpha, beta, class_weight, ce_class_weight, logits: 
         _per_class("class_weight", 1.0 if class_weight is None else class_weight, classes, device),
         _per_class("ce_class_weight", 1.0 if ce_class_weight is None else ce_class_weight, classes, device),
     )
-    return math.nan, math.nan, torch.stack(rows)
+    return torch.stack(rows)
 
 
-def _check_logits(logits, activation: str) -> None:
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(logits).__name__}")
+def _check_logits(logits: Facts, activation: str) -> None:
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits: expected float16, bfloat16, float32 or float64, got {logits.dtype}")
-    if logits.dim() < 2:
+    if len(logits.shape) < 2:
         raise ValueError(f"logits: expected the shape (N, C, *spatial), got {_shape(logits)}")
-    if logits.size(1) == 0:
+    if logits.shape[1] == 0:
         raise ValueError(f"logits: expected at least one class in dimension 1, got the shape {_shape(logits)}")
-    if logits.size(1) == 1 and activation == "softmax":
+    if logits.shape[1] == 1 and activation == "softmax":
         raise ValueError(
             "logits: softmax over one class is 1 everywhere; for a binary problem expected two classes, or one with "
             f"activation='sigmoid', got the shape {_shape(logits)}"
         )
 
 
-def _fits(x: torch.Tensor, shape: tuple, any_resolution: bool) -> bool:
+def _fits(x: Facts, shape: tuple, any_resolution: bool) -> bool:
     # Whether x has this shape, its spatial sizes apart where these are free: 1 to 3 of them, of one voxel at least.
     if not any_resolution:
         return x.shape == shape
-    spatial = x.dim() - len(shape)
-    return 1 <= spatial <= 3 and x.shape[: len(shape)] == shape and 0 not in x.shape[len(shape) :]
+    spatial = x.shape[len(shape) :]
+    return 1 <= len(spatial) <= 3 and x.shape[: len(shape)] == shape and 0 not in spatial
 
 
-def _check_volumes(logits: torch.Tensor, target, voxel_weight, any_resolution: bool) -> Volumes:
-    if not isinstance(target, torch.Tensor):
-        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+def _check_volumes(logits: Facts, target: Facts, weight: Facts | None, any_resolution: bool) -> Layout:
     if target.device != logits.device:
         raise ValueError(f"target: expected it on the logits' device {logits.device}, got {target.device}")
     samples, classes = logits.shape[:2]
     spatial = () if any_resolution else logits.shape[2:]
     index_shape, channel_shape = (samples, *spatial), (samples, 1, *spatial)
-    if any_resolution and not 3 <= logits.dim() <= 5:
+    dimensions, target_dimensions = len(logits.shape), len(target.shape)
+    if any_resolution and not 3 <= dimensions <= 5:
         raise ValueError(f"logits: expected 1 to 3 spatial dimensions here, got the shape {_shape(logits)}")
     integral = not (target.dtype.is_floating_point or target.dtype.is_complex)
-    has_channels = target.dim() == logits.dim()
-    is_index = target.dim() == logits.dim() - 1 and _fits(target, index_shape, any_resolution)
+    has_channels = target_dimensions == dimensions
+    is_index = target_dimensions == dimensions - 1 and _fits(target, index_shape, any_resolution)
     if has_channels and (integral or classes > 1):
         is_index = _fits(target, channel_shape, any_resolution)
     if is_index:
@@ -285,8 +330,6 @@ def _check_volumes(logits: torch.Tensor, target, voxel_weight, any_resolution: b
                 f"target: class indices of shape {_shape(target)} are expected as bool, uint8, int8, int16, int32 or "
                 f"int64, got {target.dtype}; convert them, for example with target.long()"
             )
-        if has_channels:
-            target = target.squeeze(1)
     elif has_channels and _fits(target, (samples, classes, *spatial), any_resolution):
         if target.dtype not in DENSE_DTYPES:
             raise TypeError(f"target: expected bool, integers or floating numbers, got {target.dtype}")
@@ -297,32 +340,32 @@ def _check_volumes(logits: torch.Tensor, target, voxel_weight, any_resolution: b
             f"{_shape((samples, 1, *shown))}, or a dense target {_shape((samples, classes, *shown))}, got "
             f"{_shape(target)}"
         )
-    if voxel_weight is not None:
-        voxel_weight = _check_voxel_weight(voxel_weight, logits, index_shape, channel_shape, any_resolution)
-        if any_resolution and voxel_weight.shape[1:] != target.shape[1 + (not is_index) :]:
+    weight_has_channels = False
+    if weight is not None:
+        weight_has_channels = _check_voxel_weight(weight, logits, index_shape, channel_shape, any_resolution)
+        weight_spatial, target_spatial = weight.shape[1 + weight_has_channels :], target.shape[1 + has_channels :]
+        if any_resolution and weight_spatial != target_spatial:
             raise ValueError(
-                f"voxel_weight: expected the target's spatial sizes, got {_shape(voxel_weight)} for {_shape(target)}"
+                f"voxel_weight: expected the target's spatial sizes, got {_shape(weight)} for {_shape(target)}"
             )
-    return Volumes(target, voxel_weight, not is_index)
+    return Layout(not is_index, is_index and has_channels, weight_has_channels)
 
 
-def _check_voxel_weight(weight, logits, index_shape, channel_shape, any_resolution: bool) -> torch.Tensor:
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"voxel_weight: expected a tensor, got {type(weight).__name__}")
+def _check_voxel_weight(weight: Facts, logits: Facts, index_shape, channel_shape, any_resolution: bool) -> bool:
+    # Whether it has a channel too many.
     if weight.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"voxel_weight: expected bool, uint8 or a floating type, got {weight.dtype}")
     if weight.device != logits.device:
         raise ValueError(f"voxel_weight: expected it on the logits' device {logits.device}, got {weight.device}")
-    if weight.requires_grad:
-        raise ValueError("voxel_weight: expected constants, got a tensor that requires a gradient")
-    if weight.dim() == logits.dim() and _fits(weight, channel_shape, any_resolution):
-        return weight.squeeze(1)
-    if weight.dim() != logits.dim() - 1 or not _fits(weight, index_shape, any_resolution):
+    missing = len(logits.shape) - len(weight.shape)
+    if missing == 0 and _fits(weight, channel_shape, any_resolution):
+        return True
+    if missing != 1 or not _fits(weight, index_shape, any_resolution):
         raise ValueError(
             f"voxel_weight: for logits {_shape(logits)} expected {_shape(index_shape)} or "
             f"{_shape(channel_shape)}, got {_shape(weight)}"
         )
-    return weight
+    return False
 
 
 def label_count(logits: torch.Tensor) -> int:

@@ -9,6 +9,9 @@ import torch
 from . import _ops
 
 NAMES = ("cpu", "cuda", "triton", "reference")
+VARIABLE = "TVERSKY_KERNELS_BACKEND"
+#: What "auto" tries first, before the reference; by whether the tensors are on the CPU.
+AUTO_ORDER = {True: ("cpu",), False: ("cuda", "triton")}
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -41,9 +44,9 @@ def _interpreted() -> bool:
 
 
 def _asked_for_auto() -> str:
-    asked = os.environ.get("TVERSKY_KERNELS_BACKEND") or "auto"
+    asked = os.environ.get(VARIABLE) or "auto"
     if asked != "auto" and asked not in NAMES:
-        raise ValueError(f"TVERSKY_KERNELS_BACKEND: expected auto or one of {', '.join(NAMES)}, got {asked!r}")
+        raise ValueError(f"{VARIABLE}: expected auto or one of {', '.join(NAMES)}, got {asked!r}")
     return asked
 
 
@@ -69,14 +72,15 @@ def choose(backend: str, device: torch.device, unsupported: str | None) -> str:
     TVERSKY_KERNELS_BACKEND names one that "auto" tries first.
     """
     if backend == "auto":
-        asked = _asked_for_auto()
-        # The reference is always possible, so one is found.
-        order = (
-            ((asked,) if asked != "auto" else ())
-            + (("cpu",) if device.type == "cpu" else ("cuda", "triton"))
-            + ("reference",)
-        )
-        return next(name for name in order if _obstacle(name, device, unsupported) is None)
+        asked = _asked_for_auto() if VARIABLE in os.environ else "auto"
+        if asked == "auto" and device.type == "cpu" and _ops.CPU_MISSING is None and unsupported is None:
+            return "cpu"  # as below, sooner
+        if asked != "auto" and _obstacle(asked, device, unsupported) is None:
+            return asked
+        for name in AUTO_ORDER[device.type == "cpu"]:
+            if _obstacle(name, device, unsupported) is None:
+                return name
+        return "reference"
     if backend not in NAMES:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
     obstacle = _obstacle(backend, device, unsupported)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from . import reference
 from ._arguments import Options, Volumes
@@ -12,13 +11,23 @@ from .distributed import sum_over_group
 
 
 def apply(function: type[torch.autograd.Function], *args):
-    """`function.apply`, without binding the arguments to the signature first: that takes longer than all the rest.
-
-    torch needs it for its transforms (torch.func, vmap) and for the compiler, which get it.
-    """
+    """`function.apply`, in the form of the Function that costs the least here."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+    return function.eager.apply(*args)
+
+
+def _with_eager_form(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    # torch binds the arguments of a Function that has a setup_context to forward's signature at every call, which takes
+    # longer than all the rest. Only its transforms (torch.func, vmap) and the compiler need that form.
+    def forward(ctx, *args):
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    function.eager = type(function.__name__, (torch.autograd.Function,), {**members, "__doc__": function.__doc__})
+    return function
 
 
 def _pass_arguments(options: Options):
@@ -64,6 +73,7 @@ def _gradient_arguments(upstream, coefficients, options: Options):
     return upstream, coefficients, _pass_arguments(options)
 
 
+@_with_eager_form
 class GradientPass(torch.autograd.Function):
     """The gradient pass, itself differentiable: its derivative is the reference's.
 
@@ -124,6 +134,7 @@ def _gradient(upstream, volume, coefficients, class_parameters, options, inplace
     return ops.gradient_pass(upstream, coefficients, *volume, *arguments)
 
 
+@_with_eager_form
 class TverskyLoss(torch.autograd.Function):
     """Count pass and table forward, gradient pass backward. Keeps the inputs and a (N, C, 2) table between them."""
 
@@ -172,6 +183,7 @@ class TverskyLoss(torch.autograd.Function):
         return _gradient(grad_loss, volume, coefficients, class_parameters, *how), *(None,) * 8
 
 
+@_with_eager_form
 class OverlapCounts(torch.autograd.Function):
     """Count pass forward, gradient pass backward."""
 

@@ -47,20 +47,22 @@ def _on_backend(logits, checked, function, how, check_target, inplace_backward, 
     if chosen == "reference":
         return None
     compiling = torch.compiler.is_compiling()
-    check = logits.device.type == "cpu" if check_target is None else check_target
+    check = logits.is_cpu if check_target is None else check_target
     if check and chosen != "cpu" and not compiling:  # the CPU kernels check while they read
         _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
     if compiling:
         return function(chosen, check, logits, checked, inplace_backward, *how)
     # What cannot be walked is copied here, once for both passes.
-    target, voxel_weight, dense = volumes
-    spatial = 2 if dense else 1
-    if target.shape[spatial:] == logits.shape[2:]:
-        target = walkable(target, spatial)
-        voxel_weight = None if voxel_weight is None else walkable(voxel_weight, 1)
-    checked = (_arguments.Volumes(target, voxel_weight, dense), *checked[1:])
+    walked, target, voxel_weight, dense = logits, *volumes
+    if not (logits.is_contiguous() and target.is_contiguous() and voxel_weight is None):
+        spatial = 2 if dense else 1
+        walked = walkable(logits, 2)
+        if target.shape[spatial:] == logits.shape[2:]:
+            target = walkable(target, spatial)
+            voxel_weight = None if voxel_weight is None else walkable(voxel_weight, 1)
+        checked = checked._replace(volumes=_arguments.Volumes(target, voxel_weight, dense))
     try:
-        return function(chosen, check, walkable(logits, 2), checked, inplace_backward, *how)
+        return function(chosen, check, walked, checked, inplace_backward, *how)
     except RuntimeError:
         # The kernel found a bad label or weight. Say it as an error of the argument; anything else is passed on.
         _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
