@@ -41,6 +41,32 @@ def test_target_dtypes(capability, target_dtype, dtype):
     check_against_truth(cpu, logits, target[:, None])
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("loss", ["tversky_loss", "tversky_ce_loss"])
+def test_labels_of_one_byte(capability, loss, layout, dtype, classes):
+    """The kernels for few classes read them where they are; all others are converted first."""
+    logits, target = inputs(2, classes, (11, 13, 17), dtype)
+    logits = logits.contiguous(memory_format=layout)
+    for target_dtype in (torch.uint8, torch.int8, torch.int32) + ((torch.bool,) if classes == 2 else ()):
+        check_against_truth(getattr(tk, loss), logits, target.to(target_dtype), reference=getattr(tk.reference, loss))
+
+
+@pytest.mark.parametrize("classes", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("target_dtype", "label"), [(torch.uint8, 255), (torch.uint8, 5), (torch.int8, -1), (torch.int8, -128)]
+)
+@pytest.mark.parametrize("at", [0, 63, 1023, 1024, 2000, 2430])
+def test_one_bad_label_among_good_ones(capability, at, target_dtype, label, classes):
+    logits, target = inputs(1, classes, (2431,), target_dtype=target_dtype)
+    target[0, at] = label
+    with pytest.raises(ValueError, match=f"label.* {label}$|{label} is outside|got {label}"):
+        cpu(logits, target)
+    assert cpu(logits, target, check_target=False).isnan()
+    check_against_truth(cpu, logits, target, ignore_index=label)
+
+
 @pytest.mark.parametrize("spatial", [(), (1,), (1, 1, 1), (17,), (1, 31, 1), (2, 3, 5, 7), (64,), (4099,), (13, 79, 7)])
 def test_spatial_sizes(capability, spatial):
     check_against_truth(cpu, *inputs(3, 3, spatial))

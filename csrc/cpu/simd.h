@@ -192,8 +192,8 @@ TK_INLINE FloatVector exp_by_table(FloatVector x) {
 }
 #endif
 
-// e^x for x <= 0 (and for small positive x), error below 1.5 ulp; from 2^-126 on it is below that, soon 0. NaN stays
-// NaN.
+// e^x for x <= 0 (and for small positive x), error about 1 ulp; below 2^-126 it is some number below that, or 0. NaN
+// stays NaN.
 template <typename A>
 TK_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
   using L = Lanes<A>;
