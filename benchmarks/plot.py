@@ -1,6 +1,6 @@
 """Draws what the benchmarks have measured: python -m benchmarks.plot. Pictures go beside the CSV files that they show.
 
-Of every case and provider the newest row is taken. growth_DEVICE.png: time against voxels and classes, memory against
+Of every case and provider the newest row is taken; the distance to the floor is of one run. growth_DEVICE.png: time against voxels and classes, memory against
 classes, distance to the floor; training_step_DEVICE.png: what the loss takes of a step.
 """
 
@@ -35,6 +35,13 @@ LABELS = {"lean compiled, mask": "torch.compile of a lean loss"}
 def newest(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """The last row of each."""
     return rows.groupby(keys, sort=False).tail(1)
+
+
+def of_one_run(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of every case the rows of the run that compared the most providers, the newest of such runs."""
+    runs = rows.groupby(["case", "date", "commit"], sort=False)["provider"].nunique().reset_index(name="compared")
+    chosen = runs.groupby("case", sort=False)["compared"].transform(lambda n: n == n.max())
+    return rows.merge(newest(runs[chosen], ["case"]), on=["case", "date", "commit"])
 
 
 def curves(axes, rows: pd.DataFrame, x: str, y: str) -> None:
@@ -86,7 +93,8 @@ def draw_growth(folder: pathlib.Path, device: str) -> pathlib.Path:
     memory.set_yscale("symlog", linthresh=1)
     core = pd.read_csv(folder / f"{device}.csv")
     cases = [c.name for c in plain(device)]
-    core = newest(core[(core["task"] == "tversky") & core["case"].isin(cases)], ["case", "provider"])
+    core = core[(core["task"] == "tversky") & core["case"].isin(cases)]
+    core = of_one_run(core.dropna(subset=["times_floor"]))
     names = [n for n in COLOURS if n in set(core["provider"])]
     bars(floor, core, cases, "case", names, "provider", "times_floor")
     floor.set_yticklabels([c.split(",")[0] for c in cases], fontsize=8)
@@ -124,7 +132,7 @@ def draw_training_step(folder: pathlib.Path, device: str) -> pathlib.Path:
     bars(axes[2], patches, groups, "group", names, "loss", "largest_side")
     axes[2].set_yticklabels(groups, fontsize=8)
     budget = f"{patches['budget_mib'].iloc[-1] / 1024:g} GiB" if len(patches) else ""
-    axes[2].set(xlabel="side", title=f"Largest patch in {budget}, MONAI UNet")
+    axes[2].set(xlabel="side", title=f"Largest patch in {budget}\n(MONAI UNet)")
     figure.suptitle(said_of(rows) + f"; patches of {shares['side'].iloc[-1]:.0f}³", fontsize=9)
     path = folder / f"training_step_{device}.png"
     figure.savefig(path, dpi=110)
