@@ -11,6 +11,8 @@ import torch
 for _module in ("matplotlib", "pandas", "tqdm", "monai"):
     pytest.importorskip(_module)
 
+import pandas
+
 from benchmarks import growth, memory, plot, run, training_step
 from benchmarks.cases import SETS, Case
 from benchmarks.providers import PROVIDERS
@@ -119,3 +121,18 @@ def test_pictures_of_what_is_measured(tmp_path):
     }
     core.append([{**described, **measured}])
     assert plot.draw_growth(tmp_path, "cpu").stat().st_size > 10_000
+
+
+def test_the_distance_to_the_floor_is_of_one_run():
+    """The newest of those that compared the most, not the newest row of each."""
+    rows = [
+        ("monday", "a", "ours", 1),
+        ("monday", "a", "theirs", 2),
+        ("tuesday", "a", "ours", 3),
+        ("tuesday", "a", "theirs", 4),
+        ("wednesday", "a", "ours", 5),
+        ("wednesday", "b", "ours", 6),
+    ]
+    table = pandas.DataFrame(rows, columns=["date", "case", "provider", "times_floor"]).assign(commit="1")
+    chosen = plot.of_one_run(table)
+    assert sorted(chosen["times_floor"]) == [3, 4, 6]
