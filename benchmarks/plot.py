@@ -1,8 +1,8 @@
 """Draws what the benchmarks have measured: python -m benchmarks.plot. Pictures go beside the CSV files that they show.
 
 Of every case and provider the newest row is taken; the distance to the floor is of one run. growth_DEVICE.png: time
-against voxels and classes, memory against classes, distance to the floor; training_step_DEVICE.png: what the loss takes of
-a step.
+against voxels and classes, memory against classes, distance to the floor; training_step_DEVICE.png: what the loss
+takes of a step.
 """
 
 from __future__ import annotations
