@@ -60,7 +60,7 @@ def test_library_with_cuda_code_loads_in_this_torch():
     from tversky_kernels import _ops
 
     if not (pathlib.Path(tk.__file__).parent / "_C_cuda.so").exists():
-        pytest.skip("the package was built without CUDA: TVERSKY_KERNELS_WITH_CUDA=0")
+        pytest.skip("this build of the package has no CUDA code")
     assert _ops.CUDA_MISSING is None
     for name in _ops.NAMES:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tversky_kernels::{name}", "CUDA")

@@ -116,7 +116,7 @@ def test_what_waits_is_the_systems_for_the_taking():
     logits, target = volumes(48)
     smaps = pathlib.Path("/proc/self/smaps_rollup")
     if not smaps.exists() or "LazyFree" not in smaps.read_text():
-        pytest.skip("this kernel does not tell what it may take")
+        pytest.skip("this Linux does not report LazyFree in smaps_rollup")
 
     def lazily_freed():
         (line,) = (x for x in smaps.read_text().splitlines() if x.startswith("LazyFree:"))

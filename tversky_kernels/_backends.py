@@ -10,8 +10,6 @@ from . import _ops
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 VARIABLE = "TVERSKY_KERNELS_BACKEND"
-#: What "auto" tries first, before the reference; by whether the tensors are on the CPU.
-AUTO_ORDER = {True: ("cpu",), False: ("cuda", "triton")}
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -72,12 +70,10 @@ def choose(backend: str, device: torch.device, unsupported: str | None) -> str:
     TVERSKY_KERNELS_BACKEND names one that "auto" tries first.
     """
     if backend == "auto":
-        asked = _asked_for_auto() if VARIABLE in os.environ else "auto"
-        if asked == "auto" and device.type == "cpu" and _ops.CPU_MISSING is None and unsupported is None:
-            return "cpu"  # as below, sooner
+        asked = _asked_for_auto()
         if asked != "auto" and _obstacle(asked, device, unsupported) is None:
             return asked
-        for name in AUTO_ORDER[device.type == "cpu"]:
+        for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
             if _obstacle(name, device, unsupported) is None:
                 return name
         return "reference"
