@@ -53,6 +53,42 @@ def test_labels_of_one_byte(capability, loss, layout, dtype, classes):
         check_against_truth(getattr(tk, loss), logits, target.to(target_dtype), reference=getattr(tk.reference, loss))
 
 
+@pytest.mark.parametrize(
+    ("variant", "classes", "spatial", "dtype"),
+    [
+        ("softmax", 2, (128, 128, 66), torch.float32),
+        ("softmax", 2, (128, 128, 130), torch.float16),
+        ("softmax", 4, (80, 80, 84), torch.float64),
+        ("softmax", 4, (81, 83, 79), torch.float32),
+        ("softmax", 14, (64, 64, 76), torch.bfloat16),
+        ("softmax", 14, (64, 63, 38), torch.float32),
+        ("channels_last", 4, (80, 84, 80), torch.float32),
+        ("channels_last", 3, (112, 112, 113), torch.bfloat16),
+        ("sigmoid", 4, (80, 84, 80), torch.float32),
+        ("dense", 4, (80, 84, 80), torch.float32),
+    ],
+)
+def test_a_large_fresh_gradient_is_the_one_in_place(capability, variant, classes, spatial, dtype):
+    """From 8 MiB on a fresh one is stored past the caches, where its rows are aligned."""
+    logits, target = inputs(1, classes, spatial, dtype, torch.uint8)
+    assert logits.numel() * logits.itemsize >= 8 << 20
+    if variant == "channels_last":
+        logits = logits.contiguous(memory_format=torch.channels_last_3d)
+    elif variant == "dense":
+        target = torch.nn.functional.one_hot(target.long(), classes).movedim(-1, 1).to(torch.uint8)
+    activation = "sigmoid" if variant == "sigmoid" else "softmax"
+    gradients = []
+    for inplace in (False, True):
+        z = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        loss = cpu(z, target, activation=activation, inplace_backward=inplace)
+        (gradient,) = torch.autograd.grad(loss * 2.0**20, z)  # float16 would be 0 without
+        assert (gradient.data_ptr() == z.data_ptr()) == inplace
+        gradients.append(gradient)
+    assert gradients[0].isfinite().all()
+    assert gradients[0].ne(0).sum() > gradients[0].numel() // 2
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("classes", [2, 4, 5])
 @pytest.mark.parametrize(
     ("target_dtype", "label"), [(torch.uint8, 255), (torch.uint8, 5), (torch.int8, -1), (torch.int8, -128)]

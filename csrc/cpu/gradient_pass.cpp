@@ -8,7 +8,20 @@ template <typename T>
 struct GradientRows {
   T* rows;
   int64_t row_stride;
+  bool streamed;  // past the caches
 };
+
+// Whether a gradient is stored past the caches: a large fresh one, whose memory would be read first, and drive out the
+// logits that are still to be read. inner: its few classes lie side by side.
+template <typename T>
+bool is_streamed(const Volume& v, const GradientView& view, bool inner) {
+  constexpr int64_t kLeastBytes = int64_t{8} << 20, kLine = 64;  // of less, whoever reads it next finds it in a cache
+  const auto is_aligned = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kLine == 0; };
+  return view.data != v.logits.data &&
+         v.samples * v.classes * v.voxels * static_cast<int64_t>(sizeof(T)) >= kLeastBytes &&
+         reinterpret_cast<uintptr_t>(view.data) % kLine == 0 && is_aligned(view.sample_stride) &&
+         (inner || is_aligned(view.class_stride));
+}
 
 template <bool kCrossEntropy>
 constexpr int kCoefficients = kCrossEntropy ? kAllCoefficients : kOverlapCoefficients;
@@ -39,7 +52,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
     if (tile.weights != nullptr) dz1 *= load<V>(tile.weights + i);
     if (kMasked) dz1 = label >= 0 ? dz1 : V{};
     const V dz[2] = {-dz1, dz1};
-    store_classes<2, kInner>(out.rows, out.row_stride, i, dz);
+    store_classes<2, kInner>(out.rows, out.row_stride, i, dz, out.streamed);
   }
 }
 
@@ -126,7 +139,7 @@ TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classe
       softmax_gradient_block<T, kClasses, 1, kLabels, kCrossEntropy>(
           tile, at, kClasses, u, present, logits, &top, [](int) __attribute__((always_inline)) {},
           [&](int c, int, V value) __attribute__((always_inline)) { dz[c] = value; });
-      store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz);
+      store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz, out.streamed);
     }
   } else {
     for_each_block(tile, padded, classes, scratch,
@@ -134,7 +147,7 @@ TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classe
                      softmax_gradient_block<T, 0, kBlockVectors, kLabels, kCrossEntropy>(
                          tile, at, classes, u, present, logits, top, read_next,
                          [&](int c, int k, V dz) __attribute__((always_inline)) {
-                           store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz);
+                           store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz, out.streamed);
                          });
                    });
   }
@@ -162,7 +175,7 @@ TK_INLINE void channel_gradient(const Tile<T>& tile, int padded, int c, int clas
     }
     if (tile.weights != nullptr) dz *= load<V>(tile.weights + i);
     if (kMasked) dz = label >= 0 ? dz : V{};
-    store_logits(out.rows + c * out.row_stride + i, dz);
+    store_logits(out.rows + c * out.row_stride + i, dz, out.streamed);
   }
 }
 
@@ -279,7 +292,7 @@ void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Comput
           dz = gradient[k].overlap(exponentials[slot] * softmax.inverse[k], slopes[slot]);
         }
         if (softmax.weighted) dz *= softmax.weight[k];
-        store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz);
+        store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz, out.streamed);
       }
     }
   }
@@ -320,7 +333,7 @@ void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compu
         dz += p.p * of_zero - p.complement * of_one;
       }
       if (weighted) dz *= general_weight(tile, i);
-      store_logits(out.rows + c * out.row_stride + i, dz);
+      store_logits(out.rows + c * out.row_stride + i, dz, out.streamed);
     }
   }
 }
@@ -384,20 +397,22 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
   T* buffer = reinterpret_cast<T*>(block + v.classes * kScratchVectors);
   PresentClasses present(buffer + v.classes * buffers.row_voxels, v.classes);
   const bool inner = is_inner(v, view.class_stride, view.voxel_stride);
+  const bool streamed = is_streamed<T>(v, view, inner);
   BadInput bad;  // the count pass has told of it, and its coefficients are NaN then
   for (int64_t at = begin; at < end;) {
     const int voxels = buffers.take(end - at);
     const Tile<T> tile = load_tile<T>(v, sample, at, voxels, buffers, inner, bad);
     T* there = static_cast<T*>(view.data) + sample * view.sample_stride + at * view.voxel_stride;
     const bool direct = tile.is_inner || (view.voxel_stride == 1 && voxels == tile.padded_voxels());
-    const GradientRows<T> out =
-        direct ? GradientRows<T>{there, view.class_stride} : GradientRows<T>{buffer, buffers.row_voxels};
+    const GradientRows<T> out = direct ? GradientRows<T>{there, view.class_stride, streamed}
+                                       : GradientRows<T>{buffer, buffers.row_voxels, false};
     gradient_tile(v, tile, u, present, block, out);
     if (!direct) {
       copy_rows<true>(there, view.class_stride, view.voxel_stride, buffer, buffers.row_voxels, v.classes, voxels);
     }
     at += voxels;
   }
+  if (streamed) finish_streams();
 }
 
 }  // namespace

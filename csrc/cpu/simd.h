@@ -11,6 +11,8 @@
 
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #define TK_INLINE inline __attribute__((always_inline))
@@ -100,6 +102,27 @@ TK_INLINE V load(const T* p) {
 template <typename T, typename V>
 TK_INLINE void store(T* p, V v) {
   memcpy(p, &v, sizeof(V));
+}
+
+// The same past the caches, of which the line's old contents need not be read first; p is as aligned as V is large.
+// Other threads see it after finish_streams().
+template <typename T, typename V>
+TK_INLINE void stream(T* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
+#endif
+  store(p, v);
+}
+TK_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 template <typename T>
@@ -475,12 +498,14 @@ TK_INLINE Vector<Compute<T>> load_logits(const T* p) {
   }
 }
 
+// streamed: past the caches.
 template <typename T>
-TK_INLINE void store_logits(T* p, Vector<Compute<T>> v) {
+TK_INLINE void store_logits(T* p, Vector<Compute<T>> v, bool streamed) {
   if constexpr (sizeof(T) == 2) {
-    store(p, narrow(v, T{}));
+    const HalfVector narrowed = narrow(v, T{});
+    streamed ? stream(p, narrowed) : store(p, narrowed);
   } else {
-    store(p, v);
+    streamed ? stream(p, v) : store(p, v);
   }
 }
 

@@ -368,7 +368,7 @@ TK_INLINE void load_inner(const T* at, Vector<Compute<T>>* z, std::integer_seque
   ((z[K] = to_compute<T>(pick<C, K, kLanes>(vectors, std::make_integer_sequence<int, C - 1>{}))), ...);
 }
 template <typename T, int C, int... K>
-TK_INLINE void store_inner(T* at, const Vector<Compute<T>>* dz, std::integer_sequence<int, K...>) {
+TK_INLINE void store_inner(T* at, const Vector<Compute<T>>* dz, bool streamed, std::integer_sequence<int, K...>) {
   using S = typename Stored<T>::Vector;
   constexpr int kLanes = sizeof(S) / sizeof(T);
   S rows[C];
@@ -377,7 +377,8 @@ TK_INLINE void store_inner(T* at, const Vector<Compute<T>>* dz, std::integer_seq
   } else {
     ((rows[K] = dz[K]), ...);
   }
-  (store(at + K * kLanes, place<C, K, kLanes>(rows, std::make_integer_sequence<int, C - 1>{})), ...);
+  const auto put = [&](T* p, S v) __attribute__((always_inline)) { streamed ? stream(p, v) : store(p, v); };
+  (put(at + K * kLanes, place<C, K, kLanes>(rows, std::make_integer_sequence<int, C - 1>{})), ...);
 }
 #else
 constexpr int kMostInner = 0;
@@ -401,11 +402,11 @@ TK_INLINE Vector<Compute<T>> load_classes_and_top(const Tile<T>& tile, int i, Ve
 }
 
 template <int C, bool kInner, typename T>
-TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, const Vector<Compute<T>>* dz) {
+TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, const Vector<Compute<T>>* dz, bool streamed) {
 #if defined(TK_HAS_SHUFFLES)
-  if constexpr (kInner) return store_inner<T, C>(rows + i * C, dz, std::make_integer_sequence<int, C>{});
+  if constexpr (kInner) return store_inner<T, C>(rows + i * C, dz, streamed, std::make_integer_sequence<int, C>{});
 #endif
-  for (int c = 0; c < C; ++c) store_logits(rows + c * row_stride + i, dz[c]);
+  for (int c = 0; c < C; ++c) store_logits(rows + c * row_stride + i, dz[c], streamed);
 }
 
 // Whether memory with these strides is read and written so.
