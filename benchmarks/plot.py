@@ -104,7 +104,7 @@ def draw_growth(folder: pathlib.Path, device: str) -> pathlib.Path:
     floor.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100), [str(t) for t in ticks])
     floor.minorticks_off()
     floor.set(xlabel="multiples of reading logits and target twice and writing once", title="Distance to the floor")
-    figure.suptitle(said_of(growth), fontsize=9)
+    figure.suptitle(said_of(pd.concat((growth, core))), fontsize=9)
     path = folder / f"growth_{device}.png"
     figure.savefig(path, dpi=110)
     return path

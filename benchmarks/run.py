@@ -50,8 +50,11 @@ def machine() -> str:
 
 
 def commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    """The commit, marked where the code is not its own; rows that were appended since are no code."""
+    described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    changes = ["git", "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results"]
+    changed = subprocess.run(changes, capture_output=True).returncode != 0
+    return described + "-dirty" * changed if described else "unknown"
 
 
 def describe_run() -> dict:
