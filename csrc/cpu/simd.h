@@ -104,7 +104,7 @@ TK_INLINE void store(T* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
 
-// The same past the caches, of which the line's old contents need not be read first; p is as aligned as V is large.
+// The same past the caches, so that what was there need not be read first; p is as aligned as V is large.
 // Other threads see it after finish_streams().
 template <typename T, typename V>
 TK_INLINE void stream(T* p, V v) {
@@ -118,6 +118,10 @@ TK_INLINE void stream(T* p, V v) {
   if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
 #endif
   store(p, v);
+}
+template <typename T, typename V>
+TK_INLINE void store(T* p, V v, bool streamed) {
+  streamed ? stream(p, v) : store(p, v);
 }
 TK_INLINE void finish_streams() {
 #if defined(__SSE2__)
@@ -498,14 +502,12 @@ TK_INLINE Vector<Compute<T>> load_logits(const T* p) {
   }
 }
 
-// streamed: past the caches.
 template <typename T>
 TK_INLINE void store_logits(T* p, Vector<Compute<T>> v, bool streamed) {
   if constexpr (sizeof(T) == 2) {
-    const HalfVector narrowed = narrow(v, T{});
-    streamed ? stream(p, narrowed) : store(p, narrowed);
+    store(p, narrow(v, T{}), streamed);
   } else {
-    streamed ? stream(p, v) : store(p, v);
+    store(p, v, streamed);
   }
 }
 

@@ -377,8 +377,7 @@ TK_INLINE void store_inner(T* at, const Vector<Compute<T>>* dz, bool streamed, s
   } else {
     ((rows[K] = dz[K]), ...);
   }
-  const auto put = [&](T* p, S v) __attribute__((always_inline)) { streamed ? stream(p, v) : store(p, v); };
-  (put(at + K * kLanes, place<C, K, kLanes>(rows, std::make_integer_sequence<int, C - 1>{})), ...);
+  (store(at + K * kLanes, place<C, K, kLanes>(rows, std::make_integer_sequence<int, C - 1>{}), streamed), ...);
 }
 #else
 constexpr int kMostInner = 0;
