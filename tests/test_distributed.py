@@ -23,6 +23,11 @@ def dice_of_counts(logits, target, **options):
     return ((fp + fn) / (2 * tp + fp + fn)).mean()
 
 
+def loss_with_head(features, target, **options):
+    weight = torch.tensor([[1.0, 0.2, -0.3], [-0.5, 1.0, 0.1]], dtype=torch.float64)
+    return tk.linear_tversky_loss(features, weight, None, target.clamp(max=1), **OPTIONS, **options)
+
+
 def check_parts(parts, loss, gradient, dimension=0):
     for part_loss, _ in parts:
         torch.testing.assert_close(part_loss, loss)
@@ -50,6 +55,9 @@ def worker(rank, path, results):
         found["counts", backend] = loss_and_gradient(
             dice_of_counts, LOGITS[:, :, :, slab], TARGET[:, :, slab], process_group=group, backend=backend
         )
+        found["head", backend] = loss_and_gradient(
+            loss_with_head, LOGITS[:, :, :, slab], TARGET[:, :, slab], process_group=group, backend=backend
+        )
     # nnU-Net sums the gradient over the ranks too, for DDP divides it by their number.
     half = slice(rank * 2, rank * 2 + 2)
     nnunet = tk.compat.nnunet.DC_and_CE_loss({"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": True}, {})
@@ -69,6 +77,8 @@ def test_parts_are_the_whole(tmp_path):
         check_parts([f["compound", backend] for f in found], *whole)
         whole = loss_and_gradient(dice_of_counts, LOGITS, TARGET, backend="reference")
         check_parts([f["counts", backend] for f in found], *whole, 3)
+        whole = loss_and_gradient(loss_with_head, LOGITS, TARGET, backend="reference")
+        check_parts([f["head", backend] for f in found], *whole, 3)
 
 
 def test_nnunets_loss_is_that_of_the_whole_batch_once_ddp_has_averaged(tmp_path):

@@ -9,6 +9,7 @@ from .functional import (
     focal_tversky_loss,
     generalized_dice_loss,
     jaccard_loss,
+    linear_tversky_loss,
     overlap_counts,
     tversky_ce_loss,
     tversky_loss,
@@ -20,6 +21,7 @@ from .modules import (
     GeneralizedDiceLoss,
     JaccardLoss,
     TverskyCELoss,
+    TverskyHead,
     TverskyLoss,
 )
 
@@ -33,6 +35,7 @@ __all__ = [
     "JaccardLoss",
     "OverlapCounts",
     "TverskyCELoss",
+    "TverskyHead",
     "TverskyLoss",
     "available_backends",
     "compat",
@@ -41,6 +44,7 @@ __all__ = [
     "focal_tversky_loss",
     "generalized_dice_loss",
     "jaccard_loss",
+    "linear_tversky_loss",
     "overlap_counts",
     "reference",
     "tversky_ce_loss",

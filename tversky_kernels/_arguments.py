@@ -41,6 +41,9 @@ CE_DEFAULTS = {
     "focal_gamma": 0.0,
 }
 
+#: What a function of several losses calls them.
+LOSSES = ("tversky", "tversky_ce")
+
 
 class Options(NamedTuple):
     """The arguments of the loss that are not volumes, checked."""
@@ -134,6 +137,36 @@ def with_defaults(function: str, defaults: dict, options: dict) -> dict:
         if name not in defaults:
             raise TypeError(f"{function}: unexpected argument {name!r}")
     return {**defaults, **options}
+
+
+def check_head(features, weight, bias) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Checks a head and what it is applied to. Returns them in autocast's type where that is on, weight as (C, K)."""
+    facts = _facts("features", features)
+    if facts.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"features: expected float16, bfloat16, float32 or float64, got {facts.dtype}")
+    if len(facts.shape) < 2 or facts.shape[1] == 0:
+        raise ValueError(f"features: expected the shape (N, K, *spatial), got {_shape(features)}")
+    channels = facts.shape[1]
+    _facts("weight", weight)
+    if weight.dim() < 2 or weight.size(0) == 0 or weight.shape[1:] != (channels, *(1,) * (weight.dim() - 2)):
+        raise ValueError(
+            f"weight: for features {_shape(features)} expected (C, {channels}), or with further dimensions of size 1 "
+            f"as a convolution has it, got {_shape(weight)}"
+        )
+    weight = weight.reshape(-1, channels)
+    if bias is not None and _facts("bias", bias).shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected {weight.size(0)} values, one a class, got the shape {_shape(bias)}")
+    head = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    device = facts.device.type
+    if torch.is_autocast_enabled(device) and facts.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        features, head = features.to(dtype), {name: x.to(dtype) for name, x in head.items()}
+    for name, x in head.items():
+        if x.dtype != features.dtype:
+            raise TypeError(f"{name}: expected the features' dtype {features.dtype}, got {x.dtype}")
+        if x.device != features.device:
+            raise ValueError(f"{name}: expected it on the features' device {features.device}, got {x.device}")
+    return features, head["weight"], head.get("bias")
 
 
 def check_arguments(

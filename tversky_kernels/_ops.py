@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import _linear
+
 NAMESPACE = "tversky_kernels"
 ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}  # as in csrc/tversky_math.h
 ABSENT = {"keep": 0, "zero": 1, "skip": 2}
@@ -45,10 +47,23 @@ SCHEMAS = (
 #: The operators that every kernel backend implements.
 NAMES = ("count_pass", "table", "tversky_loss", "gradient_pass", "gradient_pass_")
 
+_HEAD = "Tensor weight, Tensor? bias"
+#: The same passes with features (N, K, *spatial) and a head (C, K), (C) in the place of logits; of any device.
+LINEAR_SCHEMAS = (
+    f"linear_count_pass(Tensor features, {_HEAD}, {_TARGET}, {_PASS}, bool raise_bad_input) -> Tensor",
+    # -> the gradients of features (empty where it is not asked for), weight and bias
+    f"linear_gradient_pass(Tensor grad_loss, Tensor coefficients, Tensor features, {_HEAD}, {_TARGET}, {_PASS}, "
+    "bool to_features) -> (Tensor, Tensor, Tensor)",
+    # the gradient of the features over the features -> those of weight and bias
+    f"linear_gradient_pass_(Tensor(a!) features, Tensor grad_loss, Tensor coefficients, {_HEAD}, {_TARGET}, {_PASS}) "
+    "-> (Tensor, Tensor)",
+)
+LINEAR_NAMES = ("linear_count_pass", "linear_gradient_pass", "linear_gradient_pass_")
+
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _schema in SCHEMAS:
+for _schema in (*SCHEMAS, *LINEAR_SCHEMAS):
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
-    if _schema.startswith(NAMES):
+    if _schema.startswith((*NAMES, *LINEAR_NAMES)):
         _library.define(f"triton_{_schema}", tags=[torch.Tag.pt2_compliant_tag])
 
 
@@ -104,6 +119,38 @@ OPERATORS = {
 }
 
 
+class LinearOperators(NamedTuple):
+    """One backend's operators of a loss with its head."""
+
+    count_pass: Callable
+    gradient_pass: Callable
+    gradient_pass_: Callable
+
+
+def _register_linear(prefix: str, backend: str) -> LinearOperators:
+    """Registers the passes of `_linear` over one backend's operators."""
+
+    def count_pass(*arguments):
+        return _linear.count_pass(OPERATORS[backend], *arguments)
+
+    def gradient_pass(grad_loss, coefficients, features, *arguments):
+        *arguments, to_features = arguments
+        out = torch.empty_like(features) if to_features else None
+        of_head = _linear.gradient_pass(OPERATORS[backend], out, grad_loss, coefficients, features, *arguments)
+        return (features.new_empty(0) if out is None else out, *of_head)
+
+    def gradient_pass_(features, grad_loss, coefficients, *arguments):
+        return _linear.gradient_pass(OPERATORS[backend], features, grad_loss, coefficients, features, *arguments)
+
+    for name, function in zip(LINEAR_NAMES, (count_pass, gradient_pass, gradient_pass_), strict=True):
+        _library.impl(f"{prefix}{name}", function, "CompositeExplicitAutograd")
+    return LinearOperators(*(getattr(ops, f"{prefix}{name}") for name in LINEAR_NAMES))
+
+
+_any_device = _register_linear("", "cpu")
+LINEAR_OPERATORS = {"cpu": _any_device, "cuda": _any_device, "triton": _register_linear("triton_", "triton")}
+
+
 def _loss_shape(samples, classes, include_background, batch, reduction):
     if reduction != REDUCTIONS["none"]:
         return []
@@ -154,3 +201,20 @@ def _(grad_loss, coefficients, logits, *_):
 @_fake("gradient_pass_")
 def _(logits, *_):
     return None
+
+
+@_fake("linear_count_pass")
+def _(features, weight, bias, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, *_):
+    columns = 6 if cross_entropy else 3
+    return features.new_empty([features.size(0), weight.size(0), columns], dtype=torch.float64)
+
+
+@_fake("linear_gradient_pass")
+def _(grad_loss, coefficients, features, weight, *arguments):
+    of_features = torch.empty_like(features) if arguments[-1] else features.new_empty(0)
+    return of_features, torch.empty_like(weight), weight.new_empty(weight.size(0))
+
+
+@_fake("linear_gradient_pass_")
+def _(features, grad_loss, coefficients, weight, *_):
+    return torch.empty_like(weight), weight.new_empty(weight.size(0))

@@ -6,7 +6,7 @@ import torch
 
 from . import reference
 from ._arguments import Options, Volumes
-from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, OPERATORS, REDUCTIONS
+from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, LINEAR_OPERATORS, OPERATORS, REDUCTIONS
 from .distributed import sum_over_group
 
 
@@ -62,6 +62,16 @@ def _table_arguments(options: Options, class_parameters, dense: bool):
 
 def _result_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _loss_of_counts(counts, options: Options, table, process_group, backend, dtype):
+    # The loss and its coefficients, from counts that may be a part of a batch's or of a volume's.
+    if options.batch:
+        counts = counts.sum(0, keepdim=True)
+    if process_group is not None:
+        counts = sum_over_group(counts, process_group)
+    loss, coefficients = OPERATORS[backend].table(counts, *table)
+    return loss.to(dtype), coefficients
 
 
 def _gradient_arguments(upstream, coefficients, options: Options):
@@ -157,10 +167,7 @@ class TverskyLoss(torch.autograd.Function):
         if process_group is None:
             return ops.tversky_loss(*volume, *table)
         counts = ops.count_pass(*volume)
-        if options.batch:
-            counts = counts.sum(0, keepdim=True)
-        loss, coefficients = ops.table(sum_over_group(counts, process_group), *table)
-        return loss.to(_result_dtype(logits)), coefficients
+        return _loss_of_counts(counts, options, table, process_group, backend, _result_dtype(logits))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -181,6 +188,77 @@ class TverskyLoss(torch.autograd.Function):
         *volume, coefficients, class_parameters = ctx.saved_tensors
         how = (ctx.options, ctx.inplace_backward, ctx.process_group, ctx.backend)
         return _gradient(grad_loss, volume, coefficients, class_parameters, *how), *(None,) * 8
+
+
+@_with_eager_form
+class LinearTverskyLoss(torch.autograd.Function):
+    """As `TverskyLoss`, of the logits weight @ features + bias, of which there is never more than a block."""
+
+    @staticmethod
+    def forward(
+        features,
+        weight,
+        bias,
+        target,
+        voxel_weight,
+        class_parameters,
+        options,
+        raise_bad_input,
+        inplace_backward,
+        process_group,
+        backend,
+    ):
+        """The loss, and the coefficients that the gradient pass needs."""
+        volume = (features, weight, bias, target, voxel_weight, *_pass_arguments(options), raise_bad_input)
+        table = _table_arguments(options, class_parameters, target.dim() == features.dim())
+        counts = LINEAR_OPERATORS[backend].count_pass(*volume)
+        return _loss_of_counts(counts, options, table, process_group, backend, _result_dtype(features))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the inputs and the coefficients."""
+        *tensors, options, _, inplace_backward, process_group, backend = inputs
+        _, coefficients = output
+        ctx.mark_non_differentiable(coefficients)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, coefficients)
+        ctx.options, ctx.inplace_backward, ctx.process_group = options, inplace_backward, process_group
+        ctx.backend = backend
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        """The gradient pass; where it is to be differentiated again, the reference's gradient."""
+        wanted = ctx.needs_input_grad[:3]
+        if grad_loss is None or not any(wanted):
+            return (None,) * 11
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
+            return *_differentiable_gradients(ctx, grad_loss, wanted), *(None,) * 8
+        features, *volume, _, coefficients = ctx.saved_tensors  # volume: weight, bias, target, voxel_weight
+        ops, arguments = LINEAR_OPERATORS[ctx.backend], (*volume, *_pass_arguments(ctx.options))
+        if wanted[0] and ctx.inplace_backward and not compiling and _may_be_overwritten(features):
+            of_features = features.detach()
+            of_head = ops.gradient_pass_(of_features, grad_loss, coefficients, *arguments)
+            torch.autograd.graph.increment_version(features)  # as in _gradient
+        else:
+            of_features, *of_head = ops.gradient_pass(grad_loss, coefficients, features, *arguments, wanted[0])
+        gradients = (x if is_wanted else None for x, is_wanted in zip((of_features, *of_head), wanted, strict=True))
+        return *gradients, *(None,) * 8
+
+
+def _differentiable_gradients(ctx, grad_loss, wanted):
+    # The reference's, of features, weight and bias.
+    if ctx.process_group is not None:
+        raise NotImplementedError("process_group: second derivatives over several ranks are not implemented")
+    *head, target, voxel_weight, class_parameters, _ = ctx.saved_tensors
+    # Aliases: where one of them depends on another, that way is autograd's and not to be counted here.
+    head = [x if x is None else x.view_as(x) for x in head]
+    volumes = Volumes(target, voxel_weight, target.dim() == head[0].dim())
+    logits = reference.linear_logits(*head)
+    loss = reference.checked_loss(logits, volumes, ctx.options, class_parameters, check_target=False)
+    inputs = [x for x, is_wanted in zip(head, wanted, strict=True) if is_wanted]
+    gradients = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
+    return [next(gradients) if is_wanted else None for is_wanted in wanted]
 
 
 @_with_eager_form

@@ -18,6 +18,7 @@ __all__ = [
     "focal_tversky_loss",
     "generalized_dice_loss",
     "jaccard_loss",
+    "linear_tversky_loss",
     "overlap_counts",
     "tversky_ce_loss",
     "tversky_loss",
@@ -78,6 +79,16 @@ def _apply_loss(chosen, check, logits, checked, inplace_backward, process_group)
 def _loss(logits, checked, check_target, inplace_backward, process_group, backend):
     loss = _on_backend(logits, checked, _apply_loss, (process_group,), check_target, inplace_backward, backend)
     return reference.checked_loss(logits, *checked, process_group, check_target) if loss is None else loss
+
+
+def _apply_linear(chosen, check, logits, checked, inplace_backward, head, process_group):
+    (target, voxel_weight, _), options, class_parameters = checked
+    features, weight, bias = head
+    if not torch.compiler.is_compiling():
+        features = walkable(features, 2)
+    volumes = (features, weight, bias, target, voxel_weight, class_parameters)
+    how = (options, check, inplace_backward, process_group, chosen)
+    return autograd.apply(autograd.LinearTverskyLoss, *volumes, *how)[0]
 
 
 def _apply_counts(chosen, check, logits, checked, inplace_backward):
@@ -377,6 +388,14 @@ def generalized_dice_loss(
     return loss.sum() if reduction == "sum" or loss.numel() == 0 else loss.mean()
 
 
+def _split_options(function: str, loss: str, options: dict) -> tuple[dict, dict]:
+    # The arguments of a loss that a function calls by its name, completed: what it is, and how it is run.
+    _arguments.one_of("loss", loss, _arguments.LOSSES)
+    defaults = {**_arguments.TVERSKY_DEFAULTS, **(_arguments.CE_DEFAULTS if loss == "tversky_ce" else {})}
+    all_options = _arguments.with_defaults(f"{function} with loss={loss!r}", {**defaults, **RUN_DEFAULTS}, options)
+    return {name: all_options[name] for name in defaults}, {name: all_options[name] for name in RUN_DEFAULTS}
+
+
 def deep_supervision_loss(
     logits: Sequence[torch.Tensor],
     target: torch.Tensor,
@@ -406,18 +425,13 @@ def deep_supervision_loss(
         raise TypeError(f"logits: expected a list of tensors, one a level, got {type(logits).__name__}")
     if len(logits) == 0:
         raise ValueError("logits: expected at least one level, got none")
-    _arguments.one_of("loss", loss, ("tversky", "tversky_ce"))
     if weights is None:
         weights = [0.5**i for i in range(len(logits))]
         weights = [w / sum(weights) for w in weights]
     if len(weights) != len(logits):
         raise ValueError(f"weights: expected {len(logits)} numbers, one a level, got {len(weights)}")
     weights = [_arguments.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
-    run = {name: options.pop(name, default) for name, default in RUN_DEFAULTS.items()}
-    ce_defaults = _arguments.CE_DEFAULTS if loss == "tversky_ce" else {}
-    options = _arguments.with_defaults(
-        f"deep_supervision_loss with loss={loss!r}", {**_arguments.TVERSKY_DEFAULTS, **ce_defaults}, options
-    )
+    options, run = _split_options("deep_supervision_loss", loss, options)
     total = None
     for level, w in zip(logits, weights, strict=True):
         checked = _arguments.check_arguments(
@@ -427,6 +441,56 @@ def deep_supervision_loss(
             part = w * _loss(level, checked, **run)
             total = part if total is None else total + part
     return sum(0.0 * level.sum() for level in logits) if total is None else total
+
+
+def linear_tversky_loss(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    *,
+    loss: str = "tversky",
+    **options,
+) -> torch.Tensor:
+    """A loss together with the network's last layer, a 1x1x1 convolution: the logits never exist as a tensor.
+
+    It is ``tversky_loss(conv(features), target)`` for the logits ``weight @ features + bias``, which are made a block
+    of voxels at a time, once forward and once more backward. With many classes they, and their gradient, are what
+    takes the most memory of a training step: here neither is allocated.
+
+    Args:
+        features: (N, K, *spatial), the input of the last layer; float16, bfloat16, float32 or float64. Under autocast
+            it is converted as a convolution's input would be, and so are weight and bias.
+        weight: (C, K), or (C, K, 1, 1, 1) as a convolution has it, of the features' dtype.
+        bias: (C), or None.
+        target: See `tversky_loss`.
+        loss: "tversky", for `tversky_loss`, or "tversky_ce", for `tversky_ce_loss`.
+        **options: The arguments of that loss. inplace_backward writes the gradient of the features over them: only
+            where the layer that made them does not need them for its own gradient (else autograd's error says so).
+
+    Returns:
+        The loss in float32, or float64 for float64 features, differentiable with respect to features, weight and bias
+        any number of times. The same input gives the same bits where torch's matrix product does.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: As `tversky_loss`.
+
+    Example:
+        >>> head = torch.nn.Conv3d(32, 118, 1)
+        >>> loss = tk.linear_tversky_loss(body(image), head.weight, head.bias, label)
+    """
+    options, run = _split_options("linear_tversky_loss", loss, options)
+    head = features, weight, _ = _arguments.check_head(features, weight, bias)
+    # Stands for the logits wherever their shape, type and device are asked for, and has one element.
+    logits = features.new_empty(()).expand(features.size(0), weight.size(0), *features.shape[2:])
+    checked = _arguments.check_arguments(logits, target, check_target=run["check_target"], **options)
+    check_target, inplace_backward, process_group, backend = run.values()
+    how = (head, process_group)
+    result = _on_backend(logits, checked, _apply_linear, how, check_target, inplace_backward, backend)
+    if result is None:
+        return reference.checked_loss(reference.linear_logits(*head), *checked, process_group, check_target)
+    return result
 
 
 def dice_loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:

@@ -15,6 +15,7 @@ __all__ = [
     "GeneralizedDiceLoss",
     "JaccardLoss",
     "TverskyCELoss",
+    "TverskyHead",
     "TverskyLoss",
 ]
 
@@ -100,3 +101,61 @@ class DeepSupervisionLoss(_Loss):
 
     _function = staticmethod(functional.deep_supervision_loss)
     _takes = (functional.deep_supervision_loss, functional.tversky_ce_loss)
+
+
+class TverskyHead(_Loss):
+    """A network's last layer and its loss in one, `tversky_kernels.linear_tversky_loss`: the logits never exist.
+
+    Its parameters are those of ``torch.nn.Conv3d(in_channels, classes, 1)`` (Conv2d, Conv1d for other dimensions), by
+    their names and shapes, so that such a layer's state_dict fits.
+
+    Args:
+        in_channels: Channels of the features.
+        classes: Classes, or channels of the output.
+        bias: Whether there is one.
+        dimensions: Spatial dimensions, 1 to 3.
+        device: Of the parameters.
+        dtype: Of the parameters.
+        **options: loss, and that loss's keyword arguments but for voxel_weight; see `linear_tversky_loss`.
+
+    Example:
+        >>> head = tk.TverskyHead(32, 118, alpha=0.3, beta=0.7)
+        >>> head(features, label).backward()  # in training
+        >>> logits = head(features)  # in inference
+    """
+
+    _function = staticmethod(functional.linear_tversky_loss)
+    _takes = (functional.linear_tversky_loss, functional.tversky_ce_loss)
+    _fixed = frozenset({"features", "weight", "bias"})
+
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        *,
+        bias: bool = True,
+        dimensions: int = 3,
+        device=None,
+        dtype=None,
+        **options,
+    ):
+        super().__init__(**options)
+        convolutions = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}
+        if dimensions not in convolutions:
+            raise ValueError(f"dimensions: expected 1, 2 or 3, got {dimensions!r}")
+        layer = convolutions[dimensions](in_channels, classes, 1, bias=bias, device=device, dtype=dtype)
+        self.weight, self.bias = layer.weight, layer.bias
+        self._convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[dimensions]
+
+    def forward(self, features, target: torch.Tensor | None = None, voxel_weight: torch.Tensor | None = None):
+        """The loss of features (N, in_channels, *spatial) and a target; without a target, the logits."""
+        if target is None:
+            return self._convolution(features, self.weight, self.bias)
+        options = {name: getattr(self, name) for name in self._names}
+        return self._function(features, self.weight, self.bias, target, voxel_weight=voxel_weight, **options)
+
+    def extra_repr(self) -> str:
+        """The layer, then the options of the loss."""
+        classes, in_channels = self.weight.shape[:2]
+        options = super().extra_repr()
+        return f"{in_channels}, {classes}, bias={self.bias is not None}" + (f", {options}" if options else "")

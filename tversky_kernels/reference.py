@@ -36,7 +36,7 @@ from . import _arguments
 from ._arguments import Options, Volumes
 from .distributed import sum_over_group
 
-__all__ = ["tversky_ce_loss", "tversky_loss"]
+__all__ = ["linear_tversky_loss", "tversky_ce_loss", "tversky_loss"]
 
 
 class Counts(NamedTuple):
@@ -74,6 +74,26 @@ def tversky_ce_loss(
     options = _arguments.with_defaults("tversky_ce_loss", defaults, options)
     checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
     return checked_loss(logits, *checked, process_group, check_target)
+
+
+def linear_tversky_loss(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    *,
+    loss="tversky",
+    **options,
+) -> torch.Tensor:
+    """The same arguments, result and errors as `tversky_kernels.linear_tversky_loss`; see `tversky_loss`."""
+    _arguments.one_of("loss", loss, _arguments.LOSSES)
+    logits = linear_logits(*_arguments.check_head(features, weight, bias))
+    return {"tversky": tversky_loss, "tversky_ce": tversky_ce_loss}[loss](logits, target, **options)
+
+
+def linear_logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The logits (N, C, *spatial) of a head: weight (C, K) and bias (C) on the channels of (N, K, *spatial)."""
+    return torch.nn.functional.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 def checked_loss(

@@ -13,10 +13,10 @@ import hypothesis
 import pytest
 import torch
 from combinations import cases, check_case
-from common import INDEX_DTYPES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient
+from common import INDEX_DTYPES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient, relative
 
 import tversky_kernels as tk
-from tversky_kernels import _ops
+from tversky_kernels import _linear, _ops
 
 WHERE = os.environ["TK_GPU_KERNELS"]
 BACKEND = WHERE if WHERE in ("cuda", "triton") else "triton" if WHERE == "interpreter" else "cpu"
@@ -275,3 +275,26 @@ def test_cross_entropy_of_a_nearly_perfect_prediction(classes):
     logits, target = inputs(1, classes, (12, 16), torch.float64, scale=0.5)
     logits = (logits + 14 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1)).float()
     check(logits, target, function=kernel_ce_loss, upstream=torch.tensor(2.0**20), smooth_nr=0.0, smooth_dr=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"loss": "tversky_ce", "reduction": "none"}])
+@pytest.mark.parametrize("classes", [3, 20])
+def test_head(classes, options, dtype, monkeypatch):
+    """The passes over one block of logits after the other, in the memory of the one before."""
+    monkeypatch.setattr(_linear, "ROUND", 16)
+    monkeypatch.setattr(_linear, "BLOCK_BYTES", {"cpu": 0, "cuda": 0})
+    generator = torch.Generator().manual_seed(0)
+    head = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((2, 4, 5, 11), (classes, 4), (classes,))
+    ]
+    _, target = inputs(2, classes, (5, 11))
+    there = [x.to(DEVICE).requires_grad_() for x in head]
+    loss = tk.linear_tversky_loss(*there, target.to(DEVICE), backend=BACKEND, **options).sum()
+    exact = [x.double().requires_grad_() for x in head]
+    true_loss = tk.reference.linear_tversky_loss(*exact, target, **options).sum()
+    assert relative(loss.cpu(), true_loss) <= 1e-6
+    found, truth = (torch.autograd.grad(*pair) for pair in ((loss, there), (true_loss, exact)))
+    for x, y in zip(found, truth, strict=True):
+        assert relative(x.cpu(), y) <= 1.02 * relative(y.to(dtype), y) + 2e-6

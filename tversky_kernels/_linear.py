@@ -1,0 +1,118 @@
+"""The passes of a loss whose logits are a 1x1x1 convolution, weight @ features + bias, and exist a block at a time.
+
+A block's logits are made, and the backend's own pass is run over them; the gradient pass writes over them, and what
+they stand for is carried on to features, weight and bias. So no tensor of the logits' size is ever there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+#: Features, logits and their gradient of one block: what a core's second-level cache holds; on a card, where every
+#: block costs launches, what is little beside the volume.
+BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**26}
+ROUND = 1024
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    # Blocks are of float32 where the volumes are of half precision: it costs no memory, and nothing is rounded twice.
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _block_voxels(features: torch.Tensor, classes: int) -> int:
+    voxel_bytes = (features.size(1) + classes) * _compute_dtype(features.dtype).itemsize
+    fitting = BLOCK_BYTES.get(features.device.type, BLOCK_BYTES["cuda"]) // voxel_bytes
+    return max(ROUND, fitting // ROUND * ROUND)
+
+
+def _of_voxels(x: torch.Tensor | None, first: int) -> torch.Tensor | None:
+    # With one dimension for all voxels, the last.
+    return x if x is None else x.flatten(first) if x.dim() > first else x.unsqueeze(first)
+
+
+class _Block:
+    """Some voxels of one sample: where they are, their features (K, V) and their logits (1, C, V)."""
+
+    def __init__(self, sample: int, first: int, last: int, features: torch.Tensor, logits: torch.Tensor):
+        self.sample, self.first, self.last = sample, first, last
+        self.features, self.logits = features, logits
+
+    def of(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """These voxels of a tensor (N, ..., voxels), one sample of it."""
+        return x if x is None else x[self.sample : self.sample + 1, ..., self.first : self.last]
+
+    def row(self, x: torch.Tensor) -> torch.Tensor:
+        """This sample's row, or that of the whole batch where it has no other."""
+        return x if x.size(0) == 1 else x[self.sample : self.sample + 1]
+
+
+def _blocks(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Iterator[_Block]:
+    # Each block's tensors are where those of the one before were. weight and bias: of the type of the computation.
+    (samples, channels, voxels), classes = features.shape, weight.size(0)
+    step = min(_block_voxels(features, classes), voxels)
+    memory = weight.new_empty(classes * step)
+    converted = None if features.dtype == weight.dtype else weight.new_empty(channels * step)
+    for sample in range(samples):
+        for first in range(0, voxels, max(1, step)):
+            last = min(voxels, first + step)
+            x = features[sample, :, first:last]
+            if converted is not None:
+                x = converted[: x.numel()].view(x.shape).copy_(x)
+            logits = memory[: classes * (last - first)].view(classes, -1)
+            if bias is None:
+                torch.mm(weight, x, out=logits)
+            else:
+                torch.addmm(bias.unsqueeze(1), weight, x, out=logits)
+            yield _Block(sample, first, last, x, logits.unsqueeze(0))
+
+
+def count_pass(operators, features, weight, bias, target, voxel_weight, *arguments) -> torch.Tensor:
+    """As the operators' count_pass, which it calls with the same arguments: (N, C, 3 or 6)."""
+    target = _of_voxels(target, 2 if target.dim() == features.dim() else 1)
+    features, voxel_weight = _of_voxels(features, 2), _of_voxels(voxel_weight, 1)
+    cross_entropy = arguments[3]
+    shape = (features.size(0), weight.size(0), 6 if cross_entropy else 3)
+    counts = features.new_zeros(shape, dtype=torch.float64)
+    for block in _blocks(features, *_head(weight, bias)):
+        found = operators.count_pass(block.logits, block.of(target), block.of(voxel_weight), *arguments)
+        counts[block.sample] += found[0]
+    return counts
+
+
+def _head(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    dtype = _compute_dtype(weight.dtype)
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def gradient_pass(
+    operators, out, grad_loss, coefficients, features, weight, bias, target, voxel_weight, *arguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes the gradient of the features to ``out`` (or not, where it is None) and returns those of weight and bias.
+
+    ``out`` may be the features themselves. Gradients of the head are summed over the blocks in float64.
+    """
+    target = _of_voxels(target, 2 if target.dim() == features.dim() else 1)
+    features, voxel_weight = _of_voxels(features, 2), _of_voxels(voxel_weight, 1)
+    out, dtype = _of_voxels(out, 2), weight.dtype
+    weight, bias = _head(weight, bias)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float64)
+    grad_bias = grad_weight.new_zeros(weight.size(0))
+    of_block = torch.empty_like(weight)
+    for block in _blocks(features, weight, bias):
+        upstream = block.row(grad_loss) if grad_loss.dim() == 2 else grad_loss
+        volumes = block.of(target), block.of(voxel_weight)
+        operators.gradient_pass_(block.logits, upstream, block.row(coefficients), *volumes, *arguments)
+        gradient = block.logits[0]
+        grad_weight += torch.mm(gradient, block.features.t(), out=of_block)
+        grad_bias += gradient.sum(1)
+        if out is None:
+            continue
+        # Last, for this may be where the features are; in half precision, what was converted of them is not used again.
+        there = block.of(out)[0]
+        if there.dtype == weight.dtype:
+            torch.mm(weight.t(), gradient, out=there)
+        else:
+            there.copy_(torch.mm(weight.t(), gradient, out=block.features))
+    return grad_weight.to(dtype), grad_bias.to(dtype)
