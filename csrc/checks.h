@@ -68,11 +68,12 @@ inline void check_voxel_weight(const std::optional<Tensor>& weight, const Tensor
 
 // What both passes read.
 inline void check_inputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                         int64_t activation, int64_t cross_entropy, double focal_gamma) {
+                         int64_t activation, int64_t overlap, int64_t cross_entropy, double focal_gamma) {
   check_logits(logits);
   check_target(target, logits);
   check_voxel_weight(voxel_weight, logits);
   STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation: expected 0, 1 or 2, got ", activation);
+  STD_TORCH_CHECK(overlap >= 0 && overlap <= 2, "overlap: expected 0, 1 or 2, got ", overlap);
   STD_TORCH_CHECK(cross_entropy >= 0 && cross_entropy <= (activation == 2 ? 0 : 2),
                   "cross_entropy: expected 0, 1 or 2 (0 without an activation), got ", cross_entropy);
   STD_TORCH_CHECK(focal_gamma >= 0, "focal_gamma: expected a number >= 0, got ", focal_gamma);

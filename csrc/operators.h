@@ -21,11 +21,11 @@ namespace tversky_kernels {
 template <typename Backend>
 struct Operators {
   static Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                           int64_t activation, std::optional<int64_t> ignore_index, bool soft_label,
+                           int64_t activation, std::optional<int64_t> ignore_index, int64_t overlap,
                            int64_t cross_entropy, double focal_gamma, bool raise_bad_input) {
-    check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
+    check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
     const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
+                               {activation, ignore_index, overlap, cross_entropy, focal_gamma});
     const std::vector<int64_t> shape{volume.view.samples, volume.view.classes, volume.view.count_columns()};
     Tensor counts = torch::stable::new_empty(logits, shape, ScalarType::Double);
     Backend::count(logits, volume.view, raise_bad_input, counts);
@@ -49,13 +49,13 @@ struct Operators {
 
   static std::tuple<Tensor, Tensor> tversky_loss(
       const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight, int64_t activation,
-      std::optional<int64_t> ignore_index, bool soft_label, int64_t cross_entropy, double focal_gamma,
+      std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy, double focal_gamma,
       bool raise_bad_input, const std::optional<Tensor>& class_parameters, double alpha, double beta, double gamma,
       double smooth_nr, double smooth_dr, bool include_background, bool batch, int64_t absent, int64_t reduction,
       double tversky_weight, double ce_weight, double label_smoothing, int64_t ce_mean) {
-    check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
+    check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
     const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
+                               {activation, ignore_index, overlap, cross_entropy, focal_gamma});
     const Table t = make_table(logits, volume.view.samples, volume.view.classes, cross_entropy != 0, class_parameters,
                                {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent,
                                reduction, {tversky_weight, ce_weight, label_smoothing, static_cast<CeMean>(ce_mean)});
@@ -67,11 +67,11 @@ struct Operators {
 
   static Tensor gradient_pass(const Tensor& grad_loss, const Tensor& coefficients, const Tensor& logits,
                               const Tensor& target, const std::optional<Tensor>& voxel_weight, int64_t activation,
-                              std::optional<int64_t> ignore_index, bool soft_label, int64_t cross_entropy,
+                              std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy,
                               double focal_gamma) {
-    check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
+    check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
     const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
+                               {activation, ignore_index, overlap, cross_entropy, focal_gamma});
     Tensor gradient = Backend::new_gradient(volume.logits);
     write_gradient(gradient, volume.view, grad_loss, coefficients);
     return gradient;
@@ -79,12 +79,12 @@ struct Operators {
 
   static void gradient_pass_(Tensor logits, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& target,
                              const std::optional<Tensor>& voxel_weight, int64_t activation,
-                             std::optional<int64_t> ignore_index, bool soft_label, int64_t cross_entropy,
+                             std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy,
                              double focal_gamma) {
-    check_inputs(logits, target, voxel_weight, activation, cross_entropy, focal_gamma);
+    check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
     STD_TORCH_CHECK(single_stride(logits, 2).has_value(), "logits: in place, its voxels must lie one stride apart");
     const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, soft_label, cross_entropy, focal_gamma});
+                               {activation, ignore_index, overlap, cross_entropy, focal_gamma});
     write_gradient(logits, volume.view, grad_loss, coefficients);
   }
 

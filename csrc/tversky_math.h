@@ -2,7 +2,7 @@
 //
 // With p = softmax(z) or sigmoid(z), g the one-hot target and u_c = dL/dp_c (see docs/mathematics.md):
 //
-//   counts     TP_c = sum p_c g_c,  FP_c = sum p_c (1 - g_c),  FN_c = sum (1 - p_c) g_c
+//   counts     TP_c = sum p_c g_c,  FP_c = sum p_c (1 - g_c),  FN_c = sum (1 - p_c) g_c   (OverlapForm has others)
 //   index      1 - TI = (alpha FP + beta FN + s_dr - s_nr) / (TP + alpha FP + beta FN + s_dr)
 //   gradient   softmax  dz_c = p_c (u_c - sum_k p_k u_k)        sigmoid  dz_c = p_c (1 - p_c) u_c
 //
@@ -24,11 +24,14 @@ enum class Activation : int { kSoftmax = 0, kSigmoid = 1, kNone = 2 };
 enum class Absent : int { kKeep = 0, kZero = 1, kSkip = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 enum class CrossEntropy : int { kNone = 0, kPlain = 1, kSmoothed = 2 };
-// What the mean of the cross-entropy is divided by: sum w b_label, sum w, or C sum w.
-enum class CeMean : int { kClassWeights = 0, kVoxels = 1, kChannels = 2 };
+// How a voxel's part of TP, FP and FN is measured: by products, by |p - g|, or by (p - g)^2, for which alpha = beta.
+enum class OverlapForm : int { kProduct = 0, kAbsolute = 1, kSquared = 2 };
+// What the mean of the cross-entropy is divided by: sum w b_label, sum w, or C sum w. kLabels: sum w b_label again,
+// where tp + fn is not the weight of a label and column kVoxels is.
+enum class CeMean : int { kClassWeights = 0, kVoxels = 1, kChannels = 2, kLabels = 3 };
 
 // The columns of the counts table, without and with a cross-entropy: sum g (-log p), sum (-log p) for label smoothing
-// (zero without it) and the sum of the voxels' weights, the same for every class.
+// (zero without it) and the sum of the voxels' weights, the same for every class (but see Volume::sums_label_weights).
 enum Count : int { kTp, kFp, kFn, kCe, kSmoothing, kVoxels, kOverlapCounts = 3, kAllCounts = 6 };
 // The columns of the coefficients: dL/dp where g = 0 and where g = 1, dL/dCE and dL/dsmoothing.
 enum Coefficient : int {
@@ -158,17 +161,22 @@ TK_MATH V difference_of(const Probability<V>& p, V g) {
 }
 
 template <typename V>
-TK_MATH Overlap<V> overlap_of(const Probability<V>& p, V g, bool soft_label) {
-  if (!soft_label) return {p.p * g, p.p * (1 - g), p.complement * g};
+TK_MATH Overlap<V> overlap_of(const Probability<V>& p, V g, OverlapForm form) {
+  if (form == OverlapForm::kProduct) return {p.p * g, p.p * (1 - g), p.complement * g};
   const V d = difference_of(p, g);
+  if (form == OverlapForm::kSquared) return {p.p * g, d > 0 ? d * d : V{}, d < 0 ? d * d : V{}};
   return {p.p < g ? p.p : g, d > 0 ? d : V{}, d < 0 ? -d : V{}};
 }
 
 // dL/dp.
 template <typename V>
-TK_MATH V overlap_slope(const Probability<V>& p, V g, V u_background, V u_foreground, bool soft_label) {
-  if (!soft_label) return u_background + g * (u_foreground - u_background);
+TK_MATH V overlap_slope(const Probability<V>& p, V g, V u_background, V u_foreground, OverlapForm form) {
+  if (form == OverlapForm::kProduct) return u_background + g * (u_foreground - u_background);
   const V d = difference_of(p, g);
+  if (form == OverlapForm::kSquared) {
+    // dL/dFP = dL/dFN, for alpha = beta, so that u_foreground + u_background is dL/dTP.
+    return g * (u_foreground + u_background) + (2 * d) * u_background;
+  }
   const V middle = (u_background + u_foreground) * 0.5f;
   const V lower = d < 0 ? u_foreground : middle;
   return d > 0 ? u_background : lower;
@@ -260,6 +268,7 @@ TK_MATH CeTerms ce_terms(const double* counts, double class_weight, int64_t clas
   const double sum = (1.0 - a.label_smoothing) * counts[kCe] + a.label_smoothing / options * counts[kSmoothing];
   // tp + fn is the weight of the voxels with this label; every class has the same sum of weights.
   const double divisor = a.mean == CeMean::kClassWeights ? class_weight * (counts[kTp] + counts[kFn])
+                         : a.mean == CeMean::kLabels     ? class_weight * counts[kVoxels]
                          : a.mean == CeMean::kVoxels     ? counts[kVoxels] / static_cast<double>(classes)
                                                          : counts[kVoxels];
   return {class_weight * sum, divisor};

@@ -63,8 +63,8 @@ struct Volume {
   VoxelView weight;
   int64_t samples, classes, voxels;
   Activation activation;
-  bool dense;           // the target has a value for every class, g[n, c, voxel]
-  bool soft_label;      // its overlap is measured by |p - g|
+  bool dense;  // the target has a value for every class, g[n, c, voxel]
+  OverlapForm overlap;
   int64_t first_label;  // the label of channel 0: 0, or 1 where one sigmoid channel stands for the foreground
   bool has_ignore_index;
   int64_t ignore_index;
@@ -76,9 +76,13 @@ struct Volume {
   TK_MATH int coefficient_columns() const {
     return cross_entropy == CrossEntropy::kNone ? kOverlapCoefficients : kAllCoefficients;
   }
+  // Whether column kVoxels of a class is the weight of the voxels with its label; else that of all voxels.
+  TK_MATH bool sums_label_weights() const {
+    return overlap == OverlapForm::kSquared && !dense && activation == Activation::kSoftmax;
+  }
   // Whether every class of a voxel needs its own g and its own term, which the kernels for class indices do not make.
   TK_MATH bool is_general() const {
-    return dense ||
+    return dense || overlap == OverlapForm::kSquared ||
            (cross_entropy != CrossEntropy::kNone &&
             (activation != Activation::kSoftmax || focal_gamma != 0.0 || cross_entropy == CrossEntropy::kSmoothed));
   }

@@ -88,7 +88,7 @@ inline Tensor readable(const Tensor& x, int64_t first, const Tensor& logits) {
 struct PassArguments {
   int64_t activation;
   std::optional<int64_t> ignore_index;
-  bool soft_label;
+  int64_t overlap;
   int64_t cross_entropy;
   double focal_gamma;
 };
@@ -113,7 +113,9 @@ struct VolumeTensors {
     view.target = voxel_view(target, view.dense ? 2 : 1, logits);
     if (weight.has_value()) view.weight = voxel_view(*weight, 1, logits);
     view.activation = static_cast<Activation>(a.activation);
-    view.soft_label = a.soft_label && view.dense;  // for class indices both forms are the same
+    view.overlap = static_cast<OverlapForm>(a.overlap);
+    // For class indices the first two forms are the same.
+    if (view.overlap == OverlapForm::kAbsolute && !view.dense) view.overlap = OverlapForm::kProduct;
     view.first_label = view.classes == 1 && view.activation != Activation::kSoftmax ? 1 : 0;
     view.has_ignore_index = a.ignore_index.has_value();
     view.ignore_index = a.ignore_index.value_or(0);

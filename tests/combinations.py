@@ -89,8 +89,12 @@ def cases(draw, tiny=False, most_classes=9, largest=19):
         "batch": draw(st.booleans()),
         "absent": draw(st.sampled_from(["keep", "zero", "skip"])),
         "soft_label": False if tiny else draw(st.booleans()),
+        "squared": draw(st.sampled_from([False, False, True])),
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
     }
+    if options["squared"]:
+        options.update(soft_label=False, beta=options["alpha"] if isinstance(options["alpha"], float) else 0.5)
+        options["alpha"] = options["beta"]
     if cross_entropy:
         options.update(
             tversky_weight=draw(st.sampled_from([0.0, 1.0, 0.3])),

@@ -95,6 +95,22 @@ CASES = {
     "unknown absent": ({"absent": None}, ValueError, "absent: expected one of 'keep'"),
     "batch is a number": ({"batch": 1}, TypeError, "batch: expected True or False, got 1"),
     "include_background is a string": ({"include_background": "no"}, TypeError, "include_background: expected True"),
+    "squared is a number": (
+        {"squared": 1, "alpha": 0.5, "beta": 0.5},
+        TypeError,
+        "squared: expected True or False, got 1",
+    ),
+    "squared with two weights": ({"squared": True}, ValueError, "squared: expected alpha and beta to be one number"),
+    "squared with a weight a class": (
+        {"squared": True, "alpha": [0.5] * 3, "beta": [0.5] * 3},
+        ValueError,
+        "squared: expected alpha and beta to be one",
+    ),
+    "squared and soft_label": (
+        {"squared": True, "soft_label": True, "alpha": 0.5, "beta": 0.5},
+        ValueError,
+        "squared: expected False with",
+    ),
     "soft_label is None": ({"soft_label": None}, TypeError, "soft_label: expected True"),
     "ignore_index is a float": ({"ignore_index": 1.0}, TypeError, "ignore_index: expected an integer or None, got 1.0"),
     "ignore_index is too large": ({"ignore_index": 2**63}, ValueError, "ignore_index: expected a 64-bit integer"),

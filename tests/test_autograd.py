@@ -233,8 +233,8 @@ def test_autocast():
     assert torch.isfinite(network.weight.grad).all()
 
 
-#: voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma
-PLAIN = (None, 0, None, False, 0, 0.0)
+#: voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma
+PLAIN = (None, 0, None, 0, 0, 0.0)
 #: tversky_weight, ce_weight, label_smoothing, ce_mean
 CE_TABLE = (1.0, 0.5, 0.1, 0)
 TABLE = (None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2, *CE_TABLE)
@@ -242,7 +242,7 @@ TABLE = (None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2, *CE_TABLE)
 
 def op_arguments(name, cross_entropy):
     logits, target = inputs(2, 3, (4, 5))
-    how = (torch.rand(2, 4, 5), 0, 1, False, cross_entropy, 2.0 if cross_entropy else 0.0)
+    how = (torch.rand(2, 4, 5), 0, 1, 0, cross_entropy, 2.0 if cross_entropy else 0.0)
     loss, coefficients = ops.tversky_loss(logits, target, *how, True, *TABLE)
     return {
         "count_pass": (logits, target, *how, True),
@@ -292,9 +292,10 @@ def test_operators_check_their_arguments():
         ((logits, target[0], *PLAIN, True), "target: expected 3 dimensions, got 2"),
         ((logits, target, target, *PLAIN[1:], True), "voxel_weight: expected"),
         ((logits, target, None, 7, *PLAIN[2:], True), "activation: expected"),
-        ((logits, target, None, 0, None, False, 3, 0.0, True), "cross_entropy: expected"),
-        ((logits, target, None, 2, None, False, 1, 0.0, True), "cross_entropy: expected"),
-        ((logits, target, None, 0, None, False, 1, -1.0, True), "focal_gamma: expected"),
+        ((logits, target, None, 0, None, 3, 0, 0.0, True), "overlap: expected"),
+        ((logits, target, None, 0, None, 0, 3, 0.0, True), "cross_entropy: expected"),
+        ((logits, target, None, 2, None, 0, 1, 0.0, True), "cross_entropy: expected"),
+        ((logits, target, None, 0, None, 0, 1, -1.0, True), "focal_gamma: expected"),
         ((logits[:, :0], target, *PLAIN, True), "at least one class"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -249,7 +249,7 @@ def test_exponential_to_one_ulp(capability):
         # Exact in the type, so that the difference of the logits is.
         x = torch.linspace(0, 80, 20001, dtype=dtype)
         logits = torch.stack((-x, torch.zeros_like(x)), 1)[..., None]  # (N, 2, 1)
-        counts = ops.count_pass(logits, torch.ones(len(x), 1, dtype=torch.uint8), None, 0, None, False, 0, 0.0, True)
+        counts = ops.count_pass(logits, torch.ones(len(x), 1, dtype=torch.uint8), None, 0, None, 0, 0, 0.0, True)
         e = torch.exp(-x.to(torch.float64)) if dtype == torch.float32 else torch.exp(-x)
         expected = e / (1 + e)
         error = ((counts[:, 0, 1] - expected).abs() / expected).max().item()

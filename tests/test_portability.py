@@ -19,6 +19,7 @@ from tversky_kernels._arguments import Options, Volumes
 ROOT = pathlib.Path(__file__).parent.parent
 LOGITS_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 TARGET_TYPES = LOGITS_TYPES | {torch.uint8: 5, torch.int8: 6, torch.int16: 7, torch.int32: 8, torch.int64: 9}
+OVERLAPS = {"product": 0, "absolute": 1, "squared": 2}
 ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}
 FEATURES = {
     "baseline": set(),
@@ -57,7 +58,7 @@ def run(program, logits, target, weight, options, channels_last, span):
     ignore_index = options.ignore_index
     header = [samples, classes, voxels, LOGITS_TYPES[logits.dtype], TARGET_TYPES[target.dtype]]
     header += [ACTIVATIONS[options.activation], ignore_index is not None, ignore_index or 0, *strides, *span]
-    header += [dense, options.soft_label, cross_entropy, int(options.focal_gamma)]
+    header += [dense, OVERLAPS[options.overlap], cross_entropy, int(options.focal_gamma)]
     header += [target.shape[-1] if target.dim() > 2 + dense else 0, round(voxels**0.5)]
     data = [bits(x) for x in (stored, target, weights, coefficients)]
     header += [len(d) for d in data]
@@ -77,15 +78,16 @@ def expected(logits, volumes, options, u):
     z.requires_grad_()
     counts = reference._counts(z, volumes, options)
     counts = [x for x in counts if x is not None]
-    # u_background is dL/dFP and u_foreground dL/dTP - dL/dFN.
-    value = u[:, 0] * counts[1] + u[:, 1] * counts[0]
+    # u_background is dL/dFP and u_foreground dL/dTP - dL/dFN; for products dL/dFN does not count, for tp + fn is fixed.
+    tp, fp, fn = counts[:3]
+    value = u[:, 0] * fp + u[:, 1] * tp + (u[:, 0] * (fn + tp) if options.squared else 0)
     if options.ce_weight:
         value = value + u[:, 2] * counts[3] + u[:, 3] * counts[4]
     (gradient,) = torch.autograd.grad(value.sum(), z)
     return torch.stack(counts, -1).detach(), gradient.flatten(2)
 
 
-PLAIN = Options(0.5, 0.5, 1.0, 0.0, 0.0, "softmax", True, None, False, "keep", False, "mean")
+PLAIN = Options(0.5, 0.5, 1.0, 0.0, 0.0, "softmax", True, None, False, "keep", False, False, "mean")
 CE = PLAIN._replace(ce_weight=1.0)
 CASES = [
     (1, 130, torch.float32, torch.uint8, PLAIN._replace(activation="sigmoid")),
@@ -103,6 +105,7 @@ CASES = [
     (14, 500, torch.float32, torch.uint8, CE),
     (3, 500, torch.float32, torch.uint8, CE._replace(focal_gamma=2.0, label_smoothing=0.1)),
     (3, 500, torch.float64, torch.uint8, CE._replace(focal_gamma=2.0, activation="sigmoid")),
+    (5, 500, torch.float32, torch.uint8, CE._replace(squared=True)),
 ]
 DENSE_CASES = [
     (1, 200, torch.float32, torch.uint8, PLAIN._replace(activation="sigmoid")),
@@ -111,6 +114,7 @@ DENSE_CASES = [
     (14, 300, torch.float32, torch.bfloat16, CE._replace(label_smoothing=0.1)),
     (3, 300, torch.float64, torch.float64, CE._replace(activation="sigmoid", label_smoothing=0.1)),
     (118, 100, torch.float32, torch.int16, PLAIN._replace(activation="none")),
+    (3, 300, torch.float32, torch.float32, CE._replace(squared=True)),
 ]
 
 

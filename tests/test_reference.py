@@ -117,6 +117,20 @@ def test_soft_label_is_least_at_the_target():
     assert reference(soft, soft, activation="none").item() > 0.1  # the product form is not
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+def test_squared_is_vnets_dice(activation):
+    logits, _ = inputs(2, 3, (6, 5), torch.float64)
+    z = logits.sigmoid() if activation == "none" else logits
+    p = {"softmax": z.softmax(1), "sigmoid": z.sigmoid(), "none": z}[activation].flatten(2)
+    g = torch.rand(p.shape, dtype=torch.float64)
+    vnet = 1 - (2 * (p * g).sum(-1) + 2e-3) / ((p**2).sum(-1) + (g**2).sum(-1) + 2e-3)
+    options = {"alpha": 0.5, "beta": 0.5, "smooth_nr": 1e-3, "smooth_dr": 1e-3, "reduction": "none"}
+    found = reference(z, g.view_as(z), activation=activation, squared=True, **options)
+    torch.testing.assert_close(found, vnet, rtol=1e-12, atol=0)
+    at = reference(g.view_as(z), g.view_as(z), activation="none", squared=True, alpha=1.0, beta=1.0)
+    assert at.item() == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.parametrize("absent", ["keep", "zero", "skip"])
 @pytest.mark.parametrize("batch", [False, True])
 def test_absent(absent, batch):

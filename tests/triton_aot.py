@@ -106,8 +106,11 @@ def cases(quick: bool):
             yield classes, dtype, torch.uint8, {"ce": 1}
             yield classes, dtype, torch.uint8, {"dense": True}
         yield 4, dtype, torch.uint8, {"ce": 1, "resampled": True, "weight": True}
-        yield 4, dtype, torch.float32, {"dense": True, "soft": True, "ce": 2, "focal": 2.0, "ignore": True}
-        yield 33, dtype, torch.float32, {"dense": True, "soft": True, "ce": 2, "focal": 2.0}
+        yield 4, dtype, torch.float32, {"dense": True, "overlap": 1, "ce": 2, "focal": 2.0, "ignore": True}
+        yield 33, dtype, torch.float32, {"dense": True, "overlap": 1, "ce": 2, "focal": 2.0}
+        for classes in (4, 14, 33):
+            yield classes, dtype, torch.uint8, {"overlap": 2, "ce": 1}
+            yield classes, dtype, torch.uint8, {"overlap": 2, "dense": True, "activation": 1}
         yield 4, dtype, torch.uint8, {"activation": 1, "ce": 2, "focal": 2.0}
         yield 33, dtype, torch.uint8, {"activation": 1, "ce": 1, "dense": True}
         for activation in (1, 2):
@@ -126,7 +129,7 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
     target = torch.zeros(2, *((classes,) if options.get("dense") else ()), *space, dtype=label_dtype)
     weight = torch.zeros(2, *space) if options.get("weight") else None
     ignore, ce = 255 if options.get("ignore") else None, options.get("ce", 0)
-    arguments = (options.get("activation", 0), ignore, options.get("soft", False), ce, options.get("focal", 0.0))
+    arguments = (options.get("activation", 0), ignore, options.get("overlap", 0), ce, options.get("focal", 0.0))
     try:
         for name, stand_in in stand_ins.items():
             setattr(kernels, name, stand_in)

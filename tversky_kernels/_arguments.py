@@ -31,6 +31,7 @@ TVERSKY_DEFAULTS = {
     "batch": False,
     "absent": "keep",
     "soft_label": False,
+    "squared": False,
     "reduction": "mean",
 }
 CE_DEFAULTS = {
@@ -59,11 +60,17 @@ class Options(NamedTuple):
     batch: bool
     absent: str
     soft_label: bool
+    squared: bool
     reduction: str
     tversky_weight: float = 1.0
     ce_weight: float = 0.0
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
+
+    @property
+    def overlap(self) -> str:
+        """How a voxel's part of the counts is measured."""
+        return "squared" if self.squared else "absolute" if self.soft_label else "product"
 
 
 class Volumes(NamedTuple):
@@ -186,6 +193,7 @@ def check_arguments(
     batch=False,
     absent="keep",
     soft_label=False,
+    squared=False,
     reduction="none",
     check_target=None,
     tversky_weight=1.0,
@@ -202,6 +210,8 @@ def check_arguments(
     """
     if check_target not in (None, True, False):
         raise TypeError(f"check_target: expected None, True or False, got {check_target!r}")
+    if squared and not (isinstance(alpha, (int, float)) and isinstance(beta, (int, float)) and alpha == beta):
+        raise ValueError(f"squared: expected alpha and beta to be one number, got {alpha!r} and {beta!r}")
     in_table = not (
         class_weight is None
         and ce_class_weight is None
@@ -214,8 +224,8 @@ def check_arguments(
         None if voxel_weight is None else _facts("voxel_weight", voxel_weight),
         any_resolution,
         None if in_table else alpha, None if in_table else beta,
-        gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent, soft_label, reduction,
-        tversky_weight, ce_weight, label_smoothing, focal_gamma,
+        gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent, soft_label, squared,
+        reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma,
     )  # fmt: skip
     try:
         # The same at every step of a training, and a third of the time of a call on a small volume.
@@ -272,12 +282,15 @@ def _check_options(*values) -> Options:
         batch=flag("batch", given.batch),
         absent=one_of("absent", given.absent, ABSENT),
         soft_label=flag("soft_label", given.soft_label),
+        squared=flag("squared", given.squared),
         reduction=one_of("reduction", given.reduction, REDUCTIONS),
         tversky_weight=number("tversky_weight", given.tversky_weight),
         ce_weight=number("ce_weight", given.ce_weight),
         label_smoothing=number("label_smoothing", given.label_smoothing, most=1.0),
         focal_gamma=number("focal_gamma", given.focal_gamma),
     )
+    if options.squared and options.soft_label:
+        raise ValueError("squared: expected False with soft_label=True; its squares are right for soft targets already")
     if options.ce_weight and options.activation == "none":
         raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
     return options

@@ -19,12 +19,13 @@ ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}  # as in csrc/tversky_math
 ABSENT = {"keep": 0, "zero": 1, "skip": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
-CE_MEANS = {"class weights": 0, "voxels": 1, "channels": 2}
+OVERLAPS = {"product": 0, "absolute": 1, "squared": 2}
+CE_MEANS = {"class weights": 0, "voxels": 1, "channels": 2, "labels": 3}
 
 # target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken.
 # cross_entropy: 0 none, 1 its sums too, 2 and those for label smoothing.
 _TARGET = "Tensor target, Tensor? voxel_weight"
-_PASS = "int activation, int? ignore_index, bool soft_label, int cross_entropy, float focal_gamma"
+_PASS = "int activation, int? ignore_index, int overlap, int cross_entropy, float focal_gamma"
 _TABLE = (
     "Tensor? class_parameters, float alpha, float beta, float gamma, float smooth_nr, float smooth_dr, "
     "bool include_background, bool batch, int absent, int reduction, float tversky_weight, float ce_weight, "
@@ -170,7 +171,7 @@ def _fake(name):
 
 
 @_fake("count_pass")
-def _(logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, *_):
+def _(logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, *_):
     columns = 6 if cross_entropy else 3
     return logits.new_empty([logits.size(0), logits.size(1), columns], dtype=torch.float64)
 
@@ -184,7 +185,7 @@ def _(counts, *table):
 
 
 @_fake("tversky_loss")
-def _(logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma, _, *table):
+def _(logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, _, *table):
     include_background, batch, _, reduction = table[6:10]
     samples, classes = logits.size(0), logits.size(1)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -204,7 +205,7 @@ def _(logits, *_):
 
 
 @_fake("linear_count_pass")
-def _(features, weight, bias, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, *_):
+def _(features, weight, bias, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, *_):
     columns = 6 if cross_entropy else 3
     return features.new_empty([features.size(0), weight.size(0), columns], dtype=torch.float64)
 

@@ -6,7 +6,7 @@ import torch
 
 from . import reference
 from ._arguments import Options, Volumes
-from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, LINEAR_OPERATORS, OPERATORS, REDUCTIONS
+from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, LINEAR_OPERATORS, OPERATORS, OVERLAPS, REDUCTIONS
 from .distributed import sum_over_group
 
 
@@ -34,14 +34,15 @@ def _pass_arguments(options: Options):
     return (
         ACTIVATIONS[options.activation],
         options.ignore_index,
-        options.soft_label,
+        OVERLAPS[options.overlap],
         0 if not options.ce_weight else 2 if options.label_smoothing else 1,
         options.focal_gamma,
     )
 
 
 def _table_arguments(options: Options, class_parameters, dense: bool):
-    mean = "channels" if options.activation == "sigmoid" else "voxels" if dense else "class weights"
+    of_labels = "labels" if options.squared else "class weights"
+    mean = "channels" if options.activation == "sigmoid" else "voxels" if dense else of_labels
     return (
         class_parameters,
         options.alpha,

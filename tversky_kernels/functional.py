@@ -114,6 +114,7 @@ def tversky_loss(
     batch: bool = False,
     absent: str = "keep",
     soft_label: bool = False,
+    squared: bool = False,
     reduction: str = "mean",
     process_group=None,
     inplace_backward: bool = False,
@@ -154,6 +155,9 @@ def tversky_loss(
         absent: What becomes of a class that the target lacks, in that sample or in the batch: "keep" it as the formula
             says, "zero" its loss, or "skip" it in the mean.
         soft_label: True measures a soft target by its L1 distance (Wang et al. 2023, arXiv:2303.16296).
+        squared: True measures errors by their squares, FP + FN = sum (p - g)^2: with alpha = beta = 0.5 that is V-Net's
+            Dice loss, 1 - 2 sum p g / (sum p^2 + sum g^2) (Milletari et al. 2016, arXiv:1606.04797). alpha and beta
+            are then one number.
         reduction: "mean", "sum", or "none": (N, C'), or (C') with ``batch``, where C' is C without the background if
             that is left out.
         process_group: A `torch.distributed` group whose ranks hold parts of one batch (``batch=True``) or of one
@@ -195,6 +199,7 @@ def tversky_loss(
         batch=batch,
         absent=absent,
         soft_label=soft_label,
+        squared=squared,
         reduction=reduction,
         check_target=check_target,
     )
@@ -223,6 +228,7 @@ def tversky_ce_loss(
     batch: bool = False,
     absent: str = "keep",
     soft_label: bool = False,
+    squared: bool = False,
     reduction: str = "mean",
     process_group=None,
     inplace_backward: bool = False,
@@ -282,6 +288,7 @@ def tversky_ce_loss(
         batch=batch,
         absent=absent,
         soft_label=soft_label,
+        squared=squared,
         reduction=reduction,
         check_target=check_target,
     )

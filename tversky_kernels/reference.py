@@ -11,7 +11,9 @@ TI is eq. 3 of Salehi, Erdogmus, Gholipour, *Tversky loss function for image seg
 deep networks*, MLMI 2017, arXiv:1706.05721: alpha weighs false positives, beta false negatives; the smoothing, the
 average over classes and gamma (Abraham and Khan, arXiv:1810.07842) came later. With ``soft_label`` TP is
 (P + G - sum_v w |p - g|) / 2 for P = sum_v w p and G = sum_v w g, FP = P - TP and FN = G - TP (Wang et al.,
-arXiv:2303.16296), which for a one-hot g is the same and for a soft g is least at p = g.
+arXiv:2303.16296), which for a one-hot g is the same and for a soft g is least at p = g. With ``squared``, and alpha =
+beta, FP is sum_v w (p - g)^2 where p > g and FN the same where p < g: their sum is P + G - 2 TP for P = sum_v w p^2 and
+G = sum_v w g^2, as in V-Net's Dice loss (Milletari et al., arXiv:1606.04797).
 
 The cross-entropy of the compound loss, with class weights b, label smoothing s, focal exponent f and
 q = (1 - s) g + s / K:
@@ -43,7 +45,8 @@ class Counts(NamedTuple):
     """Sums over the voxels of each sample, (N, C) each. The last three belong to the cross-entropy (None without it).
 
     cross_entropy is the sum with q = g and no class weights, smoothing that with q = 1 (sigmoid: with both terms
-    whole), voxels the sum of the voxels' weights (the same for every class).
+    whole), voxels the sum of the voxels' weights (the same for every class; for class indices of a softmax with
+    ``squared`` that of the label's voxels).
     """
 
     tp: torch.Tensor
@@ -173,7 +176,10 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options) -> Counts:
     w = torch.where(counts, w, torch.zeros_like(w))
     z, g, w = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (z, g, w))
     p = {"softmax": lambda: z.softmax(1), "sigmoid": z.sigmoid, "none": lambda: z}[options.activation]()
-    if options.soft_label:
+    if options.squared:
+        tp = (w * p * g).sum(-1)
+        fp, fn = ((w * (sign * (p - g)).clamp(min=0) ** 2).sum(-1) for sign in (1, -1))
+    elif options.soft_label:
         predicted, wanted = (w * p).sum(-1), (w * g).sum(-1)
         tp = (predicted + wanted - (w * (p - g).abs()).sum(-1)) / 2
         fp, fn = predicted - tp, wanted - tp
@@ -189,9 +195,15 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options) -> Counts:
         # Without g a term may be infinite, and is not wanted.
         cross_entropy = torch.where(g != 0, g * of_one, 0.0) + torch.where(g != 1, (1 - g) * of_zero, 0.0)
         smoothing = of_one + of_zero if options.label_smoothing else torch.zeros_like(z)
-        sums += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), w.sum(-1).expand_as(tp))
+        # tp + fn is the weight of a label, but not where errors are squared.
+        voxels = (w * g).sum(-1) if _of_labels(options, dense) else w.sum(-1).expand_as(tp)
+        sums += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), voxels)
     poison = torch.where(bad, torch.nan, 0.0).to(z.dtype)
     return Counts(*(x + poison for x in sums))
+
+
+def _of_labels(options: Options, dense: bool) -> bool:
+    return options.squared and options.activation == "softmax" and not dense
 
 
 def _focal(log_p: torch.Tensor, focal_gamma: float) -> torch.Tensor:
@@ -257,7 +269,8 @@ def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) 
     if options.reduction == "sum":
         return total.sum()
     if softmax and not dense:
-        divisor = (weight * (tp + fn).detach()).sum(1, keepdim=True)  # Σ w b_label: tp + fn is the weight of a label
+        labels = voxels if _of_labels(options, dense) else (tp + fn).detach()  # the weight of a label
+        divisor = (weight * labels).sum(1, keepdim=True)  # Σ w b_label
     else:
         divisor = voxels[:, :1] * (1 if softmax else tp.size(1))
     if options.reduction == "mean":

@@ -6,7 +6,7 @@ namespace {
 template <typename T>
 using LogitsVector = Vector<Compute<T>>;
 template <typename T>
-using CountVectors = LogitsVector<T>[kAllCounts];  // kVoxels: of class 0 only
+using CountVectors = LogitsVector<T>[kAllCounts];  // kVoxels: of class 0 only, but for Volume::sums_label_weights
 
 // Accumulated in A inside a tile, in double across tiles.
 template <typename A>
@@ -274,11 +274,11 @@ void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& presen
 
 // ---- A target of its own for every class: dense, or class indices as one-hot rows
 
-template <typename A, bool kSoftLabel>
+template <typename A, OverlapForm kForm>
 TK_INLINE void add_overlap(Probability<Vector<A>> p, Vector<A> g, bool weighted, Vector<A> weight, Vector<A>& tp,
                            Vector<A>& fp, Vector<A>& fn) {
-  if (kSoftLabel) {
-    const Overlap<Vector<A>> overlap = overlap_of(p, g, true);
+  if (kForm != OverlapForm::kProduct) {
+    const Overlap<Vector<A>> overlap = overlap_of(p, g, kForm);
     tp += overlap.tp * weight;
     fp += overlap.fp * weight;
     fn += overlap.fn * weight;
@@ -292,13 +292,13 @@ TK_INLINE void add_overlap(Probability<Vector<A>> p, Vector<A> g, bool weighted,
     fp += p.p;
     return;
   }
-  const Overlap<Vector<A>> overlap = overlap_of(p, g, false);
+  const Overlap<Vector<A>> overlap = overlap_of(p, g, kForm);
   tp += overlap.tp;
   fp += overlap.fp;
   fn += overlap.fn;
 }
 
-template <typename T, bool kSoftLabel, bool kCrossEntropy>
+template <typename T, OverlapForm kForm, bool kCrossEntropy>
 void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts) {
   using A = Compute<T>;
   using V = Vector<A>;
@@ -306,13 +306,14 @@ void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
   constexpr int kLanes = Lanes<A>::count;
   const int classes = static_cast<int>(v.classes);
   const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed;
+  const bool label_weights = kForm == OverlapForm::kSquared && kCrossEntropy && v.sums_label_weights();
   V* const exponentials = scratch + classes * kGeneralVectors;
   for (int at = 0; at < tile.padded_voxels(); at += kGeneralVectors * kLanes) {
     const GeneralSoftmax<T> softmax(tile, at, classes, scratch, exponentials);
     V log_sum[kGeneralVectors];
     for (int k = 0; k < kGeneralVectors; ++k) {
       if (kCrossEntropy) log_sum[k] = log1p<A>(softmax.beyond_one[k]);
-      if (kCrossEntropy) counts[0][kVoxels] += softmax.weight[k];
+      if (kCrossEntropy && !label_weights) counts[0][kVoxels] += softmax.weight[k];
     }
     for (int c = 0; c < classes; ++c) {
       V tp = counts[c][kTp], fp = counts[c][kFp], fn = counts[c][kFn];
@@ -323,7 +324,8 @@ void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
         const Probability<V> p = softmax.probability(k, below_top, exponentials[c * kGeneralVectors + k]);
         const V g = general_target(tile, c, at + k * kLanes);
         const V weight = softmax.weight[k];
-        add_overlap<A, kSoftLabel>(p, g, softmax.weighted, weight, tp, fp, fn);
+        add_overlap<A, kForm>(p, g, softmax.weighted, weight, tp, fp, fn);
+        if (label_weights) counts[c][kVoxels] += g * weight;
         if constexpr (kCrossEntropy) {
           V term = below_top + log_sum[k];
           if (v.focal_gamma != 0) term *= focal_power<A>(p.complement, static_cast<A>(v.focal_gamma));
@@ -342,7 +344,7 @@ void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
   }
 }
 
-template <typename T, Activation kActivation, bool kSoftLabel, bool kCrossEntropy>
+template <typename T, Activation kActivation, OverlapForm kForm, bool kCrossEntropy>
 void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T>* counts) {
   using A = Compute<T>;
   using V = Vector<A>;
@@ -361,7 +363,7 @@ void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
         e = exp_nonpositive<A>(negative_magnitude<A>(z));
         p = logistic(negative, e, reciprocal<A>(1 + e));
       }
-      add_overlap<A, kSoftLabel>(p, g, weighted, weight, tp, fp, fn);
+      add_overlap<A, kForm>(p, g, weighted, weight, tp, fp, fn);
       if constexpr (kCrossEntropy) {
         const V common = log1p_of_fraction<A>(e);
         V of_one = common + (z < 0 ? -z : V{}), of_zero = common + (z > 0 ? z : V{});
@@ -387,13 +389,14 @@ void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
 
 template <typename T>
 void count_general(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts) {
-  with_general_options(v, [&](auto activation, auto soft_label, auto cross_entropy) {
+  with_general_options(v, [&](auto activation, auto form, auto cross_entropy) {
     constexpr Activation kActivation = decltype(activation)::value;
-    constexpr bool kSoftLabel = decltype(soft_label)::value, kCrossEntropy = decltype(cross_entropy)::value;
+    constexpr OverlapForm kForm = decltype(form)::value;
+    constexpr bool kCrossEntropy = decltype(cross_entropy)::value;
     if constexpr (kActivation == Activation::kSoftmax) {
-      count_general_softmax<T, kSoftLabel, kCrossEntropy>(v, tile, scratch, counts);
+      count_general_softmax<T, kForm, kCrossEntropy>(v, tile, scratch, counts);
     } else {
-      count_general_channels<T, kActivation, kSoftLabel, kCrossEntropy>(v, tile, counts);
+      count_general_channels<T, kActivation, kForm, kCrossEntropy>(v, tile, counts);
     }
   });
 }
@@ -460,7 +463,8 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
   }
   for (int64_t c = 0; c < v.classes; ++c) {
     for (int q = 0; q < columns; ++q) {
-      counts[c * columns + q] += horizontal_sum<double>(totals[q == kVoxels ? 0 : c][q]);
+      const bool of_all = q == kVoxels && !v.sums_label_weights();
+      counts[c * columns + q] += horizontal_sum<double>(totals[of_all ? 0 : c][q]);
     }
   }
 }

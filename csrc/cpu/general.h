@@ -96,16 +96,22 @@ struct GeneralSoftmax {
 // Calls f with the activation, the form of the overlap and whether there is a cross-entropy, as constants.
 template <typename F>
 TK_INLINE void with_general_options(const Volume& v, F&& f) {
+  const auto with_form = [&](auto activation, auto cross_entropy) __attribute__((always_inline)) {
+    switch (v.overlap) {
+      case OverlapForm::kProduct:
+        return f(activation, std::integral_constant<OverlapForm, OverlapForm::kProduct>{}, cross_entropy);
+      case OverlapForm::kAbsolute:
+        return f(activation, std::integral_constant<OverlapForm, OverlapForm::kAbsolute>{}, cross_entropy);
+      case OverlapForm::kSquared:
+        return f(activation, std::integral_constant<OverlapForm, OverlapForm::kSquared>{}, cross_entropy);
+    }
+  };
   const auto with_activation = [&](auto activation) __attribute__((always_inline)) {
     constexpr bool kHasCrossEntropy = decltype(activation)::value != Activation::kNone;
     if constexpr (kHasCrossEntropy) {
-      if (v.cross_entropy != CrossEntropy::kNone) {
-        return v.soft_label ? f(activation, std::true_type{}, std::true_type{})
-                            : f(activation, std::false_type{}, std::true_type{});
-      }
+      if (v.cross_entropy != CrossEntropy::kNone) return with_form(activation, std::true_type{});
     }
-    return v.soft_label ? f(activation, std::true_type{}, std::false_type{})
-                        : f(activation, std::false_type{}, std::false_type{});
+    return with_form(activation, std::false_type{});
   };
   switch (v.activation) {
     case Activation::kSoftmax: return with_activation(std::integral_constant<Activation, Activation::kSoftmax>{});

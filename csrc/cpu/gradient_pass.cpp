@@ -233,7 +233,7 @@ void softmax_gradient_tile(const Tile<T>& tile, int classes, const Compute<T>* u
 
 // ---- A target of its own for every class: dense, or class indices as one-hot rows
 
-template <typename T, bool kSoftLabel, bool kCrossEntropy>
+template <typename T, OverlapForm kForm, bool kCrossEntropy>
 void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Vector<Compute<T>>* scratch,
                               const GradientRows<T>& out) {
   using A = Compute<T>;
@@ -259,8 +259,8 @@ void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Comput
         const V below_top = scratch[slot];
         const V g = general_target(tile, c, at + k * kLanes);
         Probability<V> p{exponentials[slot] * softmax.inverse[k], V{}};
-        if (kSoftLabel || focal) p = softmax.probability(k, below_top, exponentials[slot]);
-        const V slope = overlap_slope(p, g, background, foreground, kSoftLabel);
+        if (kForm != OverlapForm::kProduct || focal) p = softmax.probability(k, below_top, exponentials[slot]);
+        const V slope = overlap_slope(p, g, background, foreground, kForm);
         const I is_top = below_top == 0;
         rest_u[k] += is_top ? V{} : p.p * slope;
         top_u[k] += is_top ? slope : V{};
@@ -298,7 +298,7 @@ void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Comput
   }
 }
 
-template <typename T, Activation kActivation, bool kSoftLabel, bool kCrossEntropy>
+template <typename T, Activation kActivation, OverlapForm kForm, bool kCrossEntropy>
 void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, const GradientRows<T>& out) {
   using A = Compute<T>;
   using V = Vector<A>;
@@ -319,7 +319,7 @@ void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compu
         inverse = reciprocal<A>(1 + e);
         p = logistic(negative, e, inverse);
       }
-      V dz = overlap_slope(p, g, background, foreground, kSoftLabel);
+      V dz = overlap_slope(p, g, background, foreground, kForm);
       if (kActivation == Activation::kSigmoid) dz = logistic_gradient(e, inverse, dz);
       if constexpr (kCrossEntropy) {
         V of_one = g * of_class[kCeCoefficient] + of_class[kSmoothingCoefficient];
@@ -341,13 +341,14 @@ void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compu
 template <typename T>
 void general_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Vector<Compute<T>>* scratch,
                       const GradientRows<T>& out) {
-  with_general_options(v, [&](auto activation, auto soft_label, auto cross_entropy) {
+  with_general_options(v, [&](auto activation, auto form, auto cross_entropy) {
     constexpr Activation kActivation = decltype(activation)::value;
-    constexpr bool kSoftLabel = decltype(soft_label)::value, kCrossEntropy = decltype(cross_entropy)::value;
+    constexpr OverlapForm kForm = decltype(form)::value;
+    constexpr bool kCrossEntropy = decltype(cross_entropy)::value;
     if constexpr (kActivation == Activation::kSoftmax) {
-      general_softmax_gradient<T, kSoftLabel, kCrossEntropy>(v, tile, u, scratch, out);
+      general_softmax_gradient<T, kForm, kCrossEntropy>(v, tile, u, scratch, out);
     } else {
-      general_channels_gradient<T, kActivation, kSoftLabel, kCrossEntropy>(v, tile, u, out);
+      general_channels_gradient<T, kActivation, kForm, kCrossEntropy>(v, tile, u, out);
     }
   });
 }

@@ -216,6 +216,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const int classes = static_cast<int>(v.classes), columns = v.count_columns();
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed;
+  const bool label_weights = v.sums_label_weights();
   const A gamma = static_cast<A>(v.focal_gamma);
   const TileLayout layout(classes, tile_voxels, Plan::kThreads);
   TK_SHARED(memory);
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         Probability<A> p{x, A(1) - x};
         if (kActivation == Activation::kSoftmax) p = dense_probability(x, beyond_one[k], A(1) / (A(1) + beyond_one[k]));
         if (kActivation == Activation::kSigmoid) p = sigmoid(x);
-        const Overlap<A> overlap = overlap_of(p, g, v.soft_label);
+        const Overlap<A> overlap = overlap_of(p, g, v.overlap);
         tp += overlap.tp * weight;
         fp += overlap.fp * weight;
         fn += overlap.fn * weight;
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         if (g != A(0)) ce += g * of_one * weight;
         if (kActivation == Activation::kSigmoid && g != A(1)) ce += (A(1) - g) * of_zero * weight;
         if (smoothed) smoothing += (of_one + of_zero) * weight;
-        voxels += weight;
+        voxels += label_weights ? g * weight : weight;
       }
       A* mine = sums + half * columns * classes + c;
       mine[kTp * classes] += tp;

@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         for (int c = t.group; c < classes; c += layout.groups) {
           const A below_top = tile[c * layout.tile_stride + t.voxel], g = targets[c * layout.tile_stride + t.voxel];
           const Probability<A> p = dense_probability(below_top, beyond_one[t.voxel], inverse);
-          const A slope = overlap_slope(p, g, u[c].background, u[c].foreground, v.soft_label);
+          const A slope = overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap);
           sums[0] += below_top == A(0) ? A(0) : p.p * slope;
           sums[1] += below_top == A(0) ? slope : A(0);
           if (kCrossEntropy) sums[2] += ce_slope(u[c], p, g, below_top + log_sum[t.voxel]);
@@ -277,14 +277,14 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       if (kActivation == Activation::kSoftmax) {
         const Probability<A> p = dense_probability(x, beyond_one[k], A(1) / (A(1) + beyond_one[k]));
         const DenseSoftmaxGradient<A> gradient{shift[k], excess[k]};
-        dz = gradient.overlap(p.p, overlap_slope(p, g, u[c].background, u[c].foreground, v.soft_label));
+        dz = gradient.overlap(p.p, overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap));
         if (kCrossEntropy) {
           dz += softmax_cross_entropy_gradient(p, ce_slope(u[c], p, g, x + log_sum[k]), b_all[k]);
         }
       } else {
         Probability<A> p{x, A(1) - x};
         if (kActivation == Activation::kSigmoid) p = sigmoid(x);
-        dz = overlap_slope(p, g, u[c].background, u[c].foreground, v.soft_label);
+        dz = overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap);
         if (kActivation == Activation::kSigmoid) dz *= p.p * p.complement;
         if (kCrossEntropy) {
           const Probability<A> not_p{p.complement, p.p};

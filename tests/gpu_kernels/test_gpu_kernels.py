@@ -29,8 +29,8 @@ if BACKEND == "cpu":
     host = torch.ops.tversky_kernels_cuda_on_host
     _ops.OPERATORS["cpu"] = _ops.Operators(*(getattr(host, name) for name in _ops.NAMES))
 OPERATORS = _ops.OPERATORS[BACKEND]
-#: voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma
-PLAIN = (None, 0, None, False, 0, 0.0)
+#: voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma
+PLAIN = (None, 0, None, 0, 0, 0.0)
 
 
 def kernel_loss(logits, target, voxel_weight=None, **options):
@@ -261,6 +261,19 @@ def test_dense_targets(classes, target_dtype, soft_label):
         one_hot = 0.5 * one_hot + 0.5 * torch.rand(one_hot.shape)
     activation = "sigmoid" if classes == 1 else "softmax"
     check(logits, one_hot.to(target_dtype), activation=activation, soft_label=soft_label)
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("function", "options"), [(kernel_loss, {"activation": "sigmoid"}), (kernel_ce_loss, {"ignore_index": 1})]
+)
+def test_squared(function, options, dense, classes):
+    logits, target = inputs(2, classes, (5, 16))
+    if dense:
+        options = {k: v for k, v in options.items() if k != "ignore_index"}
+        target = 0.7 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1) + 0.3 / classes
+    check(logits, target, function=function, alpha=0.5, beta=0.5, squared=True, **options)
 
 
 @pytest.mark.parametrize("classes", [2, 4, 20])

@@ -20,7 +20,7 @@ namespace {
 
 struct Header {
   int64_t samples, classes, voxels, logits_type, target_type, activation, has_ignore_index, ignore_index, class_stride,
-      voxel_stride, begin, end, dense, soft_label, cross_entropy, focal_gamma, target_side, side, logits_bytes,
+      voxel_stride, begin, end, dense, overlap, cross_entropy, focal_gamma, target_side, side, logits_bytes,
       target_bytes, weight_bytes, coefficient_bytes;
 };
 
@@ -63,7 +63,7 @@ int main() {
   v.has_ignore_index = h.has_ignore_index != 0;
   v.ignore_index = h.ignore_index;
   v.dense = h.dense != 0;
-  v.soft_label = h.soft_label != 0;
+  v.overlap = static_cast<OverlapForm>(h.overlap);
   v.cross_entropy = static_cast<CrossEntropy>(h.cross_entropy);
   v.focal_gamma = static_cast<double>(h.focal_gamma);
 

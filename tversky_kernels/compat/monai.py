@@ -1,7 +1,6 @@
 """MONAI's `TverskyLoss`, `DiceLoss` and `DiceCELoss` (1.6): their arguments, their numbers.
 
-What the kernels do not compute raises: ``squared_pred=True`` (the square of a probability is no overlap count) and
-DiceCELoss's reduction "none" (a value a voxel).
+What the kernels do not compute raises: DiceCELoss's reduction "none" (a value a voxel).
 """
 
 from __future__ import annotations
@@ -148,9 +147,10 @@ class TverskyLoss(_Loss):
 
 
 class DiceLoss(_Loss):
-    """`monai.losses.DiceLoss`: arguments as there, but for ``squared_pred``, which raises.
+    """`monai.losses.DiceLoss`: arguments as there.
 
-    ``jaccard`` is the Jaccard loss. ``weight``: one a class, without the background where that is left out; it
+    ``squared_pred`` squares the probabilities in the denominator, whatever ``soft_label`` says. ``jaccard`` is the
+    Jaccard loss. ``weight``: one a class, without the background where that is left out; it
     multiplies and is not renormalised.
     """
 
@@ -178,15 +178,15 @@ class DiceLoss(_Loss):
             include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
             soft_label, ignore_index, inplace_backward, backend,
         )  # fmt: skip
-        if squared_pred:
-            raise ValueError("squared_pred: expected False; squared probabilities are not computed by these kernels")
-        self.jaccard = jaccard
+        self.squared_pred, self.jaccard = squared_pred, jaccard
         self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
 
     def _dice(self, input: torch.Tensor) -> dict:
         # MONAI's quotient is twice ours, smoothing apart.
         both = 1.0 if self.jaccard else 0.5
         options = {"alpha": both, "beta": both, "smooth_nr": self.smooth_nr / 2, "smooth_dr": self.smooth_dr / 2}
+        if self.squared_pred:
+            options.update(squared=True, soft_label=False)
         weight, classes = self.class_weight, input.size(1)
         if weight is not None and classes > 1 and (classes > 2 or self.include_background):
             dropped = 0 if self.include_background else 1
@@ -201,7 +201,7 @@ class DiceLoss(_Loss):
         """The loss of (B, C, *spatial) and a target."""
         input, activation = self._activation(input)
         loss = functional.tversky_loss(
-            input, **self._target(input, target), activation=activation, **self._dice(input), **self._options()
+            input, **self._target(input, target), activation=activation, **{**self._options(), **self._dice(input)}
         )
         if self.reduction == "none":
             loss = loss.view(*loss.shape, *(1,) * (input.dim() - 2))
@@ -209,7 +209,7 @@ class DiceLoss(_Loss):
 
 
 class DiceCELoss(torch.nn.Module):
-    """`monai.losses.DiceCELoss`: arguments as there, but for ``squared_pred`` and reduction "none", which raise.
+    """`monai.losses.DiceCELoss`: arguments as there, but for reduction "none", which raises.
 
     With a softmax both parts are computed in the same two passes. As in MONAI, the cross-entropy of several channels is
     always that of a softmax, also with ``sigmoid=True``, and that of one channel a binary one, for which ``weight`` is
@@ -260,7 +260,7 @@ class DiceCELoss(torch.nn.Module):
         activated, activation = dice._activation(input)
         ce_target = as_dense(target) if target.size(1) == classes else as_indices(target)
         dice_target = dice._target(input, target)
-        options = {**dice._dice(input), **dice._options()}
+        options = {**dice._options(), **dice._dice(input)}
         ce = {"ce_weight": self.lambda_ce, "label_smoothing": self.label_smoothing, "ce_class_weight": self.ce_weight}
         wanted = "softmax" if classes > 1 else "sigmoid"
         if classes == 1:

@@ -8,7 +8,8 @@ cache.
 The arithmetic is that of csrc/tversky_math.h, which says why; docs/mathematics.md derives it.
 
 What decides the code of a kernel: GENERAL, that every class of a voxel has a target g of its own (DENSE, or class
-indices as one-hot); SOFT, that the overlap is measured by |p - g|; CE: 0 no cross-entropy, 1 its sums, 2 and those for
+indices as one-hot); OVERLAP, how it is measured (0 by products, 1 by |p - g|,
+2 by their square); CE: 0 no cross-entropy, 1 its sums, 2 and those for
 label smoothing; FOCAL, its exponent; RESAMPLED, that target and weight have other sizes than the logits. The counts
 have 3 columns, or 6 with a cross-entropy (see enum Count); the coefficients 2, or 4.
 """
@@ -176,20 +177,25 @@ def _difference(p, complement, g):
 
 
 @triton.jit
-def _overlap(p, complement, g, SOFT: tl.constexpr):
-    if SOFT:
+def _overlap(p, complement, g, OVERLAP: tl.constexpr):
+    if OVERLAP == 1:
         d = _difference(p, complement, g)
         tp, fp, fn = tl.where(p < g, p, g), tl.where(d > 0, d, 0.0), tl.where(d < 0, -d, 0.0)
+    elif OVERLAP == 2:
+        d = _difference(p, complement, g)
+        tp, fp, fn = p * g, tl.where(d > 0, d * d, 0.0), tl.where(d < 0, d * d, 0.0)
     else:
         tp, fp, fn = p * g, p * (1.0 - g), complement * g
     return tp, fp, fn
 
 
 @triton.jit
-def _overlap_slope(p, complement, g, background, foreground, SOFT: tl.constexpr):
-    if SOFT:
+def _overlap_slope(p, complement, g, background, foreground, OVERLAP: tl.constexpr):
+    if OVERLAP == 1:
         d = _difference(p, complement, g)
         slope = tl.where(d > 0, background, tl.where(d < 0, foreground, (background + foreground) * 0.5))
+    elif OVERLAP == 2:
+        slope = g * (foreground + background) + 2.0 * _difference(p, complement, g) * background
     else:
         slope = background + g * (foreground - background)
     return slope
@@ -266,7 +272,7 @@ def _channel_counts(z, c, label, counts, w, FIRST_LABEL: tl.constexpr, ACTIVATIO
 
 
 @triton.jit
-def _general_counts(z, g, w, top, beyond_one, inverse, focal_gamma, ACTIVATION: tl.constexpr, SOFT: tl.constexpr,
+def _general_counts(z, g, w, top, beyond_one, inverse, focal_gamma, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
                     CE: tl.constexpr, FOCAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # tp, fp, fn, cross-entropy and smoothing of every class and voxel; w is 0 where the voxel does not count
     of_zero = z * 0.0
@@ -278,7 +284,7 @@ def _general_counts(z, g, w, top, beyond_one, inverse, focal_gamma, ACTIVATION: 
         of_one, of_zero = _sigmoid_logs(z, REAL)
     else:
         p, complement, of_one = z, 1.0 - z, of_zero
-    tp, fp, fn = _overlap(p, complement, g, SOFT)
+    tp, fp, fn = _overlap(p, complement, g, OVERLAP)
     w = w[None, :]
     if FOCAL:
         of_one *= _focal_power(complement, focal_gamma, REAL)
@@ -309,7 +315,7 @@ def few_classes_count_kernel(
     logits, target, weight, partial, voxels, ls_n, ls_c, ls_v, ts_n, ts_c, ts_v, ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1,
     t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
     C: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
-    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, SOFT: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
+    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, C] of a tile that holds all classes at once."""
@@ -322,7 +328,9 @@ def few_classes_count_kernel(
     fn = tl.zeros([CLASSES, BLOCK], REAL)
     ce = tl.zeros([CLASSES, BLOCK], REAL)
     smoothing = tl.zeros([CLASSES, BLOCK], REAL)
-    weights = tl.zeros([BLOCK], REAL)
+    # Of all voxels, or (CE's divisor where tp + fn is not that) of those with each label.
+    LABEL_WEIGHTS: tl.constexpr = OVERLAP == 2 and ACTIVATION == SOFTMAX and not DENSE
+    weights = tl.zeros([CLASSES if LABEL_WEIGHTS else 1, BLOCK], REAL)
     any_bad = tl.zeros([BLOCK], tl.int1)
     step = programs.to(tl.int64) * BLOCK
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
@@ -331,15 +339,17 @@ def few_classes_count_kernel(
             ignore_index, C + FIRST_LABEL, C, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, REAL)  # fmt: skip
         any_bad = any_bad | bad
         z, c = _logits(rows, 0, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
-        if CE > 0:
-            weights += tl.where(counts, w, 0.0)
+        if CE > 0 and not LABEL_WEIGHTS:
+            weights += tl.where(counts, w, 0.0)[None, :]
         if GENERAL:
             g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
+            if CE > 0 and LABEL_WEIGHTS:
+                weights += g * w[None, :]
             top, rest, tops = _add_tops(z, tl.max(z, 0), tl.zeros([BLOCK], REAL), tl.zeros([BLOCK], REAL))
             beyond_one = rest + (tops - 1.0)
             more_tp, more_fp, more_fn, more_ce, more_smoothing = _general_counts(
-                z, g, tl.where(counts, w, 0.0), top, beyond_one, 1.0 / (1.0 + beyond_one), gamma, ACTIVATION, SOFT, CE,
-                FOCAL, REAL)  # fmt: skip
+                z, g, tl.where(counts, w, 0.0), top, beyond_one, 1.0 / (1.0 + beyond_one), gamma, ACTIVATION, OVERLAP,
+                CE, FOCAL, REAL)  # fmt: skip
             tp, fp, fn = tp + more_tp, fp + more_fp, fn + more_fn
             if CE > 0:
                 ce += more_ce
@@ -362,7 +372,7 @@ def few_classes_count_kernel(
     bad = tl.max(any_bad.to(tl.int32), 0) > 0
     partial += (n * programs + program) * (6 if CE > 0 else 3) * C
     _store_counts(partial, tl.arange(0, CLASSES), tl.sum(tp, 1), tl.sum(fp, 1), tl.sum(fn, 1), tl.sum(ce, 1),
-                  tl.sum(smoothing, 1), tl.sum(weights, 0), bad, C, CE)  # fmt: skip
+                  tl.sum(smoothing, 1), tl.sum(weights, 1), bad, C, CE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["focal_gamma"])
@@ -370,7 +380,7 @@ def two_classes_count_kernel(
     logits, target, weight, partial, voxels, ls_n, ls_c, ls_v, ts_n, ts_c, ts_v, ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1,
     t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
     BLOCK: tl.constexpr,
-    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, SOFT: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
+    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, 2]: the softmax of two classes is one sigmoid."""
@@ -449,23 +459,26 @@ def _add_column(at, c, value, is_first, C: tl.constexpr):
 @triton.jit
 def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, bad, top, sum_target,
                  sum_others, gamma, partial, is_first, C: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
-                 ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, SOFT: tl.constexpr,
+                 ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr,
                  CE: tl.constexpr, FOCAL: tl.constexpr, GENERAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # GENERAL: sum_target are the largest logits, sum_others the rest.
     z, c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
     ce = tl.zeros([CLASSES], REAL)
     smoothing = tl.zeros([CLASSES], REAL)
+    weights = ce + tl.sum(tl.where(counts, w, 0.0), 0)
     if GENERAL:
         g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
         beyond_one = sum_others + (sum_target - 1.0)
         tps, fps, fns, ces, smoothings = _general_counts(
-            z, g, tl.where(counts, w, 0.0), top, beyond_one, 1.0 / (1.0 + beyond_one), gamma, ACTIVATION, SOFT, CE,
+            z, g, tl.where(counts, w, 0.0), top, beyond_one, 1.0 / (1.0 + beyond_one), gamma, ACTIVATION, OVERLAP, CE,
             FOCAL, REAL)  # fmt: skip
         tp, fp, fn = tl.sum(tps, 1), tl.sum(fps, 1), tl.sum(fns, 1)
         if CE > 0:
             ce = tl.sum(ces, 1)
         if CE == 2:
             smoothing = tl.sum(smoothings, 1)
+        if OVERLAP == 2 and ACTIVATION == SOFTMAX and not DENSE:  # as LABEL_WEIGHTS
+            weights = tl.sum(g * w[None, :], 1)
     elif ACTIVATION == SOFTMAX:
         others, at_target, is_target = _split(z, top, c, label, counts)
         inverse = tl.where(counts, w / (sum_target + sum_others), 0.0)
@@ -485,7 +498,7 @@ def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label
     if CE > 0:
         _add_column(partial + 3 * C, c, ce, is_first, C)
         _add_column(partial + 4 * C, c, smoothing, is_first, C)
-        _add_column(partial + 5 * C, c, ce * 0.0 + tl.sum(tl.where(counts, w, 0.0), 0), is_first, C)
+        _add_column(partial + 5 * C, c, weights, is_first, C)
 
 
 @triton.jit(do_not_specialize=["focal_gamma"])
@@ -494,7 +507,7 @@ def many_classes_count_kernel(
     t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
     C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
     FIRST_LABEL: tl.constexpr,
-    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, SOFT: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
+    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, C], the classes in chunks."""
@@ -530,11 +543,11 @@ def many_classes_count_kernel(
         for first in tl.range(0, full, CHUNK):
             _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, any_bad, top,
                          sum_target, sum_others, gamma, partial, start == begin, C, CHUNK, BLOCK, ACTIVATION,
-                         FIRST_LABEL, DENSE, SOFT, CE, FOCAL, GENERAL, REAL)  # fmt: skip
+                         FIRST_LABEL, DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
         if TAIL > 0:
             _count_chunk(rows, target, full, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, any_bad, top,
                          sum_target, sum_others, gamma, partial, start == begin, C, TAIL, BLOCK, ACTIVATION,
-                         FIRST_LABEL, DENSE, SOFT, CE, FOCAL, GENERAL, REAL)  # fmt: skip
+                         FIRST_LABEL, DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
         tl.debug_barrier()  # the row's stores before the next tile's loads
 
 
@@ -655,6 +668,8 @@ def table_kernel(
             voxels = _column(counts, r * together, together, c, there, 5, C, COLUMNS, CLASSES)
             if CE_MEAN == 0:
                 divisor = tl.where(there, ce_cw * (tp + fn), 0.0)
+            elif CE_MEAN == 3:
+                divisor = tl.where(there, ce_cw * voxels, 0.0)
             elif CE_MEAN == 1:
                 divisor = voxels / C
             else:
@@ -756,11 +771,11 @@ def _channel_gradient(z, c, label, counts, w, background, foreground, FIRST_LABE
 
 @triton.jit
 def _general_channel_gradient(z, g, counts, w, gamma, background, foreground, ce, smoothing, ACTIVATION: tl.constexpr,
-                              SOFT: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
+                              OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
                               REAL: tl.constexpr):  # fmt: skip
     if ACTIVATION == SIGMOID:
         p, complement, product = _logistic(z)
-        dz = product * _overlap_slope(p, complement, g, background, foreground, SOFT)
+        dz = product * _overlap_slope(p, complement, g, background, foreground, OVERLAP)
         if CE > 0:
             of_one, of_zero = g * ce + smoothing, (1.0 - g) * ce + smoothing
             if FOCAL:
@@ -769,16 +784,16 @@ def _general_channel_gradient(z, g, counts, w, gamma, background, foreground, ce
                 of_zero *= _focal_slope(complement, p, log_zero, _focal_power(p, gamma, REAL), gamma)
             dz += p * of_zero - complement * of_one
     else:
-        dz = _overlap_slope(z, 1.0 - z, g, background, foreground, SOFT)
+        dz = _overlap_slope(z, 1.0 - z, g, background, foreground, OVERLAP)
     return tl.where(counts[None, :], dz * w[None, :], 0.0)
 
 
 @triton.jit
-def _general_slopes(z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, SOFT: tl.constexpr,
+def _general_slopes(z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, OVERLAP: tl.constexpr,
                     CE: tl.constexpr, FOCAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # -> p, 1 - p, u and b of every class and voxel
     p, complement = _dense_probability(z, top, beyond_one, inverse)
-    u = _overlap_slope(p, complement, g, background, foreground, SOFT)
+    u = _overlap_slope(p, complement, g, background, foreground, OVERLAP)
     b = p * 0.0
     if CE > 0:
         b = g * ce + smoothing
@@ -813,7 +828,7 @@ def few_classes_gradient_kernel(
     row_stride,
     C: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
     GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
-    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, SOFT: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
+    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits of a tile that holds all classes at once. row_stride: 0 where the batch shares one row, else 1."""
@@ -837,13 +852,13 @@ def few_classes_gradient_kernel(
                 beyond_one = rest + (tops - 1.0)
                 inverse = 1.0 / (1.0 + beyond_one)
                 p, complement, u, b = _general_slopes(
-                    z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, SOFT, CE, FOCAL,
+                    z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, OVERLAP, CE, FOCAL,
                     REAL)  # fmt: skip
                 rest_u, top_u, b_all = _general_sums(z, top, p, u, b)
                 dz = _general_gradient(p, complement, u, b, rest_u, top_u, b_all, beyond_one, inverse, counts, w, CE)
             else:
                 dz = _general_channel_gradient(
-                    z, g, counts, w, gamma, background, foreground, ce, smoothing, ACTIVATION, SOFT, CE, FOCAL, REAL
+                    z, g, counts, w, gamma, background, foreground, ce, smoothing, ACTIVATION, OVERLAP, CE, FOCAL, REAL
                 )
         elif ACTIVATION == SOFTMAX:
             others, at_target, is_target = _split(z, tl.max(z, 0), c, label, counts)
@@ -867,7 +882,7 @@ def two_classes_gradient_kernel(
     ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
     row_stride,
     BLOCK: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
-    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, SOFT: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
+    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits of two classes: dz_1 = p_0 p_1 (u_1 - u_0) = -dz_0."""
@@ -907,7 +922,7 @@ def _gradient_chunk(rows, out, target, first, start, voxels, ls_c, ls_v, gs_c, g
                     scale, offset, target_dz, gamma, rest_u, top_u, b_all, beyond_one, inverse, coefficients,
                     grad_loss, row, C: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
                     ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr,
-                    KEPT: tl.constexpr, DENSE: tl.constexpr, SOFT: tl.constexpr, CE: tl.constexpr,
+                    KEPT: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr,
                     FOCAL: tl.constexpr, GENERAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     z, c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
     background, foreground, ce, smoothing = _coefficients(
@@ -917,12 +932,12 @@ def _gradient_chunk(rows, out, target, first, start, voxels, ls_c, ls_v, gs_c, g
         g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
         if ACTIVATION == SOFTMAX:
             p, complement, u, b = _general_slopes(
-                z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, SOFT, CE, FOCAL, REAL
+                z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, OVERLAP, CE, FOCAL, REAL
             )
             dz = _general_gradient(p, complement, u, b, rest_u, top_u, b_all, beyond_one, inverse, counts, w, CE)
         else:
             dz = _general_channel_gradient(
-                z, g, counts, w, gamma, background, foreground, ce, smoothing, ACTIVATION, SOFT, CE, FOCAL, REAL
+                z, g, counts, w, gamma, background, foreground, ce, smoothing, ACTIVATION, OVERLAP, CE, FOCAL, REAL
             )
     elif ACTIVATION == SOFTMAX:
         others, _, is_target = _split(z, top, c, label, counts)
@@ -953,7 +968,7 @@ def _online_gradient(rows, first, start, voxels, ls_c, ls_v, label, counts, top,
 def _general_sums_of_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, top, beyond_one,
                            inverse, gamma, rest_u, top_u, b_all, coefficients, grad_loss, row, C: tl.constexpr,
                            CLASSES: tl.constexpr, BLOCK: tl.constexpr, FIRST_LABEL: tl.constexpr,
-                           GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr, DENSE: tl.constexpr, SOFT: tl.constexpr,
+                           GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr,
                            CE: tl.constexpr, FOCAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     z, c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
     background, foreground, ce, smoothing = _coefficients(
@@ -961,7 +976,7 @@ def _general_sums_of_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c,
     )
     g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
     p, _, u, b = _general_slopes(
-        z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, SOFT, CE, FOCAL, REAL
+        z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, OVERLAP, CE, FOCAL, REAL
     )
     more_rest_u, more_top_u, more_b = _general_sums(z, top, p, u, b)
     return rest_u + more_rest_u, top_u + more_top_u, b_all + more_b
@@ -974,7 +989,7 @@ def many_classes_gradient_kernel(
     row_stride,
     C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
     FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
-    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, SOFT: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
+    DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits, the classes in chunks. A chunk is read again only before it is written: out may be logits."""
@@ -1023,12 +1038,12 @@ def many_classes_gradient_kernel(
                 weighted_others, u_target, b_all = _general_sums_of_chunk(
                     rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, top, beyond_one, inverse,
                     gamma, weighted_others, u_target, b_all, coefficients, grad_loss, row, C, CHUNK, BLOCK, FIRST_LABEL,
-                    GRAD_CLASSES, KEPT, DENSE, SOFT, CE, FOCAL, REAL)  # fmt: skip
+                    GRAD_CLASSES, KEPT, DENSE, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
             if TAIL > 0:
                 weighted_others, u_target, b_all = _general_sums_of_chunk(
                     rows, target, full, start, voxels, ls_c, ls_v, ts_c, at, label, counts, top, beyond_one, inverse,
                     gamma, weighted_others, u_target, b_all, coefficients, grad_loss, row, C, TAIL, BLOCK, FIRST_LABEL,
-                    GRAD_CLASSES, KEPT, DENSE, SOFT, CE, FOCAL, REAL)  # fmt: skip
+                    GRAD_CLASSES, KEPT, DENSE, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
         scale, offset, target_dz = _gradient_terms(
             sum_target, sum_others, weighted_others, u_target, k_target, counts, w
         )
@@ -1036,9 +1051,9 @@ def many_classes_gradient_kernel(
             _gradient_chunk(rows, out, target, first, start, voxels, ls_c, ls_v, gs_c, gs_v, ts_c, at, label, counts, w,
                             top, scale, offset, target_dz, gamma, weighted_others, u_target, b_all, beyond_one, inverse,
                             coefficients, grad_loss, row, C, CHUNK, BLOCK, ACTIVATION, FIRST_LABEL, GRAD_CLASSES, KEPT,
-                            DENSE, SOFT, CE, FOCAL, GENERAL, REAL)  # fmt: skip
+                            DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
         if TAIL > 0:
             _gradient_chunk(rows, out, target, full, start, voxels, ls_c, ls_v, gs_c, gs_v, ts_c, at, label, counts, w,
                             top, scale, offset, target_dz, gamma, weighted_others, u_target, b_all, beyond_one, inverse,
                             coefficients, grad_loss, row, C, TAIL, BLOCK, ACTIVATION, FIRST_LABEL, GRAD_CLASSES, KEPT,
-                            DENSE, SOFT, CE, FOCAL, GENERAL, REAL)  # fmt: skip
+                            DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip

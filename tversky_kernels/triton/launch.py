@@ -80,7 +80,7 @@ def _real(logits: torch.Tensor):
 class _Volume:
     """The arguments that the count and the gradient kernels have in common."""
 
-    def __init__(self, logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma):
+    def __init__(self, logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma):
         self.logits, self.ls_v = _walkable(logits, 2)
         self.samples, self.classes = logits.shape[:2]
         self.voxels = logits[0, 0].numel() if self.samples else 0
@@ -102,7 +102,11 @@ class _Volume:
         )
         self.cross_entropy = cross_entropy
         self.columns = 6 if cross_entropy else 3
-        general = dense or (cross_entropy > 0 and (activation != 0 or cross_entropy == 2 or focal_gamma != 0))
+        if overlap == 1 and not dense:
+            overlap = 0  # for class indices these forms are the same
+        general = (
+            dense or overlap == 2 or (cross_entropy > 0 and (activation != 0 or cross_entropy == 2 or focal_gamma != 0))
+        )
         self.plan = plan(self.classes, logits.element_size(), general)
         self.programs = programs_per_sample(self.logits, self.voxels, self.plan.block)
         ignorable = ignore_index is not None
@@ -117,7 +121,7 @@ class _Volume:
             "BLOCK": self.plan.block,
             "DENSE": dense,
             "RESAMPLED": resampled,
-            "SOFT": soft_label and dense,  # for class indices both forms are the same
+            "OVERLAP": overlap,
             "CE": cross_entropy,
             "FOCAL": cross_entropy > 0 and focal_gamma != 0,
             "GENERAL": general,
@@ -199,12 +203,12 @@ def table(
 
 
 def tversky_loss(
-    logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma, raise_bad_input,
+    logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, raise_bad_input,
     *arguments,
 ):  # fmt: skip
     """Count pass and table."""
     counts = count_pass(
-        logits, target, voxel_weight, activation, ignore_index, soft_label, cross_entropy, focal_gamma, raise_bad_input
+        logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, raise_bad_input
     )
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return table(counts, *arguments, dtype=dtype)
