@@ -84,6 +84,7 @@ bench-all: $(BENCH_READY)
 	$(PY) -m benchmarks.growth --out $(OUT)
 	$(PY) -m benchmarks.training_step --out $(OUT)
 	$(PY) -m benchmarks.variants --out $(OUT)
+	$(PY) -m benchmarks.head --out $(OUT)
 	$(PY) -m benchmarks.plot --results $(OUT)
 
 bench-report:
@@ -113,6 +114,7 @@ gpu-bench:
 	$(PYTHON) -m benchmarks.run --device cuda --set half --no-memory --out $(OUT)
 	$(PYTHON) -m benchmarks.growth --device cuda --no-memory --out $(OUT)
 	$(PYTHON) -m benchmarks.variants --device cuda --out $(OUT)
+	$(PYTHON) -m benchmarks.head --device cuda --dtype bfloat16 --out $(OUT)
 	$(PYTHON) -m benchmarks.training_step --device cuda --network 'demo FCN' --out $(OUT)
 	$(PYTHON) -m benchmarks.plot --device cuda --results $(OUT)
 

@@ -1,8 +1,9 @@
 """The last layer and its loss, one after the other and in one (`linear_tversky_loss`): python -m benchmarks.head.
 
 Forward and backward from the features of a network on, to the gradients of features, weight and bias: a convolution of
-size 1 and each loss, and `linear_tversky_loss`, taking turns in random order. Peak memory is beyond the features, the
-target and the parameters, and holds the gradient of the features. Rows are appended to benchmarks/results/head.csv.
+size 1 (or a matrix product) and each loss, and `linear_tversky_loss`, taking turns in random order. Peak memory is
+beyond the features, the target and the parameters, and holds the gradient of the features. Rows are appended to
+benchmarks/results/head.csv.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from benchmarks.run import describe_run, seconds, spread
 from examples.loss_cost import peak_bytes
 
 IN_ONE = "linear_tversky_loss"
+MATMUL = "ours, in place, after a matrix product"  # the same layer without torch's convolution
 LOSSES = ("ours", "ours, in place", "lean compiled, gather", "MONAI TverskyLoss")
 SHAPES = ((128, 2), (128, 14), (96, 118))
 FIELDS = [
@@ -39,7 +41,12 @@ def steps(case: Case, layer: torch.nn.Conv3d) -> dict[str, Callable | str]:
     def in_one(features, target):
         return tk.linear_tversky_loss(features, layer.weight, layer.bias, target, alpha=ALPHA, beta=BETA)
 
-    found: dict[str, Callable | str] = {IN_ONE: in_one}
+    def after_matmul(features, target):
+        logits = torch.matmul(layer.weight.flatten(1), features.flatten(2)) + layer.bias[:, None]
+        loss = tk.TverskyLoss(alpha=ALPHA, beta=BETA, inplace_backward=True)
+        return loss(logits.unflatten(2, features.shape[2:]), target)
+
+    found: dict[str, Callable | str] = {IN_ONE: in_one, MATMUL: after_matmul}
     for name in LOSSES:
         try:
             loss = PROVIDERS[name].make(case)
@@ -129,10 +136,10 @@ def main() -> int:
         )
         for r in rows:
             if r["status"] != "ok":
-                tqdm.write(f"  {r['loss']:24} {r['status']}")
+                tqdm.write(f"  {r['loss']:38} {r['status']}")
                 continue
             tqdm.write(
-                f"  {r['loss']:24} {r['milliseconds']:8.1f} ms +-{100 * r['spread']:3.0f}%  {r['of_one']:5.2f} x, peak "
+                f"  {r['loss']:38} {r['milliseconds']:8.1f} ms +-{100 * r['spread']:3.0f}%  {r['of_one']:5.2f} x, peak "
                 f"{r['peak_mib']:6.0f} MiB, errors {r['loss_error']:.1e}, {r['gradient_error']:.1e}"
             )
     print(f"\nAppended to {table.path}")

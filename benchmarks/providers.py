@@ -16,7 +16,7 @@ import torch
 import tversky_kernels as tk
 from benchmarks.cases import Case
 
-TVERSKY, DICE_CE = TASKS = ("tversky", "dice_ce")
+TVERSKY, DICE_CE, SQUARED = TASKS = ("tversky", "dice_ce", "squared")
 ALPHA, BETA, SMOOTH = 0.3, 0.7, 1e-5
 PACKAGES = {
     "MONAI": "monai",
@@ -104,7 +104,7 @@ def _ours(backend: str, inplace: bool = False) -> Callable[[Case], Loss]:
 
 def _our_dice_ce(backend: str, inplace: bool = False, **changed) -> Callable[[Case], Loss]:
     options = {"alpha": 0.5, "beta": 0.5, **HALF, "backend": backend, "inplace_backward": inplace, **changed}
-    return lambda case: tk.TverskyCELoss(**options)
+    return lambda case: tk.TverskyCELoss(activation=case.activation, **options)
 
 
 def _monai(name: str, **options) -> Callable[[Case], Loss]:
@@ -162,6 +162,7 @@ def _nnunet(compiled: bool = False) -> Callable[[Case], Loss]:
 HALF = {"smooth_nr": SMOOTH / 2, "smooth_dr": SMOOTH / 2}
 DICE = {"alpha": 0.5, "beta": 0.5, **HALF}
 WITH_CE = {"ce_weight": 1.0}
+SQUARES = {"squared": True}
 
 PROVIDERS = {
     p.name: p
@@ -190,5 +191,22 @@ PROVIDERS = {
         Provider("nnU-Net DC_and_CE_loss", _nnunet(), DICE | WITH_CE, DICE_CE, offset=-1.0),
         Provider("nnU-Net DC_and_CE_loss, compiled", _nnunet(True), DICE | WITH_CE, DICE_CE, offset=-1.0),
         Provider("exacta DiceCELoss", _exacta("DiceCELoss"), DICE | WITH_CE, DICE_CE),
+        *(
+            Provider(
+                name,
+                _our_dice_ce(backend, inplace, ce_weight=0.0, **SQUARES),
+                DICE | SQUARES,
+                SQUARED,
+                takes=EVERYTHING,
+            )
+            for name, backend, inplace in (
+                ("our squared Dice", "auto", False),
+                ("our squared Dice, in place", "auto", True),
+                ("our reference, squared Dice", "reference", False),
+            )
+        ),
+        Provider(
+            "MONAI DiceLoss, squared", _monai("DiceLoss", squared_pred=True), DICE | SQUARES, SQUARED, takes=EVERYTHING
+        ),
     )
 }

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import tversky_kernels as tk
 from benchmarks.cases import SETS, Case
 from benchmarks.memory import measure_in_own_process
-from benchmarks.providers import DICE_CE, PROVIDERS, TASKS, TVERSKY, Provider
+from benchmarks.providers import DICE_CE, PROVIDERS, SQUARED, TASKS, TVERSKY, Provider
 from benchmarks.results_table import ResultsTable
 
 FIELDS = [
@@ -36,7 +36,7 @@ FIELDS = [
     *("forward_allocator_mib", "forward_process_mib", "both_allocator_mib", "both_process_mib"),
 ]
 LOSS_SCALE = 2.0**15
-OURS = {TVERSKY: "ours", DICE_CE: "our Dice + CE"}
+OURS = {TVERSKY: "ours", DICE_CE: "our Dice + CE", SQUARED: "our squared Dice"}
 
 
 def machine() -> str:

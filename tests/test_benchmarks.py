@@ -13,7 +13,7 @@ for _module in ("matplotlib", "pandas", "tqdm", "monai"):
 
 import pandas
 
-from benchmarks import growth, memory, plot, run, training_step
+from benchmarks import growth, head, memory, plot, run, training_step
 from benchmarks.cases import SETS, Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.results_table import ResultsTable
@@ -136,3 +136,21 @@ def test_the_distance_to_the_floor_is_of_one_run():
     table = pandas.DataFrame(rows, columns=["date", "case", "provider", "times_floor"]).assign(commit="1")
     chosen = plot.of_one_run(table)
     assert sorted(chosen["times_floor"]) == [3, 4, 6]
+
+
+def test_head_compares_the_same_loss_and_gradient(monkeypatch):
+    def missing(case):
+        raise ImportError(name="no_such_package")
+
+    monkeypatch.setitem(
+        PROVIDERS, "MONAI TverskyLoss", dataclasses.replace(PROVIDERS["MONAI TverskyLoss"], make=missing)
+    )
+    monkeypatch.setattr(head, "LOSSES", ("ours", "ours, in place", "MONAI TverskyLoss"))
+    rows = {r["loss"]: r for r in head.measure(Case(16, 3), channels=4, repeats=2)}
+    assert rows.pop("MONAI TverskyLoss")["status"] == "missing: no_such_package"
+    assert set(rows) == {head.IN_ONE, head.MATMUL, "ours", "ours, in place"}
+    for row in rows.values():
+        assert row["loss_error"] < 1e-6
+        assert row["gradient_error"] < 1e-5
+        assert row["milliseconds"] > 0
+    assert rows["ours"]["peak_mib"] - rows[head.IN_ONE]["peak_mib"] > rows["ours"]["logits_mib"]

@@ -242,8 +242,8 @@ def test_a_target_that_requires_a_gradient_gets_one():
 
 def test_no_tensor_of_the_logits_size_is_made():
     """What torch allocates, forward and backward, is the features' gradient and blocks."""
-    features, weight, bias, target = head_inputs(1, 2, 64, (32, 32, 32))
-    logits_bytes, block_bytes = 64 * 32**3 * 4, _linear.BLOCK_BYTES["cpu"]
+    features, weight, bias, target = head_inputs(1, 2, 256, (32, 32, 32))
+    logits_bytes, block_bytes = 256 * 32**3 * 4, _linear.BLOCK_BYTES["cpu"]
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-#: Features, logits and their gradient of one block: what a core's second-level cache holds; on a card, where every
-#: block costs launches, what is little beside the volume.
-BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**26}
+#: Of one block's features and logits: what the caches hold; on a card, where every block costs launches, what is little
+#: beside the volume.
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**26}
 ROUND = 1024
 
 
