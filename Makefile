@@ -98,9 +98,11 @@ gpu-build:
 	$(PYTHON) -c 'import tversky_kernels as tk; b = tk.available_backends(); print(b); assert b["cuda"] is True, b["cuda"]'
 	mkdir -p $(OUT)
 
+# Where pytest-xdist is there: Triton compiles some 600 kernels for these tests, each on one core.
+GPU_JOBS = $(shell $(PYTHON) -c 'import xdist; print("-n 4")' 2>/dev/null)
 gpu-test:
 	TK_GPU_KERNELS=cuda $(PYTHON) -m pytest -q tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
-	TK_GPU_KERNELS=triton $(PYTHON) -m pytest -q tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
+	TK_GPU_KERNELS=triton $(PYTHON) -m pytest -q $(GPU_JOBS) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
 	$(PYTHON) -m pytest -q -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
 
 gpu-sanitize:

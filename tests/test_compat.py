@@ -122,6 +122,42 @@ def test_monai_dice_ce(options):
     check(tk.compat.monai.DiceCELoss(**options), losses.DiceCELoss(**options), logits, target, rtol=rtol)
 
 
+DICE_FOCAL = [
+    {"sigmoid": True, "to_onehot_y": True},
+    {"sigmoid": True, "dense": True, "weight": [0.5, 1.0, 2.0, 3.0], "gamma": 1.5, "squared_pred": True},
+    {"sigmoid": True, "to_onehot_y": True, "include_background": False, "weight": [1.0, 2.0, 3.0], "batch": True},
+    {"softmax": True, "to_onehot_y": True, "lambda_dice": 0.5, "lambda_focal": 20.0},
+    {"softmax": True, "dense": True, "include_background": False, "reduction": "sum", "gamma": 0.0},
+    {"sigmoid": True, "to_onehot_y": True, "reduction": "sum", "jaccard": True, "weight": 0.5},
+    {"to_onehot_y": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("channels", "options"),
+    [
+        *((4, options) for options in DICE_FOCAL),
+        (1, {"sigmoid": True}),
+        (1, {"sigmoid": True, "include_background": False, "reduction": "sum", "weight": 0.5}),
+        (1, {"squared_pred": True}),
+    ],
+    ids=str,
+)
+def test_monai_dice_focal(channels, options):
+    losses = pytest.importorskip("monai.losses")
+    options = dict(options)
+    logits, target = inputs(2, channels, SPACE, torch.float64)
+    target = target[:, None].double() if channels == 1 else target[:, None]
+    if options.pop("dense", False):
+        target = one_hot(target[:, 0], 4).double()
+    ours, theirs = tk.compat.monai.DiceFocalLoss(**options), losses.DiceFocalLoss(**options)
+    logits = logits.float().double()  # MONAI's focal loss is computed in float32
+    loss, gradient = loss_and_gradient(ours, logits, target)
+    expected = loss_and_gradient(theirs, logits, target)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=1e-6, check_dtype=False)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("weight", [None, torch.tensor([3.0]).double()])
 @pytest.mark.parametrize("sigmoid", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
@@ -144,11 +180,32 @@ def test_monai_takes_float_labels_and_half_logits():
     assert gradient.data_ptr() == z.data_ptr()
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_monai_dice_focal_in_place(activation):
+    """Fused it overwrites the logits; two losses of them do not."""
+    logits, target = inputs(2, 4, SPACE)
+    options = {activation: True, "to_onehot_y": True}
+    expected = loss_and_gradient(tk.compat.monai.DiceFocalLoss(**options), logits, target[:, None])
+    z = logits.clone().requires_grad_()
+    loss = tk.compat.monai.DiceFocalLoss(**options, inplace_backward=True)(z, target[:, None])
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert (gradient.data_ptr() == z.data_ptr()) == (activation == "sigmoid")
+    torch.testing.assert_close(gradient, expected[1])
+
+
 def test_monai_errors():
     monai = tk.compat.monai
     logits, target = inputs(2, 4, SPACE)
     with pytest.raises(ValueError, match="reduction: expected 'mean' or 'sum'"):
         monai.DiceCELoss(reduction="none")
+    with pytest.raises(ValueError, match="reduction: expected 'mean' or 'sum'"):
+        monai.DiceFocalLoss(reduction="none")
+    with pytest.raises(ValueError, match="alpha: expected None"):
+        monai.DiceFocalLoss(alpha=0.25)
+    with pytest.raises(ValueError, match="weight: expected 3 numbers, one a class, got 4"):
+        monai.DiceFocalLoss(sigmoid=True, to_onehot_y=True, include_background=False, weight=[1, 2, 3, 4])(
+            logits, target[:, None]
+        )
     with pytest.raises(ValueError, match="expected at most one of sigmoid"):
         monai.TverskyLoss(sigmoid=True, softmax=True)
     with pytest.raises(TypeError, match="other_act: expected None or a callable, got str"):

@@ -1,10 +1,12 @@
-"""MONAI's `TverskyLoss`, `DiceLoss` and `DiceCELoss` (1.6): their arguments, their numbers.
+"""MONAI's `TverskyLoss`, `DiceLoss`, `DiceCELoss` and `DiceFocalLoss` (1.6): their arguments, their numbers.
 
-What the kernels do not compute raises: DiceCELoss's reduction "none" (a value a voxel).
+What the kernels do not compute raises: the reduction "none" of the last two (a value a voxel), and the alpha of
+DiceFocalLoss.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -14,7 +16,7 @@ from .. import functional
 from .._arguments import number, one_of
 from ._targets import as_dense, as_indices
 
-__all__ = ["DiceCELoss", "DiceLoss", "TverskyLoss"]
+__all__ = ["DiceCELoss", "DiceFocalLoss", "DiceLoss", "TverskyLoss"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -208,6 +210,15 @@ class DiceLoss(_Loss):
         return loss
 
 
+def _checked_channels(input: torch.Tensor, target: torch.Tensor) -> None:
+    classes = input.size(1)
+    if input.dim() != target.dim() or target.size(1) not in (1, classes):
+        raise ValueError(
+            f"target: for an input {tuple(input.shape)} expected as many dimensions and 1 or {classes} channels, "
+            f"got {tuple(target.shape)}"
+        )
+
+
 class DiceCELoss(torch.nn.Module):
     """`monai.losses.DiceCELoss`: arguments as there, but for reduction "none", which raises.
 
@@ -251,12 +262,8 @@ class DiceCELoss(torch.nn.Module):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
+        _checked_channels(input, target)
         dice, classes = self.dice, input.size(1)
-        if input.dim() != target.dim() or target.size(1) not in (1, classes):
-            raise ValueError(
-                f"target: for an input {tuple(input.shape)} expected as many dimensions and 1 or {classes} channels, "
-                f"got {tuple(target.shape)}"
-            )
         activated, activation = dice._activation(input)
         ce_target = as_dense(target) if target.size(1) == classes else as_indices(target)
         dice_target = dice._target(input, target)
@@ -282,3 +289,82 @@ class DiceCELoss(torch.nn.Module):
                 backend=dice.run["backend"],
             )  # fmt: skip
         return self.lambda_dice * overlap + entropy
+
+
+class DiceFocalLoss(torch.nn.Module):
+    """`monai.losses.DiceFocalLoss`: arguments as there, but for ``alpha`` and reduction "none", which raise.
+
+    As in MONAI, the focal loss is always that of a sigmoid of every channel, whatever activation the Dice loss has;
+    with ``sigmoid=True`` both are computed in the same two passes. ``weight`` and ``include_background`` are of both.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        gamma: float = 2.0,
+        weight: Sequence[float] | float | torch.Tensor | None = None,
+        lambda_dice: float = 1.0,
+        lambda_focal: float = 1.0,
+        alpha: float | None = None,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.dice = DiceLoss(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
+            smooth_dr, batch, weight, inplace_backward=inplace_backward, backend=backend,
+        )  # fmt: skip
+        if self.dice.reduction == "none":
+            raise ValueError("reduction: expected 'mean' or 'sum'; 'none' would be a value a voxel")
+        if alpha is not None:
+            raise ValueError(f"alpha: expected None; the balanced focal loss is not computed, got {alpha!r}")
+        self.gamma = number("gamma", gamma)
+        self.lambda_dice, self.lambda_focal = number("lambda_dice", lambda_dice), number("lambda_focal", lambda_focal)
+
+    def _focal(self, input: torch.Tensor) -> dict:
+        # Its mean is over the channels that are kept, and its sum that of the means over space.
+        dice, classes = self.dice, input.size(1)
+        dropped = 0 if dice.include_background or classes == 1 else 1
+        weight = torch.ones(()) if dice.class_weight is None else dice.class_weight
+        if weight.dim() > 0 and weight.numel() != classes - dropped:
+            raise ValueError(f"weight: expected {classes - dropped} numbers, one a class, got {weight.numel()}")
+        per_class = weight.expand(classes - dropped)
+        per_class = torch.cat((per_class.new_zeros(dropped), per_class))
+        scale = classes / (classes - dropped)
+        if dice.reduction == "sum":
+            scale = 1 / max(1, math.prod(input.shape[2:]))
+        return {
+            "ce_weight": self.lambda_focal * scale,
+            "ce_class_weight": per_class,
+            "focal_gamma": self.gamma,
+        }
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
+        _checked_channels(input, target)
+        dice = self.dice
+        activated, activation = dice._activation(input)
+        dice_target, focal = dice._target(input, target), self._focal(input)
+        options = {**dice._options(), **dice._dice(input)}
+        if activation == "sigmoid":
+            return functional.tversky_ce_loss(
+                input, **dice_target, activation=activation, tversky_weight=self.lambda_dice, **focal, **options
+            )
+        # Two activations: two losses, neither of which may overwrite what the other reads.
+        first = {**options, "inplace_backward": False}
+        overlap = functional.tversky_loss(activated, **dice_target, activation=activation, **first)
+        return self.lambda_dice * overlap + functional.tversky_ce_loss(
+            input, **dice_target, activation="sigmoid", tversky_weight=0.0, reduction=dice.reduction, **focal,
+            backend=dice.run["backend"],
+        )  # fmt: skip
