@@ -117,6 +117,30 @@ def test_backward_holds_one_gradient(backend):
         assert torch.cuda.max_memory_allocated() - before <= most * logits.numel() * 4
 
 
+def test_a_head_holds_blocks_of_logits_and_does_not_synchronise(backend):
+    _, target = inputs(1, 118, (128, 128, 128), target_dtype=torch.uint8)
+    target, layer = target.cuda(), torch.nn.Conv3d(16, 118, 1).cuda()
+    features = torch.randn(1, 16, 128, 128, 128, device="cuda", requires_grad=True)
+
+    def step():
+        features.grad, layer.weight.grad, layer.bias.grad = None, None, None
+        tk.linear_tversky_loss(features, layer.weight, layer.bias, target, backend=backend).backward()
+
+    step()
+    torch.cuda.synchronize()
+    features.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    logits_bytes = 118 * 128**3 * 4
+    assert torch.cuda.max_memory_allocated() - before <= features.nbytes + logits_bytes // 8
+
+
 def test_a_bad_label_gives_nan_and_check_target_raises(backend):
     logits, target = (x.cuda() for x in inputs(1, 4, (16, 16)))
     target[0, 3, 3] = 4
