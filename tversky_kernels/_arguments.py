@@ -165,7 +165,7 @@ def check_head(features, weight, bias) -> tuple[torch.Tensor, torch.Tensor, torc
         raise ValueError(f"bias: expected {weight.size(0)} values, one a class, got the shape {_shape(bias)}")
     head = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     device = facts.device.type
-    if torch.is_autocast_enabled(device) and facts.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and facts.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         features, head = features.to(dtype), {name: x.to(dtype) for name, x in head.items()}
     for name, x in head.items():
