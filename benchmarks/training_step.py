@@ -8,6 +8,7 @@ all with our loss, ours in place, and the others' own. Rows are appended to benc
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import pathlib
 import sys
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import tversky_kernels as tk
 from benchmarks.cases import Case
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import DICE, PROVIDERS
 from benchmarks.results_table import ResultsTable
 from benchmarks.run import describe_run
 from examples.fcn import FCN
@@ -32,6 +34,8 @@ LOSSES = (
     "nnU-Net DC_and_CE_loss",
     "exacta DiceCELoss",
 )
+#: Only for the largest patch, of a network whose last layer is its ``head``: `linear_tversky_loss`.
+WITH_HEAD = "our Dice + CE, last layer within"
 FIELDS = [
     *("device", "measured", "network", "parameters", "classes", "side", "loss", "version", "status", "loss_seconds"),
     *("share_of_time", "step_peak_mib", "share_of_peak", "budget_mib", "largest_side"),
@@ -128,11 +132,26 @@ def shares(name: str, make: Callable, classes: int, side: int, device: str, repe
     return rows
 
 
+def _without_head(network: nn.Module) -> nn.Module:
+    # The same network, its parameters shared, which returns what its last layer would take.
+    headless = copy.copy(network)
+    headless._modules = {**network._modules, "head": nn.Identity()}
+    return headless
+
+
+def _loss_with_head(head: nn.Conv3d, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    options = {"loss": "tversky_ce", **DICE}
+    return tk.linear_tversky_loss(features, head.weight, head.bias, target, **options)
+
+
 def largest_patches(name: str, make: Callable, classes: int, budget: int, most: int, device: str) -> list[dict]:
     """Rows: the largest cube, in steps of 16, whose step stays within the budget."""
     torch.manual_seed(0)
     network = make(classes).to(device)
     losses = available_losses(Case(STEP, classes, device=device))
+    if hasattr(network, "head"):
+        losses[WITH_HEAD] = functools.partial(_loss_with_head, network.head)
+    headless = _without_head(network)
     largest = {n: loss if isinstance(loss, str) else 0 for n, loss in losses.items()}
     peaks: dict[str, int] = {}
     within = [n for n, side in largest.items() if side == 0]
@@ -140,7 +159,9 @@ def largest_patches(name: str, make: Callable, classes: int, budget: int, most: 
         image, target = inputs_of(side, classes, device)
         for n in list(within):
             peak = peak_of_step(
-                network, image, lambda logits, loss=losses[n], target=target: loss(logits, target).backward()
+                headless if n == WITH_HEAD else network,
+                image,
+                lambda output, loss=losses[n], target=target: loss(output, target).backward(),
             )
             if peak <= budget:
                 largest[n], peaks[n] = side, peak
@@ -152,7 +173,7 @@ def largest_patches(name: str, make: Callable, classes: int, budget: int, most: 
         {
             "measured": "largest patch", "network": name, "classes": classes, "loss": n, "budget_mib": budget / 2**20,
             "parameters": sum(p.numel() for p in network.parameters()),
-            "version": PROVIDERS[n].version,
+            "version": PROVIDERS["our Dice + CE" if n == WITH_HEAD else n].version,
             **({"status": side} if isinstance(side, str) else {"status": "ok", "largest_side": side}),
             "step_peak_mib": peaks[n] / 2**20 if n in peaks else "",
         }
@@ -203,7 +224,7 @@ def main() -> int:
             continue
         rows = shares(name, make, classes, arguments.side, arguments.device, arguments.repeats)
         print_rows(rows)
-        if name == "MONAI UNet":
+        if name in ("demo FCN", "MONAI UNet"):
             more = largest_patches(
                 name, make, classes, arguments.budget_mib * 2**20, arguments.most_side, arguments.device
             )

@@ -97,6 +97,7 @@ def test_largest_patch_is_within_the_budget():
     rows = training_step.largest_patches("demo FCN", training_step.fcn, 14, 180 * 2**20, 80, "cpu")
     sides = {r["loss"]: r for r in rows if r["status"] == "ok"}
     assert sides["our Dice + CE, in place"]["largest_side"] == 64
+    assert sides[training_step.WITH_HEAD]["largest_side"] >= 64
     assert sides["our Dice + CE, in place"]["step_peak_mib"] <= 180
     assert sides["MONAI DiceCELoss"]["largest_side"] < 64
 
