@@ -26,6 +26,7 @@ COLOURS = {
     "exacta TverskyLoss, compiled": "#8e44ad",
     "our Dice + CE": "#c0392b",
     "our Dice + CE, in place": "#e67e22",
+    "our Dice + CE, last layer within": "#f1c40f",
     "MONAI DiceCELoss": "#27ae60",
     "nnU-Net DC_and_CE_loss": "#2980b9",
     "exacta DiceCELoss": "#8e44ad",
@@ -58,7 +59,7 @@ def curves(axes, rows: pd.DataFrame, x: str, y: str) -> None:
 
 def bars(axes, rows: pd.DataFrame, groups: list[str], group: str, names: list[str], name: str, y: str) -> None:
     """Groups of horizontal bars, with their values."""
-    height = 0.8 / len(names)
+    height = 0.8 / max(1, len(names))
     for i, n in enumerate(names):
         for k, g in enumerate(groups):
             found = rows[(rows[group] == g) & (rows[name] == n)][y].dropna()
@@ -117,9 +118,9 @@ def draw_training_step(folder: pathlib.Path, device: str) -> pathlib.Path:
     shares, patches = rows[rows["measured"] == "shares"].copy(), rows[rows["measured"] == "largest patch"].copy()
     shares["group"] = shares["network"] + ", C = " + shares["classes"].astype(int).astype(str)
     shares["percent_time"], shares["percent_peak"] = 100 * shares["share_of_time"], 100 * shares["share_of_peak"]
-    patches["group"] = "C = " + patches["classes"].astype(int).astype(str)
-    names = [n for n in COLOURS if n in set(shares["loss"])]
-    figure, axes = plt.subplots(1, 3, figsize=(14, 6), layout="constrained", width_ratios=(2, 2, 1.2))
+    patches["group"] = patches["network"] + ", C = " + patches["classes"].astype(int).astype(str)
+    names, compared = ([n for n in COLOURS if n in set(x["loss"])] for x in (shares, patches))
+    figure, axes = plt.subplots(1, 3, figsize=(15, 6), layout="constrained", width_ratios=(2, 2, 1.6))
     groups = list(dict.fromkeys(shares["group"]))
     for ax, column, title in (
         (axes[0], "percent_time", "of the step's time"),
@@ -130,10 +131,11 @@ def draw_training_step(folder: pathlib.Path, device: str) -> pathlib.Path:
         ax.set_yticklabels(groups if ax is axes[0] else [], fontsize=8)
     axes[0].legend(fontsize=8)
     groups = list(dict.fromkeys(patches["group"]))
-    bars(axes[2], patches, groups, "group", names, "loss", "largest_side")
+    bars(axes[2], patches, groups, "group", compared, "loss", "largest_side")
     axes[2].set_yticklabels(groups, fontsize=8)
     budget = f"{patches['budget_mib'].iloc[-1] / 1024:g} GiB" if len(patches) else ""
-    axes[2].set(xlabel="side", title=f"Largest patch in {budget}\n(MONAI UNet)")
+    axes[2].set(xlabel="side", title=f"Largest patch in {budget}")
+    axes[2].legend(fontsize=7, loc="lower right")
     figure.suptitle(said_of(rows) + f"; patches of {shares['side'].iloc[-1]:.0f}³", fontsize=9)
     path = folder / f"training_step_{device}.png"
     figure.savefig(path, dpi=110)
