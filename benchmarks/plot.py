@@ -135,7 +135,7 @@ def draw_training_step(folder: pathlib.Path, device: str) -> pathlib.Path:
     axes[2].set_yticklabels(groups, fontsize=8)
     budget = f"{patches['budget_mib'].iloc[-1] / 1024:g} GiB" if len(patches) else ""
     axes[2].set(xlabel="side", title=f"Largest patch in {budget}")
-    axes[2].legend(fontsize=7, loc="lower right")
+    axes[2].legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.11), ncols=2)
     figure.suptitle(said_of(rows) + f"; patches of {shares['side'].iloc[-1]:.0f}³", fontsize=9)
     path = folder / f"training_step_{device}.png"
     figure.savefig(path, dpi=110)

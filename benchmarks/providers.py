@@ -112,7 +112,10 @@ def _monai(name: str, **options) -> Callable[[Case], Loss]:
         import monai.losses
 
         activation = {case.activation: True, "to_onehot_y": case.form == "index"}
-        return getattr(monai.losses, name)(**activation, **options)
+        loss = getattr(monai.losses, name)(**activation, **options)
+        if options.get("squared_pred") and case.form == "dense":
+            return lambda z, t: loss(z, t.to(z.dtype))  # it takes the norm of the target, which integers have not
+        return loss
 
     return make
 

@@ -152,8 +152,8 @@ class DiceLoss(_Loss):
     """`monai.losses.DiceLoss`: arguments as there.
 
     ``squared_pred`` squares the probabilities in the denominator, whatever ``soft_label`` says. ``jaccard`` is the
-    Jaccard loss. ``weight``: one a class, without the background where that is left out; it
-    multiplies and is not renormalised.
+    Jaccard loss. ``weight``: one a class, without the background where that is left out; it multiplies and is not
+    renormalised.
     """
 
     def __init__(

@@ -8,9 +8,8 @@ cache.
 The arithmetic is that of csrc/tversky_math.h, which says why; docs/mathematics.md derives it.
 
 What decides the code of a kernel: GENERAL, that every class of a voxel has a target g of its own (DENSE, or class
-indices as one-hot); OVERLAP, how it is measured (0 by products, 1 by |p - g|,
-2 by their square); CE: 0 no cross-entropy, 1 its sums, 2 and those for
-label smoothing; FOCAL, its exponent; RESAMPLED, that target and weight have other sizes than the logits. The counts
+indices as one-hot); OVERLAP, how it is measured (see enum OverlapForm); CE: 0 no cross-entropy, 1 its sums, 2 and those
+for label smoothing; FOCAL, its exponent; RESAMPLED, that target and weight have other sizes than the logits. The counts
 have 3 columns, or 6 with a cross-entropy (see enum Count); the coefficients 2, or 4.
 """
 
