@@ -2,7 +2,7 @@
 # make test   all tests (sets everything up)
 # make lint   ruff and clang-format        make bench  the benchmarks of this machine
 # make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own
-# make bench-report  there too: everything that docs/performance.md shows, with its pictures (45 minutes on 2 cores)
+# make bench-report  there too: everything that docs/performance.md shows, with its pictures (an hour on 2 cores)
 # make gpu    on a machine with a card: builds, tests and benchmarks with the Python and torch that are there
 # make wheel  a wheel in dist/
 #
