@@ -140,8 +140,7 @@ def _without_head(network: nn.Module) -> nn.Module:
 
 
 def _loss_with_head(head: nn.Conv3d, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    options = {"loss": "tversky_ce", **DICE}
-    return tk.linear_tversky_loss(features, head.weight, head.bias, target, **options)
+    return tk.linear_tversky_loss(features, head.weight, head.bias, target, loss="tversky_ce", **DICE)
 
 
 def largest_patches(name: str, make: Callable, classes: int, budget: int, most: int, device: str) -> list[dict]:
@@ -149,9 +148,10 @@ def largest_patches(name: str, make: Callable, classes: int, budget: int, most: 
     torch.manual_seed(0)
     network = make(classes).to(device)
     losses = available_losses(Case(STEP, classes, device=device))
+    bodies = dict.fromkeys(losses, network)
     if hasattr(network, "head"):
         losses[WITH_HEAD] = functools.partial(_loss_with_head, network.head)
-    headless = _without_head(network)
+        bodies[WITH_HEAD] = _without_head(network)
     largest = {n: loss if isinstance(loss, str) else 0 for n, loss in losses.items()}
     peaks: dict[str, int] = {}
     within = [n for n, side in largest.items() if side == 0]
@@ -159,7 +159,7 @@ def largest_patches(name: str, make: Callable, classes: int, budget: int, most: 
         image, target = inputs_of(side, classes, device)
         for n in list(within):
             peak = peak_of_step(
-                headless if n == WITH_HEAD else network,
+                bodies[n],
                 image,
                 lambda output, loss=losses[n], target=target: loss(output, target).backward(),
             )

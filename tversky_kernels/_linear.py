@@ -32,6 +32,11 @@ def _of_voxels(x: torch.Tensor | None, first: int) -> torch.Tensor | None:
     return x if x is None else x.flatten(first) if x.dim() > first else x.unsqueeze(first)
 
 
+def _flat(features, target, voxel_weight):
+    target = _of_voxels(target, 2 if target.dim() == features.dim() else 1)
+    return _of_voxels(features, 2), target, _of_voxels(voxel_weight, 1)
+
+
 class _Block:
     """Some voxels of one sample: where they are, their features (K, V) and their logits (1, C, V)."""
 
@@ -70,8 +75,7 @@ def _blocks(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 def count_pass(operators, features, weight, bias, target, voxel_weight, *arguments) -> torch.Tensor:
     """As the operators' count_pass, which it calls with the same arguments: (N, C, 3 or 6)."""
-    target = _of_voxels(target, 2 if target.dim() == features.dim() else 1)
-    features, voxel_weight = _of_voxels(features, 2), _of_voxels(voxel_weight, 1)
+    features, target, voxel_weight = _flat(features, target, voxel_weight)
     cross_entropy = arguments[3]
     shape = (features.size(0), weight.size(0), 6 if cross_entropy else 3)
     counts = features.new_zeros(shape, dtype=torch.float64)
@@ -93,8 +97,7 @@ def gradient_pass(
 
     ``out`` may be the features themselves. Gradients of the head are summed over the blocks in float64.
     """
-    target = _of_voxels(target, 2 if target.dim() == features.dim() else 1)
-    features, voxel_weight = _of_voxels(features, 2), _of_voxels(voxel_weight, 1)
+    features, target, voxel_weight = _flat(features, target, voxel_weight)
     out, dtype = _of_voxels(out, 2), weight.dtype
     weight, bias = _head(weight, bias)
     grad_weight = torch.zeros_like(weight, dtype=torch.float64)

@@ -191,13 +191,20 @@ class DiceLoss(_Loss):
             options.update(squared=True, soft_label=False)
         weight, classes = self.class_weight, input.size(1)
         if weight is not None and classes > 1 and (classes > 2 or self.include_background):
-            dropped = 0 if self.include_background else 1
-            if weight.dim() > 0 and weight.numel() != classes - dropped:
-                raise ValueError(f"weight: expected {classes - dropped} numbers, one a class, got {weight.numel()}")
-            if weight.dim() > 0 and dropped:
-                weight = torch.cat((weight.new_ones(1), weight))
-            options["class_weight"] = weight
+            options["class_weight"] = self._weight_a_class(classes)
         return options
+
+    def _weight_a_class(self, classes: int) -> torch.Tensor:
+        # One number, or one a class: that of a background which is left out is 1, for nothing reads it.
+        weight, dropped = self.class_weight, self._dropped(classes)
+        if weight.dim() == 0:
+            return weight
+        if weight.numel() != classes - dropped:
+            raise ValueError(f"weight: expected {classes - dropped} numbers, one a class, got {weight.numel()}")
+        return torch.cat((weight.new_ones(dropped), weight))
+
+    def _dropped(self, classes: int) -> int:
+        return 0 if self.include_background or classes == 1 else 1
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target."""
@@ -210,7 +217,12 @@ class DiceLoss(_Loss):
         return loss
 
 
-def _checked_channels(input: torch.Tensor, target: torch.Tensor) -> None:
+def _check_not_voxelwise(reduction: str) -> None:
+    if reduction == "none":
+        raise ValueError("reduction: expected 'mean' or 'sum'; 'none' would be a value a voxel")
+
+
+def _check_channels(input: torch.Tensor, target: torch.Tensor) -> None:
     classes = input.size(1)
     if input.dim() != target.dim() or target.size(1) not in (1, classes):
         raise ValueError(
@@ -254,15 +266,14 @@ class DiceCELoss(torch.nn.Module):
             include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
             smooth_dr, batch, dice_weight, inplace_backward=inplace_backward, backend=backend,
         )  # fmt: skip
-        if self.dice.reduction == "none":
-            raise ValueError("reduction: expected 'mean' or 'sum'; 'none' would be a value a voxel")
+        _check_not_voxelwise(self.dice.reduction)
         self.register_buffer("ce_weight", None if weight is None else torch.as_tensor(weight))
         self.lambda_dice, self.lambda_ce = number("lambda_dice", lambda_dice), number("lambda_ce", lambda_ce)
         self.label_smoothing = number("label_smoothing", label_smoothing, most=1.0)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
-        _checked_channels(input, target)
+        _check_channels(input, target)
         dice, classes = self.dice, input.size(1)
         activated, activation = dice._activation(input)
         ce_target = as_dense(target) if target.size(1) == classes else as_indices(target)
@@ -325,8 +336,7 @@ class DiceFocalLoss(torch.nn.Module):
             include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
             smooth_dr, batch, weight, inplace_backward=inplace_backward, backend=backend,
         )  # fmt: skip
-        if self.dice.reduction == "none":
-            raise ValueError("reduction: expected 'mean' or 'sum'; 'none' would be a value a voxel")
+        _check_not_voxelwise(self.dice.reduction)
         if alpha is not None:
             raise ValueError(f"alpha: expected None; the balanced focal loss is not computed, got {alpha!r}")
         self.gamma = number("gamma", gamma)
@@ -335,15 +345,12 @@ class DiceFocalLoss(torch.nn.Module):
     def _focal(self, input: torch.Tensor) -> dict:
         # Its mean is over the channels that are kept, and its sum that of the means over space.
         dice, classes = self.dice, input.size(1)
-        dropped = 0 if dice.include_background or classes == 1 else 1
-        weight = torch.ones(()) if dice.class_weight is None else dice.class_weight
-        if weight.dim() > 0 and weight.numel() != classes - dropped:
-            raise ValueError(f"weight: expected {classes - dropped} numbers, one a class, got {weight.numel()}")
-        per_class = weight.expand(classes - dropped)
-        per_class = torch.cat((per_class.new_zeros(dropped), per_class))
-        scale = classes / (classes - dropped)
-        if dice.reduction == "sum":
-            scale = 1 / max(1, math.prod(input.shape[2:]))
+        dropped = dice._dropped(classes)
+        weight = torch.ones(()) if dice.class_weight is None else dice._weight_a_class(classes)
+        per_class = weight.expand(classes).clone()
+        per_class[:dropped] = 0
+        mean = dice.reduction == "mean"
+        scale = classes / (classes - dropped) if mean else 1 / max(1, math.prod(input.shape[2:]))
         return {
             "ce_weight": self.lambda_focal * scale,
             "ce_class_weight": per_class,
@@ -352,7 +359,7 @@ class DiceFocalLoss(torch.nn.Module):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
-        _checked_channels(input, target)
+        _check_channels(input, target)
         dice = self.dice
         activated, activation = dice._activation(input)
         dice_target, focal = dice._target(input, target), self._focal(input)
