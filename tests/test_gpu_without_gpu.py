@@ -110,27 +110,34 @@ def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path):
 
 
 FINAL_LOOP = "for (int i = threadIdx.x; i < kValues"
+COLUMNS_READ = "__syncthreads();                         // the columns have been read"
 PLANTED = {
-    "a barrier is missing": (f"__syncthreads();\n  {FINAL_LOOP}", FINAL_LOOP),
+    "a barrier is missing": ("count_pass.cu", f"__syncthreads();\n  {FINAL_LOOP}", FINAL_LOOP),
     "a barrier is not for all": (
+        "count_pass.cu",
         f"__syncthreads();\n  {FINAL_LOOP}",
         f"if (warp > 0) __syncthreads();\n  {FINAL_LOOP}",
     ),
-    "a voxel too many": ("at < v.voxels; at += step", "at <= v.voxels; at += step"),
-    "a voxel too few": ("at < v.voxels; at += step", "at < v.voxels - kVoxels; at += step"),
-    "a sum is forgotten": ("for (int w = 0; w < warps; ++w)", "for (int w = 1; w < warps; ++w)"),
-    "shared memory is not cleared": ("sums[i] = A(0);", ";"),
-    "the other class": ("counts[4] = counts[3];", "counts[4] = counts[2];"),
+    "a voxel too many": ("count_pass.cu", "at < v.voxels; at += step", "at <= v.voxels; at += step"),
+    "a voxel too few": ("count_pass.cu", "at < v.voxels; at += step", "at < v.voxels - kVoxels; at += step"),
+    "a sum is forgotten": ("count_pass.cu", "for (int w = 0; w < warps; ++w)", "for (int w = 1; w < warps; ++w)"),
+    "shared memory is not cleared": ("count_pass.cu", "sums[i] = A(0);", ";"),
+    "the other class": ("count_pass.cu", "counts[4] = counts[3];", "counts[4] = counts[2];"),
+    "shared memory is used again too early": ("count_pass.cu", COLUMNS_READ, ""),
+    "a column is not cleared": ("count_pass.cu", "mine[i * Plan::kThreads] = A(0);", ";"),
+    "a lane is not asked": ("split.cuh", "distance >= lane.slots", "distance > lane.slots"),
+    "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
+    "a class too many": ("split.cuh", "j < kClasses - 2 || j < own", "j < kClasses"),
 }
 
 
 @pytest.mark.parametrize("bug", list(PLANTED))
 def test_planted_bugs_are_found(bug, host_build, tmp_path):
     """The checks above can fail."""
-    right, wrong = PLANTED[bug]
+    file, right, wrong = PLANTED[bug]
     _, objects = host_build
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cuda" / "count_pass.cu"
+    path = tmp_path / "csrc" / "cuda" / file
     text = path.read_text()
     assert right in text
     path.write_text(text.replace(right, wrong))

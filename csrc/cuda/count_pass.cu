@@ -1,5 +1,5 @@
 // The count pass on CUDA: logits and target in, one partial sum of the counts a block out.
-#include "kernels.h"
+#include "split.cuh"
 #include "tile.cuh"
 
 namespace tversky_kernels {
@@ -51,16 +51,17 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       z[c] = load_packed<T, kVoxels>(rows + c * v.logits.class_stride + at);
     }
     int labels[kVoxels];
-    load_labels(v, share.sample, at, labels, bad);
+    A weights[kVoxels];
+    load_voxels<false>(v, share.sample, at, labels, weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
-      const A weight = weigh<A>(v, share.sample, at + k, labels[k], bad);
+      const A weight = weights[k];
       const int label = labels[k];
       if (kCrossEntropy) counts[kSmoothing * kClasses] += label == kUncounted ? A(0) : weight;
       if constexpr (kClasses == 2) {
         const A d = two_class_logit(static_cast<A>(z[0].values[k]), static_cast<A>(z[1].values[k]));
         const A e = exponential(d < A(0) ? d : -d);
-        const Probability<A> p = logistic(d < A(0), e, A(1) / (A(1) + e));
+        const Probability<A> p = logistic(d < A(0), e, reciprocal(A(1) + e));
         const A p0 = p.complement * weight, p1 = p.p * weight;
         counts[0] += label == 0 ? p0 : A(0);
         counts[1] += label == 1 ? p1 : A(0);
@@ -75,8 +76,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         A top = static_cast<A>(z[0].values[k]);
 #pragma unroll
         for (int c = 1; c < kClasses; ++c) {
-          const A x = static_cast<A>(z[c].values[k]);
-          top = x > top ? x : top;
+          top = larger(top, static_cast<A>(z[c].values[k]));
         }
         SoftmaxSums<A> sums;
         A others[kClasses], below_top = A(0);
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         }
         A cross_entropy = A(0);
         if (kCrossEntropy) cross_entropy = (below_top + log_one_plus(exponentials_beyond_one(sums))) * weight;
-        const A inverse = label == kUncounted ? A(0) : weight / (sums.target + sums.others);
+        const A inverse = label == kUncounted ? A(0) : weight * reciprocal(sums.target + sums.others);
         const A right = sums.target * inverse, missed = sums.others * inverse;
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
@@ -106,6 +106,104 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   }
   A* out = partial + (share.sample * programs + share.first) * kColumns * kClasses;
   store_block_sums<A, kClasses, kCrossEntropy>(counts, bad, out);
+}
+
+// More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh. A voxel's tp, fn and
+// cross-entropy belong to its label's class alone: each lane adds them to its own column of shared memory.
+template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
+    split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int log_lanes) {
+  using A = Compute<T>;
+  constexpr int kOfLabel = kCrossEntropy ? 3 : 2, kValues = (1 + kOfLabel) * kClasses + (kCrossEntropy ? 1 : 0);
+  constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
+  TK_SHARED(memory);
+  A* mine = reinterpret_cast<A*>(memory) + threadIdx.x;  // [tp, fn, ce][kClasses][threads]
+#pragma unroll
+  for (int i = 0; i < kOfLabel * kClasses; ++i) mine[i * Plan::kThreads] = A(0);
+
+  const SplitLane lane(log_lanes, static_cast<int>(v.classes));
+  const Share share = share_of_block(programs);
+  const int warp = threadIdx.x / kWarp, warps = Plan::kThreads / kWarp;
+  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  A fp[kClasses] = {}, weight_sum = A(0);
+  bool bad = false;
+  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kVoxels, step = programs * warps * of_warp;
+  for (int64_t first = (share.first * warps + warp) * of_warp; first < v.voxels; first += step) {
+    const int64_t at = first + lane.slot * kVoxels;
+    Packed<T, kVoxels> z[kClasses];
+    load_split(v, rows, lane, at, z);
+    int labels[kVoxels];
+    A weights[kVoxels];
+    load_split_voxels(v, share.sample, at, labels, weights, bad);
+    A top[kVoxels], others[kClasses][kVoxels], sum_others[kVoxels];
+    SoftmaxSums<A> sums[kVoxels];
+    softmax_of_split(z, labels, lane, top, others, sums);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) sum_others[k] = sums[k].others;
+    sum_over_lanes(sum_others, lane);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      sums[k].others = sum_others[k];
+      const bool counts = labels[k] != kUncounted;
+      const A weight = counts ? weights[k] : A(0);
+      const A inverse = counts ? weight * reciprocal(sums[k].target + sums[k].others) : A(0);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) fp[j] += others[j][k] * inverse;
+      if (kCrossEntropy) weight_sum += weight;
+      const int target = recomputed(lane.index_of(labels[k]));
+      if (target >= 0) {
+        A* of_label = mine + target * Plan::kThreads;
+        of_label[0] += sums[k].target * inverse;
+        of_label[kClasses * Plan::kThreads] += sums[k].others * inverse;
+        if constexpr (kCrossEntropy) {
+          A below_top = A(0);
+#pragma unroll
+          for (int j = 0; j < kClasses; ++j) {
+            below_top = target == j ? top[k] - static_cast<A>(z[j].values[k]) : below_top;
+          }
+          of_label[2 * kClasses * Plan::kThreads] +=
+              (below_top + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
+        }
+      }
+    }
+  }
+
+  // Over the slots of a warp, then over the warps, in a fixed order; NaN where a thread is bad.
+  A values[kValues];
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    values[kTp * kClasses + j] = mine[j * Plan::kThreads];
+    values[kFp * kClasses + j] = fp[j];
+    values[kFn * kClasses + j] = mine[(kClasses + j) * Plan::kThreads];
+    if constexpr (kCrossEntropy) values[kCe * kClasses + j] = mine[(2 * kClasses + j) * Plan::kThreads];
+  }
+  if constexpr (kCrossEntropy) values[kSmoothing * kClasses] = weight_sum;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) values[i] = bad ? static_cast<A>(NAN) : values[i];
+#pragma unroll 1
+  for (int distance = lane.slots / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
+  }
+  __syncthreads();                         // the columns have been read
+  A* sums = reinterpret_cast<A*>(memory);  // [warps][lanes][kValues]
+  const int of_warp_values = kValues << log_lanes;
+  if (lane.slot == 0) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) sums[warp * of_warp_values + lane.first_class * kValues + i] = values[i];
+  }
+  __syncthreads();
+  A* out = partial + (share.sample * programs + share.first) * kColumns * v.classes;
+  for (int i = threadIdx.x; i < kColumns * static_cast<int>(v.classes); i += Plan::kThreads) {
+    const int column = i / static_cast<int>(v.classes), c = i % static_cast<int>(v.classes);
+    const int of_lane = column == Count::kVoxels ? kSmoothing * kClasses : column * kClasses + (c >> log_lanes);
+    const int from = (c & ((1 << log_lanes) - 1)) * kValues + of_lane;
+    A total = A(0);
+    if (column != kSmoothing) {
+      for (int w = 0; w < warps; ++w) total += sums[w * of_warp_values + from];
+    }
+    out[i] = total;
+  }
 }
 
 // The sums of [halves][values], NaN where something is bad.
@@ -159,7 +257,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       const SoftmaxSums<A> total = softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, t, top);
       if (t.group == 0) {
         const bool counts = labels[t.voxel] != kUncounted;
-        const A inverse = counts ? scale[t.voxel] / (total.target + total.others) : A(0);
+        const A inverse = counts ? scale[t.voxel] * reciprocal(total.target + total.others) : A(0);
         if (kCrossEntropy) {
           weights[t.voxel] = counts ? scale[t.voxel] : A(0);
           const A of_label = (top - at_label) + log_one_plus(exponentials_beyond_one(total));
@@ -188,7 +286,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
           Probability<A> p{x, A(1) - x};
           if (kActivation == Activation::kSigmoid) {
             const A e = exponential(x < A(0) ? x : -x);
-            p = logistic(x < A(0), e, A(1) / (A(1) + e));
+            p = logistic(x < A(0), e, reciprocal(A(1) + e));
           }
           const bool is_target = label == c + v.first_label;
           tp += is_target ? p.p * scale[k] : A(0);
@@ -258,7 +356,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         if (labels[k] == kUncounted) continue;
         const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k], weight = weights[k];
         Probability<A> p{x, A(1) - x};
-        if (kActivation == Activation::kSoftmax) p = dense_probability(x, beyond_one[k], A(1) / (A(1) + beyond_one[k]));
+        if (kActivation == Activation::kSoftmax)
+          p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
         if (kActivation == Activation::kSigmoid) p = sigmoid(x);
         const Overlap<A> overlap = overlap_of(p, g, v.overlap);
         tp += overlap.tp * weight;
@@ -298,7 +397,22 @@ void launch_count_pass(const Volume& v, const Plan& plan, void* partial, cudaStr
   with_logits_type(v.logits.type, [&](auto element) {
     using T = decltype(element);
     Compute<T>* out = static_cast<Compute<T>*>(partial);
-    if (plan.in_registers) {
+    if constexpr (sizeof(T) < 8) {
+      if (plan.lanes > 1) {
+        with_split_classes(v.classes, plan.lanes, [&](auto classes) {
+          constexpr int kClasses = decltype(classes)::value;
+          if (cross_entropy) {
+            TK_LAUNCH((split_count_pass_kernel<T, kClasses, kSplitVoxels, true>), grid, block, plan.shared_bytes,
+                      stream, v, out, plan.programs, plan.log_lanes());
+          } else {
+            TK_LAUNCH((split_count_pass_kernel<T, kClasses, kSplitVoxels, false>), grid, block, plan.shared_bytes,
+                      stream, v, out, plan.programs, plan.log_lanes());
+          }
+        });
+        return;
+      }
+    }
+    if (plan.lanes == 1) {
       with_few_classes<T>(v.classes, [&](auto classes) {
         constexpr int kClasses = decltype(classes)::value, kVoxels = kVoxelsOf<T, kClasses>;
         if (cross_entropy) {

@@ -1,4 +1,5 @@
 // The gradient pass on CUDA: logits, target and coefficients in, dL/dlogits out.
+#include "split.cuh"
 #include "tile.cuh"
 
 namespace tversky_kernels {
@@ -35,6 +36,27 @@ __device__ Coefficients<A> coefficients_of(const GradientArguments& a, int64_t s
   return result;
 }
 
+// The same of all classes in shared memory, once a block.
+template <typename A>
+struct ClassCoefficients {
+  A *background, *foreground, *ce;  // [C]
+
+  __device__ __forceinline__ ClassCoefficients(A* memory, int classes)
+      : background(memory), foreground(background + classes), ce(foreground + classes) {}
+
+  // All threads must call, and synchronise before they read.
+  template <bool kCrossEntropy>
+  __device__ __forceinline__ void fill(const GradientArguments& a, int64_t sample, int classes) {
+#pragma unroll 1
+    for (int c = threadIdx.x; c < classes; c += Plan::kThreads) {
+      const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(a, sample, c, classes);
+      background[c] = u.background;
+      foreground[c] = u.foreground;
+      ce[c] = u.ce;
+    }
+  }
+};
+
 template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
     gradient_pass_kernel(const Volume v, const GradientArguments a, int programs) {
@@ -42,9 +64,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
+  TK_SHARED(memory);
+  ClassCoefficients<A> of_class(reinterpret_cast<A*>(memory), kClasses);
+  of_class.template fill<kCrossEntropy>(a, share.sample, kClasses);
+  __syncthreads();
   Coefficients<A> u[kClasses];
 #pragma unroll
-  for (int c = 0; c < kClasses; ++c) u[c] = coefficients_of<A, kCrossEntropy>(a, share.sample, c, kClasses);
+  for (int c = 0; c < kClasses; ++c) u[c] = {of_class.background[c], of_class.foreground[c], of_class.ce[c], A(0)};
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
@@ -54,17 +80,18 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       z[c] = load_packed<T, kVoxels>(rows + c * v.logits.class_stride + at);
     }
     int labels[kVoxels];
-    load_labels(v, share.sample, at, labels, bad);
+    A weights[kVoxels];
+    load_voxels<false>(v, share.sample, at, labels, weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
-      const A weight = weigh<A>(v, share.sample, at + k, labels[k], bad);
+      const A weight = weights[k];
       const int label = labels[k];
       const bool counts = label != kUncounted;
       if constexpr (kClasses == 2) {
         const A d = two_class_logit(static_cast<A>(z[0].values[k]), static_cast<A>(z[1].values[k]));
         const A e = exponential(d < A(0) ? d : -d);
         const A difference = label == 1 ? u[1].foreground - u[0].background : u[1].background - u[0].foreground;
-        const A inverse = A(1) / (A(1) + e);
+        const A inverse = reciprocal(A(1) + e);
         A dz = logistic_gradient(e, inverse, difference);
         if constexpr (kCrossEntropy) {
           const Probability<A> p = logistic(d < A(0), e, inverse);
@@ -77,8 +104,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         A top = static_cast<A>(z[0].values[k]);
 #pragma unroll
         for (int c = 1; c < kClasses; ++c) {
-          const A x = static_cast<A>(z[c].values[k]);
-          top = x > top ? x : top;
+          top = larger(top, static_cast<A>(z[c].values[k]));
         }
         SoftmaxSums<A> sums;
         A others[kClasses], weighted_others = 0, u_target = 0, k_target = 0;
@@ -90,7 +116,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
           u_target = label == c ? u[c].foreground : u_target;
           if (kCrossEntropy) k_target = label == c ? u[c].ce : k_target;
         }
-        const A inverse = counts ? A(1) / (sums.target + sums.others) : A(0);
+        const A inverse = counts ? reciprocal(sums.target + sums.others) : A(0);
         SoftmaxGradient<A> gradient = softmax_gradient(sums, weighted_others, u_target, inverse, weight);
         if (kCrossEntropy) gradient.add_cross_entropy(sums, k_target);
 #pragma unroll
@@ -102,6 +128,72 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
       store_packed(out + c * a.out.class_stride + at, z[c]);
+    }
+  }
+}
+
+// More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
+template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
+    split_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int log_lanes) {
+  using A = Compute<T>;
+  const int classes = static_cast<int>(v.classes);
+  TK_SHARED(memory);
+  ClassCoefficients<A> of_class(reinterpret_cast<A*>(memory), classes);
+  const Share share = share_of_block(programs);
+  of_class.template fill<kCrossEntropy>(a, share.sample, classes);
+  __syncthreads();
+
+  const SplitLane lane(log_lanes, classes);
+  const int warp = threadIdx.x / kWarp, warps = Plan::kThreads / kWarp;
+  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + lane.first_class * a.out.class_stride;
+  const int64_t out_step = a.out.class_stride << log_lanes;
+  A u_background[kClasses];
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    u_background[j] = lane.has<kClasses>(j) ? of_class.background[lane.class_of(j)] : A(0);
+  }
+  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kVoxels, step = programs * warps * of_warp;
+  for (int64_t first = (share.first * warps + warp) * of_warp; first < v.voxels; first += step) {
+    const int64_t at = first + lane.slot * kVoxels;
+    Packed<T, kVoxels> z[kClasses];
+    load_split(v, rows, lane, at, z);
+    int labels[kVoxels];
+    A weights[kVoxels];
+    load_split_voxels(v, share.sample, at, labels, weights, bad);
+    A top[kVoxels], others[kClasses][kVoxels], totals[2 * kVoxels];
+    SoftmaxSums<A> sums[kVoxels];
+    softmax_of_split(z, labels, lane, top, others, sums);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      totals[k] = sums[k].others;
+      totals[kVoxels + k] = A(0);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) totals[kVoxels + k] += others[j][k] * u_background[j];
+    }
+    sum_over_lanes(totals, lane);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      sums[k].others = totals[k];
+      const int label = labels[k], target = recomputed(lane.index_of(label));
+      const bool counts = label != kUncounted;
+      const A inverse = counts ? reciprocal(sums[k].target + sums[k].others) : A(0);
+      const A weight = counts ? weights[k] : A(0), u_target = counts ? of_class.foreground[label] : A(0);
+      SoftmaxGradient<A> gradient = softmax_gradient(sums[k], totals[kVoxels + k], u_target, inverse, weight);
+      if (kCrossEntropy) gradient.add_cross_entropy(sums[k], counts ? of_class.ce[label] : A(0));
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        const A other = gradient.other(others[j][k], u_background[j]);
+        z[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
+      }
+    }
+    if (at >= v.voxels) continue;
+    T* row = out + at;
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j, row += out_step) {
+      if (lane.has<kClasses>(j)) store_packed(row, z[j]);
     }
   }
 }
@@ -118,22 +210,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   A* scale = reduction + 2 * layout.groups * tile_voxels;  // [tile_voxels], and so on
   A* offset = scale + tile_voxels;
   A* at_target = offset + tile_voxels;
-  A* background = at_target + tile_voxels;  // [C]
-  A* foreground = background + classes;
-  A* of_ce = foreground + classes;
-  int* labels = reinterpret_cast<int*>(of_ce + classes);  // [tile_voxels]
+  ClassCoefficients<A> of_class(at_target + tile_voxels, classes);
+  int* labels = reinterpret_cast<int*>(of_class.ce + classes);  // [tile_voxels]
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
-  for (int c = thread; c < classes; c += Plan::kThreads) {
-    const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(a, share.sample, c, classes);
-    background[c] = u.background;
-    foreground[c] = u.foreground;
-    of_ce[c] = u.ce;
-  }
+  of_class.template fill<kCrossEntropy>(a, share.sample, classes);
 
   for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
@@ -145,16 +230,16 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       A weighted_others[1] = {A(0)};
       if (t.works) {
         for (int c = t.group; c < classes; c += layout.groups) {
-          weighted_others[0] += tile[c * layout.tile_stride + t.voxel] * background[c];
+          weighted_others[0] += tile[c * layout.tile_stride + t.voxel] * of_class.background[c];
         }
       }
       sum_over_groups(weighted_others, layout, reduction, tile_voxels, t);
       if (t.group == 0) {
         const int label = labels[t.voxel];
-        const A u_target = label == kUncounted ? A(0) : foreground[label];
-        const A inverse = label == kUncounted ? A(0) : A(1) / (total.target + total.others);
+        const A u_target = label == kUncounted ? A(0) : of_class.foreground[label];
+        const A inverse = label == kUncounted ? A(0) : reciprocal(total.target + total.others);
         SoftmaxGradient<A> gradient = softmax_gradient(total, weighted_others[0], u_target, inverse, scale[t.voxel]);
-        if (kCrossEntropy) gradient.add_cross_entropy(total, label == kUncounted ? A(0) : of_ce[label]);
+        if (kCrossEntropy) gradient.add_cross_entropy(total, label == kUncounted ? A(0) : of_class.ce[label]);
         scale[t.voxel] = gradient.scale;
         offset[t.voxel] = gradient.offset;
         at_target[t.voxel] = gradient.at_target;
@@ -166,12 +251,12 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       const A x = tile[c * layout.tile_stride + k];
       if (kActivation == Activation::kSoftmax) {
         const SoftmaxGradient<A> gradient{scale[k], offset[k], at_target[k]};
-        return label == c ? gradient.at_target : gradient.other(x, background[c]);
+        return label == c ? gradient.at_target : gradient.other(x, of_class.background[c]);
       }
-      A dz = label == c + v.first_label ? foreground[c] : background[c];
+      A dz = label == c + v.first_label ? of_class.foreground[c] : of_class.background[c];
       if (kActivation == Activation::kSigmoid) {
         const A e = exponential(x < A(0) ? x : -x);
-        dz = logistic_gradient(e, A(1) / (A(1) + e), dz);
+        dz = logistic_gradient(e, reciprocal(A(1) + e), dz);
       }
       return label == kUncounted ? A(0) : dz * scale[k];
     };
@@ -247,7 +332,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       __syncthreads();
       A sums[3] = {A(0), A(0), A(0)};  // rest_u, top_u and the sum of b
       if (t.works) {
-        const A inverse = A(1) / (A(1) + beyond_one[t.voxel]);
+        const A inverse = reciprocal(A(1) + beyond_one[t.voxel]);
         for (int c = t.group; c < classes; c += layout.groups) {
           const A below_top = tile[c * layout.tile_stride + t.voxel], g = targets[c * layout.tile_stride + t.voxel];
           const Probability<A> p = dense_probability(below_top, beyond_one[t.voxel], inverse);
@@ -260,7 +345,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       sum_over_groups(sums, layout, reduction, tile_voxels, t);
       if (t.group == 0) {
         const DenseSoftmaxGradient<A> gradient =
-            dense_softmax_gradient(sums[0], sums[1], beyond_one[t.voxel], A(1) / (A(1) + beyond_one[t.voxel]));
+            dense_softmax_gradient(sums[0], sums[1], beyond_one[t.voxel], reciprocal(A(1) + beyond_one[t.voxel]));
         shift[t.voxel] = gradient.shift;
         excess[t.voxel] = gradient.excess;
         b_all[t.voxel] = sums[2];
@@ -275,7 +360,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k];
       A dz;
       if (kActivation == Activation::kSoftmax) {
-        const Probability<A> p = dense_probability(x, beyond_one[k], A(1) / (A(1) + beyond_one[k]));
+        const Probability<A> p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
         const DenseSoftmaxGradient<A> gradient{shift[k], excess[k]};
         dz = gradient.overlap(p.p, overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap));
         if (kCrossEntropy) {
@@ -306,13 +391,30 @@ void launch_gradient_pass(const Volume& v, const Plan& plan, const GradientArgum
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   with_logits_type(v.logits.type, [&](auto element) {
     using T = decltype(element);
-    if (plan.in_registers) {
+    if constexpr (sizeof(T) < 8) {
+      if (plan.lanes > 1) {
+        with_split_classes(v.classes, plan.lanes, [&](auto classes) {
+          constexpr int kClasses = decltype(classes)::value;
+          if (cross_entropy) {
+            TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, kSplitVoxels, true>), grid, block, plan.shared_bytes,
+                      stream, v, a, plan.programs, plan.log_lanes());
+          } else {
+            TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, kSplitVoxels, false>), grid, block, plan.shared_bytes,
+                      stream, v, a, plan.programs, plan.log_lanes());
+          }
+        });
+        return;
+      }
+    }
+    if (plan.lanes == 1) {
       with_few_classes<T>(v.classes, [&](auto classes) {
         constexpr int kClasses = decltype(classes)::value, kVoxels = kVoxelsOf<T, kClasses>;
         if (cross_entropy) {
-          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxels, true>), grid, block, 0, stream, v, a, plan.programs);
+          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxels, true>), grid, block, plan.shared_bytes, stream, v, a,
+                    plan.programs);
         } else {
-          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxels, false>), grid, block, 0, stream, v, a, plan.programs);
+          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxels, false>), grid, block, plan.shared_bytes, stream, v, a,
+                    plan.programs);
         }
       });
       return;

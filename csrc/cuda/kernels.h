@@ -12,11 +12,17 @@ namespace cuda {
 
 // How a pass is cut up. The same for both passes and for every value of the data.
 struct Plan {
-  int programs;       // blocks a sample
-  int voxels;         // a thread (registers) or a block (tiled) takes at once
-  bool in_registers;  // all classes of a voxel in one thread's registers
-  int shared_bytes;   // of a block
+  int programs;      // blocks a sample
+  int voxels;        // a thread (in registers) or a block (tiled) takes at once
+  int lanes;         // threads in whose registers all classes of a voxel are; 0: tiled, in shared memory
+  int shared_bytes;  // of a block
   static constexpr int kThreads = 256;
+
+  int log_lanes() const {
+    int log = 0;
+    while ((1 << log) < lanes) ++log;
+    return log;
+  }
 };
 
 // backward: the gradient pass. multiprocessors: of the device.
@@ -72,6 +78,27 @@ void with_few_classes(int64_t classes, F&& f) {
     f(std::integral_constant<int, kClasses>{});
   } else if constexpr (kClasses < kMostInRegisters<T>) {
     with_few_classes<T, kClasses + 1>(classes, f);
+  }
+}
+
+// Where the classes of a voxel are split over the lanes of a warp: blocks of a multiprocessor, which bounds the
+// registers; the most lanes, the most classes of one and its voxels.
+constexpr int kSplitBlocks = 2, kMostLanes = 16, kMostOfLane = 8, kSplitVoxels = 4;
+
+// Lanes that share a voxel: as few as possible.
+inline int split_lanes(int64_t classes) {
+  int lanes = 2;
+  while (lanes < kMostLanes && classes > lanes * kMostOfLane) lanes *= 2;
+  return lanes;
+}
+
+// Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
+template <typename F>
+void with_split_classes(int64_t classes, int lanes, F&& f) {
+  if (classes <= lanes * 6) {
+    f(std::integral_constant<int, 6>{});
+  } else {
+    f(std::integral_constant<int, kMostOfLane>{});
   }
 }
 

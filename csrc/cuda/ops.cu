@@ -148,16 +148,31 @@ Plan make_plan(const Volume& v, bool backward, int multiprocessors) {
   with_logits_type(v.logits.type, [&](auto e) {
     using T = decltype(e);
     if (v.activation != Activation::kSoftmax || v.is_general()) return;
-    if (classes < 2 || classes > kMostInRegisters<T>) return;
-    with_few_classes<T>(classes, [&](auto c) { plan.voxels = kVoxelsOf<T, decltype(c)::value>; });
+    if (v.target.resampling.active || v.weight.resampling.active) return;
+    const bool few = classes <= kMostInRegisters<T>, split = !few && element < 8 && classes <= kMostLanes * kMostOfLane;
+    if (classes < 2 || !(few || split)) return;
+    const int lanes = few ? 1 : split_lanes(classes);
+    if (few) with_few_classes<T>(classes, [&](auto c) { plan.voxels = kVoxelsOf<T, decltype(c)::value>; });
+    if (split) plan.voxels = kSplitVoxels;
     // A fresh gradient has the logits' strides or, where those leave gaps, contiguous ones: whole loads of `voxels`.
-    plan.in_registers = aligned(v.logits, element, plan.voxels * element) && v.voxels % plan.voxels == 0;
-    const int64_t values = v.cross_entropy == CrossEntropy::kNone ? kOverlapCounts * classes : kSmoothing * classes + 1;
-    plan.shared_bytes = static_cast<int>(Plan::kThreads / kWarp * values * real);
-    const int64_t each = static_cast<int64_t>(plan.voxels) * Plan::kThreads;
+    if (!aligned(v.logits, element, plan.voxels * element) || v.voxels % plan.voxels != 0) return;
+    plan.lanes = lanes;
+    const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+    if (backward) {
+      plan.shared_bytes = static_cast<int>(3 * classes * real);  // of_class
+    } else if (few) {
+      const int64_t values = cross_entropy ? kSmoothing * classes + 1 : kOverlapCounts * classes;
+      plan.shared_bytes = static_cast<int>(Plan::kThreads / kWarp * values * real);
+    } else {
+      with_split_classes(classes, lanes, [&](auto of_lane) {
+        plan.shared_bytes =
+            static_cast<int>((cross_entropy ? 3 : 2) * decltype(of_lane)::value * Plan::kThreads * real);
+      });
+    }
+    const int64_t each = static_cast<int64_t>(plan.voxels) * Plan::kThreads / lanes;
     pieces = (v.voxels + each - 1) / each;
   });
-  if (!plan.in_registers) {
+  if (plan.lanes == 0) {
     const auto bytes = [&](int voxels) {
       const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
       // The most that any of the tiled kernels keeps, see there.
@@ -173,7 +188,9 @@ Plan make_plan(const Volume& v, bool backward, int multiprocessors) {
     plan.shared_bytes = static_cast<int>(bytes(plan.voxels));
     pieces = (v.voxels + plan.voxels - 1) / plan.voxels;
   }
-  const int64_t together = static_cast<int64_t>(multiprocessors) * (backward ? 16 : 4);
+  // A multiple of the blocks that a multiprocessor holds at once, which are 2 to 5 of the kernels of few classes, 2 of
+  // the others. The count pass leaves a sum for each.
+  const int64_t together = static_cast<int64_t>(multiprocessors) * (backward ? 16 : plan.lanes == 1 ? 12 : 4);
   plan.programs = static_cast<int>(std::max<int64_t>(1, std::min(pieces, together / std::max<int64_t>(1, v.samples))));
   return plan;
 }

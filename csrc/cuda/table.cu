@@ -5,26 +5,42 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-constexpr int kTableThreads = 256;
+constexpr int kTableThreads = 512, kTableWarps = kTableThreads / kWarp;
+constexpr int kTogether = 4 * kWarp;  // columns of the partial sums that are summed before a barrier
 
 // Of x > 0. By logarithm, for pow is a call, around which the registers would be spilled.
 struct Power {
   __device__ double operator()(double x, double y) const { return exp(log(x) * y); }
 };
 
+// counts from the partial sums of all blocks: neighbouring lanes take neighbouring columns, the warps every 16th block;
+// always in the same order. sums: [warps][kTogether].
 template <typename A>
-__device__ void sum_partial(const TableArguments& a) {
-  // A warp a column, its lanes over the blocks: many loads in flight, and always the same order.
-  const A* partial = static_cast<const A*>(a.partial);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+__device__ void sum_partial(const TableArguments& a, double* sums) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int columns = a.table.columns();
-  const int64_t classes = a.table.classes, row = columns * classes;
-  for (int64_t column = warp; column < a.table.samples * row; column += warps) {
-    const int64_t n = column / row, i = column % row;
-    double sum = 0;
-    for (int p = lane; p < a.programs; p += kWarp) sum += static_cast<double>(partial[(n * a.programs + p) * row + i]);
-    sum = warp_sum(sum);
-    if (lane == 0) a.counts[(n * classes + i % classes) * columns + i / classes] = sum;
+  const int64_t classes = a.table.classes, row = columns * classes, total = a.table.samples * row;
+  for (int64_t first = 0; first < total; first += kTogether) {
+#pragma unroll
+    for (int i = lane; i < kTogether; i += kWarp) {
+      const int64_t at = first + i;
+      double sum = 0;
+      if (at < total) {
+        const A* from = static_cast<const A*>(a.partial) + at / row * a.programs * row + at % row;
+#pragma unroll 8
+        for (int p = warp; p < a.programs; p += kTableWarps) sum += static_cast<double>(from[p * row]);
+      }
+      sums[warp * kTogether + i] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTogether && first + i < total; i += kTableThreads) {
+      double sum = 0;
+#pragma unroll
+      for (int w = 0; w < kTableWarps; ++w) sum += sums[w * kTogether + i];
+      const int64_t n = (first + i) / row, column = (first + i) % row;
+      a.counts[(n * classes + column % classes) * columns + column / classes] = sum;
+    }
+    __syncthreads();
   }
 }
 
@@ -42,13 +58,13 @@ __device__ void add_loss(const TableArguments& a, int64_t i, double value) {
 
 // The sum over the block in every thread. sums: [warps].
 __device__ double block_sum(double x, double* sums) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   x = warp_sum(x);
   __syncthreads();
   if (lane == 0) sums[warp] = x;
   __syncthreads();
   double total = 0;
-  for (int w = 0; w < warps; ++w) total += sums[w];
+  for (int w = 0; w < kTableWarps; ++w) total += sums[w];
   return total;
 }
 
@@ -135,17 +151,16 @@ __device__ Sums ce_part(const TableArguments& a) {
 
 __global__ void __launch_bounds__(kTableThreads, 1) table_kernel(const TableArguments a) {
   const Table& t = a.table;
-  if (a.partial != nullptr) {
-    if (a.partial_is_double) {
-      sum_partial<double>(a);
-    } else {
-      sum_partial<float>(a);
-    }
-    __syncthreads();
-  }
-  if (a.loss == nullptr) return;
   TK_SHARED(memory);
   double* sums = reinterpret_cast<double*>(memory);
+  if (a.partial != nullptr) {
+    if (a.partial_is_double) {
+      sum_partial<double>(a, sums);
+    } else {
+      sum_partial<float>(a, sums);
+    }
+  }
+  if (a.loss == nullptr) return;
   const Sums tversky = tversky_part(a);
   const Sums ce = t.has_cross_entropy ? ce_part(a) : Sums{0, 0};
   if (t.reduction == Reduction::kNone) return;
@@ -172,7 +187,7 @@ __global__ void __launch_bounds__(kTableThreads, 1) table_kernel(const TableArgu
 }  // namespace
 
 void launch_table(const TableArguments& arguments, cudaStream_t stream) {
-  TK_LAUNCH((table_kernel), dim3(1), dim3(kTableThreads), kTableThreads / kWarp * sizeof(double), stream, arguments);
+  TK_LAUNCH((table_kernel), dim3(1), dim3(kTableThreads), kTableWarps * kTogether * sizeof(double), stream, arguments);
 }
 
 }  // namespace cuda

@@ -102,14 +102,11 @@ __device__ bool load_tile_labels(const Volume& v, int64_t sample, int64_t begin,
   const int thread = threadIdx.x;
   if (thread >= tile_voxels) return false;
   int label[1] = {kUncounted};
-  A weight = A(0);
+  A weight[1] = {A(0)};
   bool bad = false;
-  if (thread < count) {
-    load_labels(v, sample, begin + thread, label, bad);
-    weight = weigh<A>(v, sample, begin + thread, label[0], bad);
-  }
+  if (thread < count) load_voxels<true>(v, sample, begin + thread, label, weight, bad);
   labels[thread] = label[0];
-  weights[thread] = weight;
+  weights[thread] = weight[0];
   return bad;
 }
 
@@ -121,16 +118,14 @@ __device__ A largest_of_voxel(const A* tile, const TileLayout& layout, A* reduct
   A top = -INFINITY;
   if (t.works) {
     for (int c = t.group; c < classes; c += layout.groups) {
-      const A x = tile[c * layout.tile_stride + t.voxel];
-      top = x > top ? x : top;
+      top = larger(top, tile[c * layout.tile_stride + t.voxel]);
     }
     reduction[t.group * tile_voxels + t.voxel] = top;
   }
   __syncthreads();
   if (t.works) {
     for (int g = 0; g < layout.groups; ++g) {
-      const A x = reduction[g * tile_voxels + t.voxel];
-      top = x > top ? x : top;
+      top = larger(top, reduction[g * tile_voxels + t.voxel]);
     }
   }
   __syncthreads();
@@ -206,14 +201,16 @@ __device__ bool load_general_tile(const Volume& v, const T* rows, int64_t sample
     }
     __syncthreads();
     if (thread < tile_voxels) {
-      int label = thread < count ? 0 : kUncounted;
+      int label[1] = {thread < count ? 0 : kUncounted};
+      A weight[1] = {A(0)};
       if (v.has_ignore_index) {  // a voxel that holds it in every class does not count
         bool all = true;
         for (int c = 0; c < classes; ++c) all &= targets[c * tile_stride + thread] == static_cast<A>(v.ignore_index);
-        if (all) label = kUncounted;
+        if (all) label[0] = kUncounted;
       }
-      weights[thread] = thread < count ? weigh<A>(v, sample, begin + thread, label, bad) : A(0);
-      labels[thread] = label;
+      if (thread < count) weigh<true>(v, sample, begin + thread, label, weight, bad);
+      labels[thread] = label[0];
+      weights[thread] = weight[0];
     }
   } else {
     bad = load_tile_labels(v, sample, begin, count, tile_voxels, labels, weights);
@@ -258,7 +255,7 @@ __device__ __forceinline__ Probability<A> dense_probability(A below_top, A beyon
 template <typename A>
 __device__ __forceinline__ Probability<A> sigmoid(A z) {
   const A e = exponential(z < A(0) ? z : -z);
-  return logistic(z < A(0), e, A(1) / (A(1) + e));
+  return logistic(z < A(0), e, reciprocal(A(1) + e));
 }
 
 // -log sigmoid(z)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../views.h"
 #include "platform.h"
@@ -53,11 +54,12 @@ __device__ __forceinline__ int checked_label(const Volume& v, int64_t label, boo
   return known && !ignored ? static_cast<int>(label) : kUncounted;
 }
 
-template <typename L, int kVoxels>
+// kResampled: the volume may be resampled, for which 64-bit divisions are compiled that cost registers.
+template <bool kResampled, typename L, int kVoxels>
 __device__ __forceinline__ void load_labels_of(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
                                                bool& bad) {
   const L* p = static_cast<const L*>(v.target.data) + sample * v.target.sample_stride;
-  if (v.target.resampling.active) {
+  if (kResampled && v.target.resampling.active) {
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) labels[k] = checked_label(v, p[v.target.resampling.offset(voxel + k)], bad);
     return;
@@ -79,44 +81,82 @@ __device__ __forceinline__ void load_labels_of(const Volume& v, int64_t sample, 
 }
 
 // The type is one for the whole launch, so the branch costs nothing beside the load.
-template <int kVoxels>
+template <bool kResampled, int kVoxels>
 __device__ __forceinline__ void load_labels(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
                                             bool& bad) {
   switch (v.target.type) {
     case ElementType::kBool:
-    case ElementType::kUint8: return load_labels_of<uint8_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt8: return load_labels_of<int8_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt16: return load_labels_of<int16_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt32: return load_labels_of<int32_t>(v, sample, voxel, labels, bad);
-    default: return load_labels_of<int64_t>(v, sample, voxel, labels, bad);
+    case ElementType::kUint8: return load_labels_of<kResampled, uint8_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt8: return load_labels_of<kResampled, int8_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt16: return load_labels_of<kResampled, int16_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt32: return load_labels_of<kResampled, int32_t>(v, sample, voxel, labels, bad);
+    default: return load_labels_of<kResampled, int64_t>(v, sample, voxel, labels, bad);
   }
 }
 
-// One value of a weight or dense target.
-template <typename A>
-__device__ __forceinline__ A load_value(const VoxelView& x, int64_t at) {
+// Values of a weight or dense target.
+template <typename X, typename A, int kCount>
+__device__ __forceinline__ void load_values_of(const void* data, const int64_t (&at)[kCount], A (&values)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const X x = static_cast<const X*>(data)[at[k]];
+    if constexpr (sizeof(X) == 2 && !std::is_integral_v<X>) {
+      values[k] = static_cast<A>(static_cast<float>(x));
+    } else {
+      values[k] = static_cast<A>(x);
+    }
+  }
+}
+template <typename A, int kCount>
+__device__ __forceinline__ void load_values(const VoxelView& x, const int64_t (&at)[kCount], A (&values)[kCount]) {
   switch (x.type) {
     case ElementType::kBool:
-    case ElementType::kUint8: return static_cast<A>(static_cast<const uint8_t*>(x.data)[at]);
-    case ElementType::kInt8: return static_cast<A>(static_cast<const int8_t*>(x.data)[at]);
-    case ElementType::kInt16: return static_cast<A>(static_cast<const int16_t*>(x.data)[at]);
-    case ElementType::kInt32: return static_cast<A>(static_cast<const int32_t*>(x.data)[at]);
-    case ElementType::kInt64: return static_cast<A>(static_cast<const int64_t*>(x.data)[at]);
-    case ElementType::kHalf: return static_cast<A>(static_cast<float>(static_cast<const Half*>(x.data)[at]));
-    case ElementType::kBFloat16: return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(x.data)[at]));
-    case ElementType::kDouble: return static_cast<A>(static_cast<const double*>(x.data)[at]);
-    default: return static_cast<A>(static_cast<const float*>(x.data)[at]);
+    case ElementType::kUint8: return load_values_of<uint8_t>(x.data, at, values);
+    case ElementType::kInt8: return load_values_of<int8_t>(x.data, at, values);
+    case ElementType::kInt16: return load_values_of<int16_t>(x.data, at, values);
+    case ElementType::kInt32: return load_values_of<int32_t>(x.data, at, values);
+    case ElementType::kInt64: return load_values_of<int64_t>(x.data, at, values);
+    case ElementType::kHalf: return load_values_of<Half>(x.data, at, values);
+    case ElementType::kBFloat16: return load_values_of<BFloat16>(x.data, at, values);
+    case ElementType::kDouble: return load_values_of<double>(x.data, at, values);
+    default: return load_values_of<float>(x.data, at, values);
+  }
+}
+template <typename A>
+__device__ __forceinline__ A load_value(const VoxelView& x, int64_t at) {
+  A value[1];
+  load_values(x, {at}, value);
+  return value[0];
+}
+
+// The weights of neighbouring voxels, 1 where none are given; a voxel of weight 0 does not count, one below 0 or NaN is
+// bad.
+template <bool kResampled, typename A, int kVoxels>
+__device__ __forceinline__ void weigh(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
+                                      A (&weights)[kVoxels], bool& bad) {
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) weights[k] = A(1);
+  if (v.weight.data == nullptr) return;
+  int64_t at[kVoxels];
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    const int64_t offset = kResampled ? v.weight.offset(voxel + k) : (voxel + k) * v.weight.voxel_stride;
+    at[k] = sample * v.weight.sample_stride + offset;
+  }
+  load_values(v.weight, at, weights);
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    bad |= !(weights[k] >= A(0));
+    if (weights[k] == A(0)) labels[k] = kUncounted;
   }
 }
 
-// The weight of a voxel, 1 where none is given; a voxel of weight 0 does not count, one below 0 or NaN is bad.
-template <typename A>
-__device__ __forceinline__ A weigh(const Volume& v, int64_t sample, int64_t voxel, int& label, bool& bad) {
-  if (v.weight.data == nullptr) return A(1);
-  const A w = load_value<A>(v.weight, sample * v.weight.sample_stride + v.weight.offset(voxel));
-  bad |= !(w >= A(0));
-  if (w == A(0)) label = kUncounted;
-  return w;
+// The labels, kUncounted where a voxel does not count, and weights of neighbouring voxels.
+template <bool kResampled, typename A, int kVoxels>
+__device__ __forceinline__ void load_voxels(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
+                                            A (&weights)[kVoxels], bool& bad) {
+  load_labels<kResampled>(v, sample, voxel, labels, bad);
+  weigh<kResampled>(v, sample, voxel, labels, weights, bad);
 }
 
 // A program's share of the work: every `programs`-th piece of one sample.

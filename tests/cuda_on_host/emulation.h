@@ -5,7 +5,7 @@
 // places; a warp operation whose lanes disagree about the mask or that some lane never reaches; a lane outside its own
 // mask. Shared memory is allocated anew for every block, exactly as large as was asked for and filled with NaN, so that
 // use before a store gives NaN and AddressSanitizer sees the bounds. TK_EMULATION_SEED=n runs the threads in a random
-// order between barriers, n the seed: results must not depend on it.
+// order between barriers, and lets some warps run ahead of others, n the seed: results must not depend on it.
 //
 // Not modelled: the memory model, the accuracy of device intrinsics, and time.
 #pragma once
@@ -122,8 +122,8 @@ T exchange(unsigned mask, T value, unsigned source) {
   return value;
 }
 
-// Lets those go on who wait for nobody any more. False: none could.
-inline bool release(Block& block) {
+// Lets those go on who wait for nobody any more, of the warps in a random order only some. False: none could.
+inline bool release(Block& block, std::mt19937* random) {
   bool any = false;
   size_t done = 0, waiting = 0;
   const Thread* first = nullptr;
@@ -143,7 +143,11 @@ inline bool release(Block& block) {
     for (Thread& t : block.threads) t.state = State::kReady;
     any = true;
   }
-  for (size_t warp = 0; warp < block.threads.size(); warp += kWarpSize) {
+  std::vector<size_t> warps;
+  for (size_t warp = 0; warp < block.threads.size(); warp += kWarpSize) warps.push_back(warp);
+  if (random != nullptr) std::shuffle(warps.begin(), warps.end(), *random);
+  for (const size_t warp : warps) {
+    if (random != nullptr && any && (*random)() % 2 == 0) continue;
     const size_t lanes = std::min<size_t>(kWarpSize, block.threads.size() - warp);
     for (size_t i = 0; i < lanes; ++i) {
       const Thread& t = block.threads[warp + i];
@@ -196,7 +200,7 @@ inline void run_block(Block& block, std::mt19937* random) {
     const bool all_done = std::all_of(block.threads.begin(), block.threads.end(),
                                       [](const Thread& t) { return t.state == State::kDone; });
     if (all_done) return;
-    if (!release(block) && !ran) {
+    if (!release(block, random) && !ran) {
       for (const Thread& t : block.threads) {
         if (t.state != State::kDone) fail(block, t, "waits for threads that never come");
       }
@@ -243,8 +247,9 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return emulation::exchange(mask, value, (emulation::current_thread()->index % emulation::kWarpSize) ^ lanes);
 }
-inline float __expf(float x) {
-  return std::exp(x);
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulation::exchange(mask, value, static_cast<unsigned>(lane));
 }
 template <typename T>
 void __stcs(T* p, T value) {

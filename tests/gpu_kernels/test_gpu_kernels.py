@@ -63,10 +63,16 @@ def test_softmax(classes, dtype, spatial):
     check(*inputs(2, classes, spatial, dtype))
 
 
-@pytest.mark.parametrize("classes", [118, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hundreds_of_classes(classes, dtype):
-    check(*inputs(1, classes, (7, 11), dtype))
+@pytest.mark.parametrize("function", [kernel_loss, kernel_ce_loss])
+@pytest.mark.parametrize("spatial", [(7, 11), (6, 10)])
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(118, torch.float32), (118, torch.bfloat16), (1000, torch.float32)]
+    + ([(c, torch.float16) for c in (12, 13, 32, 48, 49, 64, 65, 96, 97, 128, 129)] if BACKEND != "triton" else []),
+    ids=str,
+)
+def test_many_classes(classes, dtype, spatial, function):
+    check(*inputs(1, classes, spatial, dtype), function=function)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
