@@ -127,6 +127,8 @@ PLANTED = {
     "a column is not cleared": ("count_pass.cu", "mine[i * Plan::kThreads] = A(0);", ";"),
     "a lane is not asked": ("split.cuh", "distance >= lane.slots", "distance > lane.slots"),
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
+    "the wrong channel": ("voxels.cuh", "share.sample % channels", "0"),
+    "a channel's voxels are not told apart": ("general.cuh", "voxel * v.target.voxel_stride", "0"),
     "a class too many": ("split.cuh", "j < kClasses - 2 || j < own", "j < kClasses"),
 }
 
@@ -143,7 +145,7 @@ def test_planted_bugs_are_found(bug, host_build, tmp_path):
     path.write_text(text.replace(right, wrong))
     others = [o for o in objects if "count_pass" not in o.name]
     build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O1", only=("count_pass",), objects=others)
-    tests = ("-x", "-k", "test_softmax and float32 or beyond or many_blocks")
+    tests = ("-x", "-k", "test_softmax and float32 or beyond or many_blocks or test_dense")
     result = run_kernels_of(tmp_path / "bug.so", *tests, environment={"TK_EMULATION_SEED": "3"})
     assert result.returncode == 1, result.stdout[-2000:]
 

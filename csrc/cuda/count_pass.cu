@@ -6,10 +6,10 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// Sums kValues values of every thread over the block, in a fixed order, and stores them; NaN where a thread is bad.
-// With a cross-entropy there are 4 columns and the sum of the weights, which belongs to every class.
-template <typename A, int kClasses, bool kCrossEntropy, int kValues>
-__device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
+// Sums kValues values of every thread over the block, in a fixed order, and calls store(i, sum), each in one thread;
+// NaN where a thread is bad.
+template <typename A, int kValues, typename F>
+__device__ void block_sums(A (&values)[kValues], bool bad, F&& store) {
   TK_SHARED(memory);
   A* sums = reinterpret_cast<A*>(memory);  // [warps][kValues]
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -22,22 +22,32 @@ __device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
   for (int i = threadIdx.x; i < kValues; i += blockDim.x) {
     A total = 0;
     for (int w = 0; w < warps; ++w) total += sums[w * kValues + i];
+    store(i, total);
+  }
+}
+
+// The counts of a block whose threads have those of all classes. With a cross-entropy there are 4 columns and the sum
+// of the weights, which belongs to every class.
+template <typename A, int kClasses, bool kCrossEntropy, int kValues>
+__device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
+  block_sums(values, bad, [&](int i, A total) {
     if (i < kSmoothing * kClasses) {
       out[i] = total;
     } else {
       for (int c = 0; c < kClasses; ++c) out[kVoxels * kClasses + c] = total;
     }
-  }
+  });
   if (kCrossEntropy) {
     for (int c = threadIdx.x; c < kClasses; c += blockDim.x) out[kSmoothing * kClasses + c] = A(0);
   }
 }
 
 // All classes of kVoxels voxels in the registers of one thread: each class one aligned load.
-template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
-__global__ void __launch_bounds__(Plan::kThreads, 2)
+template <typename T, int kClasses, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
     count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs) {
   using A = Compute<T>;
+  constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
@@ -53,6 +63,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     int labels[kVoxels];
     A weights[kVoxels];
     load_voxels<false>(v, share.sample, at, labels, weights, bad);
+    clear_uncounted(z, labels);
+    A tops[kVoxels];
+    if (kClasses > 2) largest_of_thread(z, tops);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];
@@ -63,39 +76,42 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         const A e = exponential(d < A(0) ? d : -d);
         const Probability<A> p = logistic(d < A(0), e, reciprocal(A(1) + e));
         const A p0 = p.complement * weight, p1 = p.p * weight;
-        counts[0] += label == 0 ? p0 : A(0);
-        counts[1] += label == 1 ? p1 : A(0);
-        counts[2] += label == 1 ? p0 : A(0);
-        counts[3] += label == 0 ? p1 : A(0);
+        if (label == 0) {
+          counts[0] += p0;
+          counts[3] += p1;
+        }
+        if (label == 1) {
+          counts[1] += p1;
+          counts[2] += p0;
+        }
         if constexpr (kCrossEntropy) {
           const A common = log_one_plus(e);
           counts[6] += label == 0 ? (common + (d > A(0) ? d : A(0))) * weight : A(0);
           counts[7] += label == 1 ? (common + (d < A(0) ? -d : A(0))) * weight : A(0);
         }
       } else {
-        A top = static_cast<A>(z[0].values[k]);
-#pragma unroll
-        for (int c = 1; c < kClasses; ++c) {
-          top = larger(top, static_cast<A>(z[c].values[k]));
-        }
+        const A top = tops[k];
         SoftmaxSums<A> sums;
         A others[kClasses], below_top = A(0);
+        const A scaled_top = scale_top(top);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          const A difference = static_cast<A>(z[c].values[k]) - top;
-          if (kCrossEntropy) below_top = label == c ? -difference : below_top;
-          others[c] = sums.add(label == c, label != c && label != kUncounted, exponential(difference));
+          const A x = static_cast<A>(z[c].values[k]);
+          if (kCrossEntropy) below_top = label == c ? top - x : below_top;
+          const A e = kCrossEntropy ? exponential(x - top) : exponential_below(x, scaled_top);
+          others[c] = sums.add(label == c, label != c, e);
         }
         A cross_entropy = A(0);
         if (kCrossEntropy) cross_entropy = (below_top + log_one_plus(exponentials_beyond_one(sums))) * weight;
         const A inverse = label == kUncounted ? A(0) : weight * reciprocal(sums.target + sums.others);
         const A right = sums.target * inverse, missed = sums.others * inverse;
+        const int target = recomputed(label);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          counts[c] += label == c ? right : A(0);
+          counts[c] += target == c ? right : A(0);
           counts[kClasses + c] += others[c] * inverse;
-          counts[2 * kClasses + c] += label == c ? missed : A(0);
-          if (kCrossEntropy) counts[3 * kClasses + c] += label == c ? cross_entropy : A(0);
+          counts[2 * kClasses + c] += target == c ? missed : A(0);
+          if (kCrossEntropy) counts[3 * kClasses + c] += target == c ? cross_entropy : A(0);
         }
       }
     }
@@ -108,12 +124,46 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   store_block_sums<A, kClasses, kCrossEntropy>(counts, bad, out);
 }
 
+// The sums of split kernels, [warps][lanes][kValues] in shared memory.
+template <typename A, int kValues>
+struct SplitBlockSums {
+  A* memory;
+  const SplitLane& lane;
+
+  // From the values of each thread: over the slots of a warp, in a fixed order; NaN where a thread is bad. All threads
+  // must call, and synchronise before they read.
+  __device__ __forceinline__ void store(A (&values)[kValues], bool bad) const {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = bad ? static_cast<A>(NAN) : values[i];
+#pragma unroll 1
+    for (int distance = lane.slots / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
+    }
+    __syncthreads();  // the memory has been read
+    A* mine = memory + ((threadIdx.x / kWarp << lane.log_lanes) + lane.first_class) * kValues;
+    if (lane.slot == 0) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) mine[i] = values[i];
+    }
+  }
+  // Value i of the lane that has the class, over the warps.
+  __device__ __forceinline__ A total(int c, int i) const {
+    A sum = A(0);
+    for (int w = 0; w < Plan::kThreads / kWarp; ++w) {
+      sum += memory[((w << lane.log_lanes) + (c & ((1 << lane.log_lanes) - 1))) * kValues + i];
+    }
+    return sum;
+  }
+};
+
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh. A voxel's tp, fn and
 // cross-entropy belong to its label's class alone: each lane adds them to its own column of shared memory.
-template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
+template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int log_lanes) {
   using A = Compute<T>;
+  constexpr int kVoxels = kSplitVoxels;
   constexpr int kOfLabel = kCrossEntropy ? 3 : 2, kValues = (1 + kOfLabel) * kClasses + (kCrossEntropy ? 1 : 0);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
@@ -135,9 +185,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     int labels[kVoxels];
     A weights[kVoxels];
     load_split_voxels(v, share.sample, at, labels, weights, bad);
-    A top[kVoxels], others[kClasses][kVoxels], sum_others[kVoxels];
+    A others[kClasses][kVoxels], sum_others[kVoxels], below_top[kVoxels];
     SoftmaxSums<A> sums[kVoxels];
-    softmax_of_split(z, labels, lane, top, others, sums);
+    softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) sum_others[k] = sums[k].others;
     sum_over_lanes(sum_others, lane);
@@ -156,19 +206,13 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         of_label[0] += sums[k].target * inverse;
         of_label[kClasses * Plan::kThreads] += sums[k].others * inverse;
         if constexpr (kCrossEntropy) {
-          A below_top = A(0);
-#pragma unroll
-          for (int j = 0; j < kClasses; ++j) {
-            below_top = target == j ? top[k] - static_cast<A>(z[j].values[k]) : below_top;
-          }
           of_label[2 * kClasses * Plan::kThreads] +=
-              (below_top + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
+              (below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
         }
       }
     }
   }
 
-  // Over the slots of a warp, then over the warps, in a fixed order; NaN where a thread is bad.
   A values[kValues];
 #pragma unroll
   for (int j = 0; j < kClasses; ++j) {
@@ -178,31 +222,70 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     if constexpr (kCrossEntropy) values[kCe * kClasses + j] = mine[(2 * kClasses + j) * Plan::kThreads];
   }
   if constexpr (kCrossEntropy) values[kSmoothing * kClasses] = weight_sum;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) values[i] = bad ? static_cast<A>(NAN) : values[i];
-#pragma unroll 1
-  for (int distance = lane.slots / 2; distance > 0; distance /= 2) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
-  }
-  __syncthreads();                         // the columns have been read
-  A* sums = reinterpret_cast<A*>(memory);  // [warps][lanes][kValues]
-  const int of_warp_values = kValues << log_lanes;
-  if (lane.slot == 0) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) sums[warp * of_warp_values + lane.first_class * kValues + i] = values[i];
-  }
+  const SplitBlockSums<A, kValues> sums{reinterpret_cast<A*>(memory), lane};
+  sums.store(values, bad);
   __syncthreads();
   A* out = partial + (share.sample * programs + share.first) * kColumns * v.classes;
   for (int i = threadIdx.x; i < kColumns * static_cast<int>(v.classes); i += Plan::kThreads) {
     const int column = i / static_cast<int>(v.classes), c = i % static_cast<int>(v.classes);
     const int of_lane = column == Count::kVoxels ? kSmoothing * kClasses : column * kClasses + (c >> log_lanes);
-    const int from = (c & ((1 << log_lanes) - 1)) * kValues + of_lane;
-    A total = A(0);
-    if (column != kSmoothing) {
-      for (int w = 0; w < warps; ++w) total += sums[w * of_warp_values + from];
+    out[i] = column == kSmoothing ? A(0) : sums.total(c, of_lane);
+  }
+}
+
+// A target of its own for every class, and all options of a softmax's cross-entropy.
+template <typename T, int kClasses, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
+    general_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int log_lanes) {
+  using A = Compute<T>;
+  constexpr int kVoxels = kSplitVoxels, kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
+  const int classes = static_cast<int>(v.classes);
+  const SplitLane lane(log_lanes, classes);
+  const Share share = share_of_block(programs);
+  const int warp = threadIdx.x / kWarp, warps = Plan::kThreads / kWarp;
+  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  GeneralSums<A> counts[kClasses];
+  bool bad = false;
+  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kVoxels, step = programs * warps * of_warp;
+  for (int64_t first = (share.first * warps + warp) * of_warp; first < v.voxels; first += step) {
+    const int64_t at = first + lane.slot * kVoxels;
+    Packed<T, kVoxels> z[kClasses];
+    load_split(v, rows, lane, at, z);
+    A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
+    int labels[kVoxels];
+    load_split_targets(v, lane, share.sample, at, g, labels, weights, bad);
+    top_of_split(z, lane, below_top, beyond_one);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      if (labels[k] == kUncounted) continue;
+      const A inverse = reciprocal(A(1) + beyond_one[k]);
+      const A log_sum = kCrossEntropy ? log_one_plus(beyond_one[k]) : A(0);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        if (!lane.has<kClasses>(j)) continue;
+        const Probability<A> p = dense_probability(below_top[j][k], beyond_one[k], inverse);
+        counts[j].template add<kCrossEntropy ? Activation::kSoftmax : Activation::kNone>(
+            v, p, below_top[j][k] + log_sum, A(0), g[j][k], weights[k]);
+      }
     }
-    out[i] = total;
+  }
+
+  A values[kColumns * kClasses];
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    const A all[kAllCounts] = {counts[j].tp, counts[j].fp,        counts[j].fn,
+                               counts[j].ce, counts[j].smoothing, counts[j].voxels};
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) values[i * kClasses + j] = all[i];
+  }
+  TK_SHARED(memory);
+  const SplitBlockSums<A, kColumns * kClasses> sums{reinterpret_cast<A*>(memory), lane};
+  sums.store(values, bad);
+  __syncthreads();
+  A* out = partial + (share.sample * programs + share.first) * kColumns * classes;
+  for (int i = threadIdx.x; i < kColumns * classes; i += Plan::kThreads) {
+    const int column = i / classes, c = i % classes;
+    out[i] = sums.total(c, column * kClasses + (c >> log_lanes));
   }
 }
 
@@ -313,9 +396,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes), columns = v.count_columns();
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
-  const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed;
-  const bool label_weights = v.sums_label_weights();
-  const A gamma = static_cast<A>(v.focal_gamma);
   const TileLayout layout(classes, tile_voxels, Plan::kThreads);
   TK_SHARED(memory);
   A* tile = reinterpret_cast<A*>(memory);                    // [C][tile_stride]
@@ -351,42 +431,61 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     }
     for (int i = thread; i < classes * layout.halves; i += Plan::kThreads) {
       const int c = i % classes, half = i / classes;
-      A tp = 0, fp = 0, fn = 0, ce = 0, smoothing = 0, voxels = 0;
+      GeneralSums<A> of_class;
       for (int k = half; k < count; k += layout.halves) {
         if (labels[k] == kUncounted) continue;
-        const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k], weight = weights[k];
-        Probability<A> p{x, A(1) - x};
-        if (kActivation == Activation::kSoftmax)
-          p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
-        if (kActivation == Activation::kSigmoid) p = sigmoid(x);
-        const Overlap<A> overlap = overlap_of(p, g, v.overlap);
-        tp += overlap.tp * weight;
-        fp += overlap.fp * weight;
-        fn += overlap.fn * weight;
-        if (kActivation == Activation::kNone || !cross_entropy) continue;
-        A of_one = kActivation == Activation::kSoftmax ? x + log_sum[k] : minus_log_sigmoid(x);
-        A of_zero = kActivation == Activation::kSoftmax ? A(0) : minus_log_sigmoid(-x);
-        if (v.focal_gamma != 0) {
-          of_one *= focal_power(p.complement, gamma);
-          if (kActivation == Activation::kSigmoid) of_zero *= focal_power(p.p, gamma);
+        const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k];
+        if constexpr (kActivation == Activation::kSoftmax) {
+          const Probability<A> p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
+          of_class.template add<kActivation>(v, p, cross_entropy ? x + log_sum[k] : A(0), A(0), g, weights[k]);
+        } else {
+          of_class.template add_channel<kActivation>(v, x, g, weights[k]);
         }
-        // Without g a term may be infinite, and is not wanted.
-        if (g != A(0)) ce += g * of_one * weight;
-        if (kActivation == Activation::kSigmoid && g != A(1)) ce += (A(1) - g) * of_zero * weight;
-        if (smoothed) smoothing += (of_one + of_zero) * weight;
-        voxels += label_weights ? g * weight : weight;
       }
       A* mine = sums + half * columns * classes + c;
-      mine[kTp * classes] += tp;
-      mine[kFp * classes] += fp;
-      mine[kFn * classes] += fn;
-      if (cross_entropy) mine[kCe * classes] += ce;
-      if (cross_entropy) mine[kSmoothing * classes] += smoothing;
-      if (cross_entropy) mine[kVoxels * classes] += voxels;
+      mine[kTp * classes] += of_class.tp;
+      mine[kFp * classes] += of_class.fp;
+      mine[kFn * classes] += of_class.fn;
+      if (cross_entropy) mine[kCe * classes] += of_class.ce;
+      if (cross_entropy) mine[kSmoothing * classes] += of_class.smoothing;
+      if (cross_entropy) mine[kVoxels * classes] += of_class.voxels;
     }
   });
   A* out = partial + (share.sample * programs + share.first) * columns * classes;
   store_tile_sums(sums, layout.halves, columns * classes, *any_bad, out);
+}
+
+// Channels by themselves, with any target: a block takes one channel, its threads kVoxels voxels at once.
+template <typename T, Activation kActivation>
+__global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
+    channel_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs) {
+  using A = Compute<T>;
+  constexpr int kVoxels = kChannelVoxels<T>, kPacks = kVoxels / kPack<T>;
+  const int classes = static_cast<int>(v.classes), columns = v.count_columns();
+  const ChannelShare share = channel_share_of_block(programs, classes);
+  const T* row = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride +
+                 share.channel * v.logits.class_stride;
+  GeneralSums<A> sums;
+  bool bad = false;
+  const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
+  for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
+    Packed<T, kPack<T>> z[kPacks];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) z[i] = load_packed<T, kPack<T>>(row + at + i * kPack<T>);
+    A g[kVoxels], weights[kVoxels];
+    int labels[kVoxels];
+    load_channel(v, share.sample, share.channel, at, g, labels, weights, bad);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      if (labels[k] == kUncounted) continue;
+      sums.template add_channel<kActivation>(v, static_cast<A>(z[k / kPack<T>].values[k % kPack<T>]), g[k], weights[k]);
+    }
+  }
+  A values[kAllCounts] = {sums.tp, sums.fp, sums.fn, sums.ce, sums.smoothing, sums.voxels};
+  A* out = partial + (share.sample * programs + share.first) * columns * classes + share.channel;
+  block_sums(values, bad, [&](int i, A total) {
+    if (i < columns) out[i * classes] = total;
+  });
 }
 
 }  // namespace
@@ -398,28 +497,41 @@ void launch_count_pass(const Volume& v, const Plan& plan, void* partial, cudaStr
     using T = decltype(element);
     Compute<T>* out = static_cast<Compute<T>*>(partial);
     if constexpr (sizeof(T) < 8) {
-      if (plan.lanes > 1) {
+      if (plan.lanes > 0 && v.is_general()) {
+        with_general_split_classes(v.classes, [&](auto classes) {
+          constexpr int kClasses = decltype(classes)::value;
+          if (cross_entropy) {
+            TK_LAUNCH((general_split_count_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v,
+                      out, plan.programs, plan.log_lanes());
+          } else {
+            TK_LAUNCH((general_split_count_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v,
+                      out, plan.programs, plan.log_lanes());
+          }
+        });
+        return;
+      }
+      if (plan.lanes > 0 && v.classes > kMostInRegisters<T>) {
         with_split_classes(v.classes, plan.lanes, [&](auto classes) {
           constexpr int kClasses = decltype(classes)::value;
           if (cross_entropy) {
-            TK_LAUNCH((split_count_pass_kernel<T, kClasses, kSplitVoxels, true>), grid, block, plan.shared_bytes,
-                      stream, v, out, plan.programs, plan.log_lanes());
+            TK_LAUNCH((split_count_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v, out,
+                      plan.programs, plan.log_lanes());
           } else {
-            TK_LAUNCH((split_count_pass_kernel<T, kClasses, kSplitVoxels, false>), grid, block, plan.shared_bytes,
-                      stream, v, out, plan.programs, plan.log_lanes());
+            TK_LAUNCH((split_count_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v, out,
+                      plan.programs, plan.log_lanes());
           }
         });
         return;
       }
     }
-    if (plan.lanes == 1) {
+    if (plan.lanes > 0) {
       with_few_classes<T>(v.classes, [&](auto classes) {
-        constexpr int kClasses = decltype(classes)::value, kVoxels = kVoxelsOf<T, kClasses>;
+        constexpr int kClasses = decltype(classes)::value;
         if (cross_entropy) {
-          TK_LAUNCH((count_pass_kernel<T, kClasses, kVoxels, true>), grid, block, plan.shared_bytes, stream, v, out,
+          TK_LAUNCH((count_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v, out,
                     plan.programs);
         } else {
-          TK_LAUNCH((count_pass_kernel<T, kClasses, kVoxels, false>), grid, block, plan.shared_bytes, stream, v, out,
+          TK_LAUNCH((count_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v, out,
                     plan.programs);
         }
       });
@@ -427,6 +539,14 @@ void launch_count_pass(const Volume& v, const Plan& plan, void* partial, cudaStr
     }
     with_activation(v.activation, [&](auto activation) {
       constexpr Activation kActivation = decltype(activation)::value;
+      if constexpr (kActivation != Activation::kSoftmax) {
+        if (plan.by_channel) {
+          const dim3 blocks(grid.x * static_cast<unsigned>(v.classes));
+          TK_LAUNCH((channel_count_pass_kernel<T, kActivation>), blocks, block, plan.shared_bytes, stream, v, out,
+                    plan.programs);
+          return;
+        }
+      }
       if (v.is_general()) {
         TK_LAUNCH((general_count_pass_kernel<T, kActivation>), grid, block, plan.shared_bytes, stream, v, out,
                   plan.programs, plan.voxels);

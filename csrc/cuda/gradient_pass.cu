@@ -6,12 +6,6 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// dL/dp of a class where g = 0 and where g = 1, dL/dCE and dL/dsmoothing.
-template <typename A>
-struct Coefficients {
-  A background, foreground, ce, smoothing;
-};
-
 __device__ __forceinline__ double upstream_gradient(const GradientArguments& a, int64_t at) {
   return a.grad_is_double ? static_cast<const double*>(a.grad_loss)[at] : static_cast<const float*>(a.grad_loss)[at];
 }
@@ -57,10 +51,11 @@ struct ClassCoefficients {
   }
 };
 
-template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
-__global__ void __launch_bounds__(Plan::kThreads, 2)
+template <typename T, int kClasses, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
     gradient_pass_kernel(const Volume v, const GradientArguments a, int programs) {
   using A = Compute<T>;
+  constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
@@ -82,6 +77,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     int labels[kVoxels];
     A weights[kVoxels];
     load_voxels<false>(v, share.sample, at, labels, weights, bad);
+    clear_uncounted(z, labels);
+    A tops[kVoxels];
+    if (kClasses > 2) largest_of_thread(z, tops);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];
@@ -101,22 +99,18 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         z[0].values[k] = static_cast<T>(-dz);
         z[1].values[k] = static_cast<T>(dz);
       } else {
-        A top = static_cast<A>(z[0].values[k]);
-#pragma unroll
-        for (int c = 1; c < kClasses; ++c) {
-          top = larger(top, static_cast<A>(z[c].values[k]));
-        }
         SoftmaxSums<A> sums;
         A others[kClasses], weighted_others = 0, u_target = 0, k_target = 0;
+        const A scaled_top = scale_top(tops[k]);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          const A e = exponential(static_cast<A>(z[c].values[k]) - top);
-          others[c] = sums.add(label == c, label != c && counts, e);
+          others[c] = sums.add(label == c, label != c, exponential_below(static_cast<A>(z[c].values[k]), scaled_top));
           weighted_others += others[c] * u[c].background;
           u_target = label == c ? u[c].foreground : u_target;
           if (kCrossEntropy) k_target = label == c ? u[c].ce : k_target;
         }
         const A inverse = counts ? reciprocal(sums.target + sums.others) : A(0);
+        if (!counts) weighted_others = A(0);
         SoftmaxGradient<A> gradient = softmax_gradient(sums, weighted_others, u_target, inverse, weight);
         if (kCrossEntropy) gradient.add_cross_entropy(sums, k_target);
 #pragma unroll
@@ -133,10 +127,11 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 }
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, int kVoxels, bool kCrossEntropy>
+template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int log_lanes) {
   using A = Compute<T>;
+  constexpr int kVoxels = kSplitVoxels;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
   ClassCoefficients<A> of_class(reinterpret_cast<A*>(memory), classes);
@@ -163,9 +158,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     int labels[kVoxels];
     A weights[kVoxels];
     load_split_voxels(v, share.sample, at, labels, weights, bad);
-    A top[kVoxels], others[kClasses][kVoxels], totals[2 * kVoxels];
+    A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
     SoftmaxSums<A> sums[kVoxels];
-    softmax_of_split(z, labels, lane, top, others, sums);
+    softmax_of_split<false>(z, labels, lane, others, sums, below_top);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       totals[k] = sums[k].others;
@@ -181,12 +176,95 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       const bool counts = label != kUncounted;
       const A inverse = counts ? reciprocal(sums[k].target + sums[k].others) : A(0);
       const A weight = counts ? weights[k] : A(0), u_target = counts ? of_class.foreground[label] : A(0);
-      SoftmaxGradient<A> gradient = softmax_gradient(sums[k], totals[kVoxels + k], u_target, inverse, weight);
+      const A weighted_others = counts ? totals[kVoxels + k] : A(0);
+      SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
       if (kCrossEntropy) gradient.add_cross_entropy(sums[k], counts ? of_class.ce[label] : A(0));
 #pragma unroll
       for (int j = 0; j < kClasses; ++j) {
         const A other = gradient.other(others[j][k], u_background[j]);
         z[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
+      }
+    }
+    if (at >= v.voxels) continue;
+    T* row = out + at;
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j, row += out_step) {
+      if (lane.has<kClasses>(j)) store_packed(row, z[j]);
+    }
+  }
+}
+
+// A target of its own for every class, and all options of a softmax's cross-entropy.
+template <typename T, int kClasses, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
+    general_split_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int log_lanes) {
+  using A = Compute<T>;
+  constexpr int kVoxels = kSplitVoxels;
+  const int classes = static_cast<int>(v.classes);
+  TK_SHARED(memory);
+  Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
+  const Share share = share_of_block(programs);
+#pragma unroll 1
+  for (int c = threadIdx.x; c < classes; c += Plan::kThreads) {
+    of_class[c] = coefficients_of<A, kCrossEntropy>(a, share.sample, c, classes);
+  }
+  __syncthreads();
+
+  const SplitLane lane(log_lanes, classes);
+  const int warp = threadIdx.x / kWarp, warps = Plan::kThreads / kWarp;
+  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + lane.first_class * a.out.class_stride;
+  const int64_t out_step = a.out.class_stride << log_lanes;
+  Coefficients<A> u[kClasses] = {};
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    if (lane.has<kClasses>(j)) u[j] = of_class[lane.class_of(j)];
+  }
+  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  const bool focal = kCrossEntropy && v.focal_gamma != 0;
+  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kVoxels, step = programs * warps * of_warp;
+  for (int64_t first = (share.first * warps + warp) * of_warp; first < v.voxels; first += step) {
+    const int64_t at = first + lane.slot * kVoxels;
+    Packed<T, kVoxels> z[kClasses];
+    load_split(v, rows, lane, at, z);
+    A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
+    int labels[kVoxels];
+    load_split_targets(v, lane, share.sample, at, g, labels, weights, bad);
+    top_of_split(z, lane, below_top, beyond_one);
+    A sums[3 * kVoxels];  // rest_u, top_u and the sum of b
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      const A inverse = reciprocal(A(1) + beyond_one[k]), log_sum = focal ? log_one_plus(beyond_one[k]) : A(0);
+      A rest_u = A(0), top_u = A(0), b_all = A(0);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        if (!lane.has<kClasses>(j)) continue;
+        const Probability<A> p = dense_probability(below_top[j][k], beyond_one[k], inverse);
+        const A slope = overlap_slope(p, g[j][k], u[j].background, u[j].foreground, v.overlap);
+        rest_u += below_top[j][k] == A(0) ? A(0) : p.p * slope;
+        top_u += below_top[j][k] == A(0) ? slope : A(0);
+        if (kCrossEntropy) b_all += cross_entropy_slope(v, u[j], p, g[j][k], below_top[j][k] + log_sum);
+      }
+      sums[k] = rest_u;
+      sums[kVoxels + k] = top_u;
+      sums[2 * kVoxels + k] = b_all;
+    }
+    sum_over_lanes(sums, lane);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      const A inverse = reciprocal(A(1) + beyond_one[k]), log_sum = focal ? log_one_plus(beyond_one[k]) : A(0);
+      const DenseSoftmaxGradient<A> gradient =
+          dense_softmax_gradient(sums[k], sums[kVoxels + k], beyond_one[k], inverse);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        const A x = recomputed(below_top[j][k]);
+        const Probability<A> p = dense_probability(x, beyond_one[k], inverse);
+        A dz = gradient.overlap(p.p, overlap_slope(p, g[j][k], u[j].background, u[j].foreground, v.overlap));
+        if (kCrossEntropy) {
+          const A b = cross_entropy_slope(v, u[j], p, g[j][k], x + log_sum);
+          dz += softmax_cross_entropy_gradient(p, b, sums[2 * kVoxels + k]);
+        }
+        z[j].values[k] = static_cast<T>(labels[k] == kUncounted ? A(0) : dz * weights[k]);
       }
     }
     if (at >= v.voxels) continue;
@@ -288,7 +366,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes);
   const bool focal = kCrossEntropy && v.focal_gamma != 0;
-  const A gamma = static_cast<A>(v.focal_gamma);
   const TileLayout layout(classes, tile_voxels, Plan::kThreads);
   TK_SHARED(memory);
   A* tile = reinterpret_cast<A*>(memory);                    // [C][tile_stride]
@@ -312,13 +389,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
     u[c] = coefficients_of<A, kCrossEntropy>(a, share.sample, c, classes);
   }
 
-  // b of a class: the cross-entropy's part of its slope.
-  const auto ce_slope = [&](const Coefficients<A>& of_class, const Probability<A>& p, A g, A minus_log_p) {
-    A b = g * of_class.ce + of_class.smoothing;
-    if (focal) b *= focal_slope(p, minus_log_p, focal_power(p.complement, gamma), gamma);
-    return b;
-  };
-
   for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     // Bad labels and weights: the count pass has told of them, and the coefficients are NaN then.
     load_general_tile<T>(v, rows, share.sample, begin, count, tile, targets, layout.tile_stride, tile_voxels, labels,
@@ -339,7 +409,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
           const A slope = overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap);
           sums[0] += below_top == A(0) ? A(0) : p.p * slope;
           sums[1] += below_top == A(0) ? slope : A(0);
-          if (kCrossEntropy) sums[2] += ce_slope(u[c], p, g, below_top + log_sum[t.voxel]);
+          if (kCrossEntropy) sums[2] += cross_entropy_slope(v, u[c], p, g, below_top + log_sum[t.voxel]);
         }
       }
       sum_over_groups(sums, layout, reduction, tile_voxels, t);
@@ -359,29 +429,52 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       if (k >= count) continue;
       const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k];
       A dz;
-      if (kActivation == Activation::kSoftmax) {
+      if constexpr (kActivation == Activation::kSoftmax) {
         const Probability<A> p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
         const DenseSoftmaxGradient<A> gradient{shift[k], excess[k]};
         dz = gradient.overlap(p.p, overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap));
         if (kCrossEntropy) {
-          dz += softmax_cross_entropy_gradient(p, ce_slope(u[c], p, g, x + log_sum[k]), b_all[k]);
+          dz += softmax_cross_entropy_gradient(p, cross_entropy_slope(v, u[c], p, g, x + log_sum[k]), b_all[k]);
         }
       } else {
-        Probability<A> p{x, A(1) - x};
-        if (kActivation == Activation::kSigmoid) p = sigmoid(x);
-        dz = overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap);
-        if (kActivation == Activation::kSigmoid) dz *= p.p * p.complement;
-        if (kCrossEntropy) {
-          const Probability<A> not_p{p.complement, p.p};
-          const A of_one = ce_slope(u[c], p, g, focal ? minus_log_sigmoid(x) : A(0));
-          const A of_zero = ce_slope(u[c], not_p, A(1) - g, focal ? minus_log_sigmoid(-x) : A(0));
-          dz += p.p * of_zero - p.complement * of_one;
-        }
+        dz = channel_gradient<kActivation, kCrossEntropy>(v, u[c], x, g);
       }
       dz = labels[k] == kUncounted ? A(0) : dz * weights[k];
       out[c * a.out.class_stride + (begin + k) * a.out.voxel_stride] = static_cast<T>(dz);
     }
   });
+}
+
+// Channels by themselves, with any target: a block takes one channel, its threads kVoxels voxels at once.
+template <typename T, Activation kActivation, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
+    channel_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs) {
+  using A = Compute<T>;
+  constexpr int kVoxels = kChannelVoxels<T>, kPacks = kVoxels / kPack<T>;
+  const int classes = static_cast<int>(v.classes);
+  const ChannelShare share = channel_share_of_block(programs, classes);
+  const T* row = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride +
+                 share.channel * v.logits.class_stride;
+  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + share.channel * a.out.class_stride;
+  const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(a, share.sample, share.channel, classes);
+  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
+  for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
+    Packed<T, kPack<T>> z[kPacks];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) z[i] = load_packed<T, kPack<T>>(row + at + i * kPack<T>);
+    A g[kVoxels], weights[kVoxels];
+    int labels[kVoxels];
+    load_channel(v, share.sample, share.channel, at, g, labels, weights, bad);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      const A dz = channel_gradient<kActivation, kCrossEntropy>(
+          v, u, static_cast<A>(z[k / kPack<T>].values[k % kPack<T>]), g[k]);
+      z[k / kPack<T>].values[k % kPack<T>] = static_cast<T>(labels[k] == kUncounted ? A(0) : dz * weights[k]);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) store_packed(out + at + i * kPack<T>, z[i]);
+  }
 }
 
 }  // namespace
@@ -392,28 +485,41 @@ void launch_gradient_pass(const Volume& v, const Plan& plan, const GradientArgum
   with_logits_type(v.logits.type, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) < 8) {
-      if (plan.lanes > 1) {
+      if (plan.lanes > 0 && v.is_general()) {
+        with_general_split_classes(v.classes, [&](auto classes) {
+          constexpr int kClasses = decltype(classes)::value;
+          if (cross_entropy) {
+            TK_LAUNCH((general_split_gradient_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream,
+                      v, a, plan.programs, plan.log_lanes());
+          } else {
+            TK_LAUNCH((general_split_gradient_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream,
+                      v, a, plan.programs, plan.log_lanes());
+          }
+        });
+        return;
+      }
+      if (plan.lanes > 0 && v.classes > kMostInRegisters<T>) {
         with_split_classes(v.classes, plan.lanes, [&](auto classes) {
           constexpr int kClasses = decltype(classes)::value;
           if (cross_entropy) {
-            TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, kSplitVoxels, true>), grid, block, plan.shared_bytes,
-                      stream, v, a, plan.programs, plan.log_lanes());
+            TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v, a,
+                      plan.programs, plan.log_lanes());
           } else {
-            TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, kSplitVoxels, false>), grid, block, plan.shared_bytes,
-                      stream, v, a, plan.programs, plan.log_lanes());
+            TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v, a,
+                      plan.programs, plan.log_lanes());
           }
         });
         return;
       }
     }
-    if (plan.lanes == 1) {
+    if (plan.lanes > 0) {
       with_few_classes<T>(v.classes, [&](auto classes) {
-        constexpr int kClasses = decltype(classes)::value, kVoxels = kVoxelsOf<T, kClasses>;
+        constexpr int kClasses = decltype(classes)::value;
         if (cross_entropy) {
-          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxels, true>), grid, block, plan.shared_bytes, stream, v, a,
+          TK_LAUNCH((gradient_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v, a,
                     plan.programs);
         } else {
-          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kVoxels, false>), grid, block, plan.shared_bytes, stream, v, a,
+          TK_LAUNCH((gradient_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v, a,
                     plan.programs);
         }
       });
@@ -422,6 +528,19 @@ void launch_gradient_pass(const Volume& v, const Plan& plan, const GradientArgum
     with_activation(v.activation, [&](auto activation) {
       constexpr Activation kActivation = decltype(activation)::value;
       constexpr bool kHasCe = kActivation != Activation::kNone;  // else it is not asked for
+      if constexpr (kActivation != Activation::kSoftmax) {
+        if (plan.by_channel) {
+          const dim3 blocks(grid.x * static_cast<unsigned>(v.classes));
+          if (cross_entropy) {
+            TK_LAUNCH((channel_gradient_pass_kernel<T, kActivation, kHasCe>), blocks, block, 0, stream, v, a,
+                      plan.programs);
+          } else {
+            TK_LAUNCH((channel_gradient_pass_kernel<T, kActivation, false>), blocks, block, 0, stream, v, a,
+                      plan.programs);
+          }
+          return;
+        }
+      }
       if (v.is_general() && cross_entropy) {
         TK_LAUNCH((general_gradient_pass_kernel<T, kActivation, kHasCe>), grid, block, plan.shared_bytes, stream, v, a,
                   plan.programs, plan.voxels);

@@ -14,7 +14,8 @@ namespace cuda {
 struct Plan {
   int programs;      // blocks a sample
   int voxels;        // a thread (in registers) or a block (tiled) takes at once
-  int lanes;         // threads in whose registers all classes of a voxel are; 0: tiled, in shared memory
+  int lanes;         // threads in whose registers all classes of a voxel are; 0: none, but see by_channel, or tiled
+  bool by_channel;   // a block takes one channel: `programs` blocks a sample and class
   int shared_bytes;  // of a block
   static constexpr int kThreads = 256;
 
@@ -69,7 +70,11 @@ void with_logits_type(ElementType type, F&& f) {
 
 // Classes that fit in a thread's registers; more of float64 would spill.
 template <typename T>
-constexpr int kMostInRegisters = sizeof(T) == 8 ? 3 : 8;
+constexpr int kMostInRegisters = sizeof(T) == 8 ? 3 : 4;
+
+// Blocks of a multiprocessor at the least, which bounds the registers of the kernels that hold all classes in them.
+template <int kClasses, bool kCrossEntropy>
+constexpr int kFewBlocks = kClasses == 2 && !kCrossEntropy ? 4 : 2;
 
 // Calls f with the number of classes, 2 to kMostInRegisters<T>, as a constant.
 template <typename T, int kClasses = 2, typename F>
@@ -82,14 +87,16 @@ void with_few_classes(int64_t classes, F&& f) {
 }
 
 // Where the classes of a voxel are split over the lanes of a warp: blocks of a multiprocessor, which bounds the
-// registers; the most lanes, the most classes of one and its voxels.
-constexpr int kSplitBlocks = 2, kMostLanes = 16, kMostOfLane = 8, kSplitVoxels = 4;
+// registers, and the voxels of a lane; the most lanes and the most classes of one, where a label is the target and
+// where every class has a target of its own.
+constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
+constexpr int kMostLanes = 16, kMostOfLane = 8, kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 
-// Lanes that share a voxel: as few as possible.
-inline int split_lanes(int64_t classes) {
-  int lanes = 2;
-  while (lanes < kMostLanes && classes > lanes * kMostOfLane) lanes *= 2;
-  return lanes;
+// Lanes that share a voxel: as few as possible. 0: there are too many classes.
+inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {
+  int lanes = 1;
+  while (lanes <= most_lanes && classes > lanes * most_of_lane) lanes *= 2;
+  return lanes <= most_lanes ? lanes : 0;
 }
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
@@ -99,6 +106,14 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
     f(std::integral_constant<int, 6>{});
   } else {
     f(std::integral_constant<int, kMostOfLane>{});
+  }
+}
+template <typename F>
+void with_general_split_classes(int64_t classes, F&& f) {
+  if (classes <= 2) {
+    f(std::integral_constant<int, 2>{});
+  } else {
+    f(std::integral_constant<int, kMostOfLaneGeneral>{});
   }
 }
 
@@ -113,8 +128,14 @@ void with_activation(Activation activation, F&& f) {
 }
 
 // Voxels that a thread takes at once: one 16-byte load of each class, or 8 bytes where that is many registers.
-template <typename T, int kClasses>
-constexpr int kVoxelsOf = 16 / sizeof(T) * kClasses <= 32 ? 16 / sizeof(T) : 8 / sizeof(T);
+template <typename T, int kClasses, bool kCrossEntropy>
+constexpr int kVoxelsOf = 16 / sizeof(T) * kClasses <= (kCrossEntropy ? 16 : 32) ? 16 / sizeof(T) : 8 / sizeof(T);
+
+// The same where it takes one channel, and blocks of a multiprocessor there.
+template <typename T>
+constexpr int kChannelVoxels = sizeof(T) == 8 ? 4 : 8;
+template <typename T>
+constexpr int kChannelBlocks = sizeof(T) == 8 ? 2 : 3;
 
 // Dynamic shared memory of a tiled block, in elements of A.
 struct TileLayout {

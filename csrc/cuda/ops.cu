@@ -137,61 +137,92 @@ bool aligned(const LogitsView& x, int64_t element_size, int64_t bytes) {
          x.sample_stride * element_size % bytes == 0 && x.class_stride * element_size % bytes == 0;
 }
 
+// The kernels whose blocks do not share voxels through memory: whole loads of plan.voxels, targets and weights of the
+// logits' size. A fresh gradient has the logits' strides or contiguous ones, which are as good.
+bool can_be_read(const Volume& v, int64_t element_size, int voxels) {
+  return !v.target.resampling.active && !v.weight.resampling.active && v.voxels % voxels == 0 &&
+         aligned(v.logits, element_size, std::min<int64_t>(16, voxels * element_size));
+}
+
+// What follows returns false, and may leave the plan half made, where the kernels are not for this volume.
+template <typename T>
+bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
+  const int64_t classes = v.classes;
+  if (v.activation != Activation::kSoftmax || classes < 2) return false;
+  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+  int64_t values = 0;  // of Compute<T>, in shared memory
+  plan.voxels = kSplitVoxels;
+  if (v.is_general()) {
+    plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, kMostOfLaneGeneral) : 0;
+    with_general_split_classes(classes, [&](auto of_lane) {
+      values = Plan::kThreads / kWarp * plan.lanes * v.count_columns() * decltype(of_lane)::value;
+    });
+    if (backward) values = kAllCoefficients * classes;
+  } else if (classes <= kMostInRegisters<T>) {
+    plan.lanes = 1;
+    with_few_classes<T>(classes, [&](auto c) {
+      constexpr int kClasses = decltype(c)::value;
+      plan.voxels = cross_entropy ? kVoxelsOf<T, kClasses, true> : kVoxelsOf<T, kClasses, false>;
+    });
+    values = Plan::kThreads / kWarp * (cross_entropy ? kSmoothing * classes + 1 : kOverlapCounts * classes);
+    if (backward) values = 3 * classes;  // ClassCoefficients
+  } else {
+    plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanes, kMostOfLane) : 0;
+    with_split_classes(classes, plan.lanes, [&](auto of_lane) {
+      values = (cross_entropy ? 3 : 2) * decltype(of_lane)::value * Plan::kThreads;
+    });
+    if (backward) values = 3 * classes;
+  }
+  plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>));
+  return plan.lanes > 0 && can_be_read(v, sizeof(T), plan.voxels);
+}
+
+template <typename T>
+bool plan_by_channel(const Volume& v, Plan& plan) {
+  plan.by_channel = true;
+  plan.voxels = kChannelVoxels<T>;
+  plan.shared_bytes = Plan::kThreads / kWarp * kAllCounts * sizeof(Compute<T>);
+  const bool every_channel_decides = v.dense && v.has_ignore_index;  // whether a voxel counts
+  return v.activation != Activation::kSoftmax && !every_channel_decides && can_be_read(v, sizeof(T), plan.voxels);
+}
+
+template <typename T>
+void plan_tiled(const Volume& v, bool backward, Plan& plan) {
+  constexpr int kSharedBytes = 46 * 1024;  // what a block gets without asking for more
+  const int64_t classes = v.classes;
+  const auto bytes = [&](int voxels) {
+    const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
+    // The most that any of the tiled kernels keeps, see there.
+    const int64_t tiles = v.is_general() ? 2 : 1;
+    const int64_t table = backward ? kAllCoefficients * classes : v.count_columns() * classes * layout.halves;
+    const int64_t reals = tiles * classes * layout.tile_stride + table + 3 * layout.groups * voxels + 6 * voxels;
+    return reals * static_cast<int64_t>(sizeof(Compute<T>)) + (voxels + 2) * static_cast<int64_t>(sizeof(int));
+  };
+  plan.voxels = 128;
+  while (plan.voxels > 1 && bytes(plan.voxels) > kSharedBytes) plan.voxels /= 2;
+  STD_TORCH_CHECK(bytes(plan.voxels) <= kSharedBytes,
+                  "logits: the CUDA kernels take at most about 1,000 classes here, got ", classes);
+  plan.shared_bytes = static_cast<int>(bytes(plan.voxels));
+}
+
 }  // namespace
 
 Plan make_plan(const Volume& v, bool backward, int multiprocessors) {
-  constexpr int kSharedBytes = 46 * 1024;  // what a block gets without asking for more
   Plan plan{};
-  const int64_t element = v.logits.type == ElementType::kDouble ? 8 : v.logits.type == ElementType::kFloat ? 4 : 2;
-  const int64_t real = element == 8 ? 8 : 4, classes = v.classes;
-  int64_t pieces = 0;
-  with_logits_type(v.logits.type, [&](auto e) {
-    using T = decltype(e);
-    if (v.activation != Activation::kSoftmax || v.is_general()) return;
-    if (v.target.resampling.active || v.weight.resampling.active) return;
-    const bool few = classes <= kMostInRegisters<T>, split = !few && element < 8 && classes <= kMostLanes * kMostOfLane;
-    if (classes < 2 || !(few || split)) return;
-    const int lanes = few ? 1 : split_lanes(classes);
-    if (few) with_few_classes<T>(classes, [&](auto c) { plan.voxels = kVoxelsOf<T, decltype(c)::value>; });
-    if (split) plan.voxels = kSplitVoxels;
-    // A fresh gradient has the logits' strides or, where those leave gaps, contiguous ones: whole loads of `voxels`.
-    if (!aligned(v.logits, element, plan.voxels * element) || v.voxels % plan.voxels != 0) return;
-    plan.lanes = lanes;
-    const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
-    if (backward) {
-      plan.shared_bytes = static_cast<int>(3 * classes * real);  // of_class
-    } else if (few) {
-      const int64_t values = cross_entropy ? kSmoothing * classes + 1 : kOverlapCounts * classes;
-      plan.shared_bytes = static_cast<int>(Plan::kThreads / kWarp * values * real);
-    } else {
-      with_split_classes(classes, lanes, [&](auto of_lane) {
-        plan.shared_bytes =
-            static_cast<int>((cross_entropy ? 3 : 2) * decltype(of_lane)::value * Plan::kThreads * real);
-      });
-    }
-    const int64_t each = static_cast<int64_t>(plan.voxels) * Plan::kThreads / lanes;
-    pieces = (v.voxels + each - 1) / each;
+  with_logits_type(v.logits.type, [&](auto element) {
+    using T = decltype(element);
+    if (plan_in_registers<T>(v, backward, plan)) return;
+    if (plan_by_channel<T>(v, plan = {})) return;
+    plan_tiled<T>(v, backward, plan = {});
   });
-  if (plan.lanes == 0) {
-    const auto bytes = [&](int voxels) {
-      const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
-      // The most that any of the tiled kernels keeps, see there.
-      const int64_t tiles = v.is_general() ? 2 : 1;
-      const int64_t table = backward ? kAllCoefficients * classes : v.count_columns() * classes * layout.halves;
-      const int64_t reals = tiles * classes * layout.tile_stride + table + 3 * layout.groups * voxels + 6 * voxels;
-      return reals * real + (voxels + 2) * static_cast<int64_t>(sizeof(int));
-    };
-    plan.voxels = 128;
-    while (plan.voxels > 1 && bytes(plan.voxels) > kSharedBytes) plan.voxels /= 2;
-    STD_TORCH_CHECK(bytes(plan.voxels) <= kSharedBytes,
-                    "logits: the CUDA kernels take at most about 1,000 classes here, got ", classes);
-    plan.shared_bytes = static_cast<int>(bytes(plan.voxels));
-    pieces = (v.voxels + plan.voxels - 1) / plan.voxels;
-  }
-  // A multiple of the blocks that a multiprocessor holds at once, which are 2 to 5 of the kernels of few classes, 2 of
-  // the others. The count pass leaves a sum for each.
-  const int64_t together = static_cast<int64_t>(multiprocessors) * (backward ? 16 : plan.lanes == 1 ? 12 : 4);
-  plan.programs = static_cast<int>(std::max<int64_t>(1, std::min(pieces, together / std::max<int64_t>(1, v.samples))));
+  // A multiple of the blocks that a multiprocessor holds at once, which are 2 to 5 where a thread has all it needs, 2
+  // where it has not. The count pass leaves a sum for each.
+  const bool alone = plan.lanes == 1 || plan.by_channel, tiled = plan.lanes == 0 && !plan.by_channel;
+  const int64_t blocks = static_cast<int64_t>(multiprocessors) * (backward ? 16 : alone ? 12 : 4);
+  const int64_t rows = std::max<int64_t>(1, plan.by_channel ? v.samples * v.classes : v.samples);
+  const int64_t of_block = tiled ? plan.voxels : int64_t{plan.voxels} * Plan::kThreads / std::max(1, plan.lanes);
+  const int64_t pieces = (v.voxels + of_block - 1) / of_block;
+  plan.programs = static_cast<int>(std::max<int64_t>(1, std::min(pieces, blocks / rows)));
   return plan;
 }
 

@@ -37,19 +37,38 @@ struct Accumulation<double> {
 template <typename T>
 using Compute = typename Accumulation<T>::Type;
 
-// For x <= 0. Its error is 2 + |x| ulp, where e^x has shrunk what it is worth; tests bound what comes of it. What is
-// below the smallest normal number is 0: __expf would take four more instructions for it.
-__device__ __forceinline__ float exponential(float x) {
+// e^x for x <= 0. Its error is 2 + |x| ulp, where e^x has shrunk what it is worth; tests bound what comes of it. What
+// is below the smallest normal number is 0: __expf would take four more instructions for it.
+constexpr float kLog2E = 1.4426950408889634f;
+__device__ __forceinline__ float power_of_two(float x) {
 #if defined(TK_CUDA_ON_HOST)
-  return std::exp(x);
+  return std::exp2(x);
 #else
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
 }
+__device__ __forceinline__ float exponential(float x) {
+  return power_of_two(x * kLog2E);
+}
 __device__ __forceinline__ double exponential(double x) {
   return exp(x);
+}
+
+// e^(x - top) by one instruction less, times a factor near 1 that is the same for all x of one top, which a softmax
+// cancels. scaled_top: of scale_top.
+__device__ __forceinline__ float scale_top(float top) {
+  return top * kLog2E;
+}
+__device__ __forceinline__ double scale_top(double top) {
+  return top;
+}
+__device__ __forceinline__ float exponential_below(float x, float scaled_top) {
+  return power_of_two(fmaf(x, kLog2E, -scaled_top));
+}
+__device__ __forceinline__ double exponential_below(double x, double scaled_top) {
+  return exp(x - scaled_top);
 }
 
 // One instruction, unlike a comparison and a selection; not NaN where only one is, but then the exponentials are.
@@ -58,6 +77,26 @@ __device__ __forceinline__ float larger(float a, float b) {
 }
 __device__ __forceinline__ double larger(double a, double b) {
   return fmax(a, b);
+}
+
+// Two numbers of half precision at once, as they lie in memory.
+__device__ __forceinline__ uint32_t larger_pair(Half, uint32_t a, uint32_t b) {
+#if defined(TK_CUDA_ON_HOST)
+  return emulation::larger_pair<Half>(a, b);
+#else
+  uint32_t largest;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(largest) : "r"(a), "r"(b));
+  return largest;
+#endif
+}
+__device__ __forceinline__ uint32_t larger_pair(BFloat16, uint32_t a, uint32_t b) {
+#if defined(TK_CUDA_ON_HOST)
+  return emulation::larger_pair<BFloat16>(a, b);
+#else
+  uint32_t largest;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(largest) : "r"(a), "r"(b));
+  return largest;
+#endif
 }
 
 // 1 / x for the sum of a voxel's exponentials, at least 1: within 1 ulp.
@@ -94,10 +133,16 @@ __device__ __forceinline__ A focal_power(A x, A gamma) {
   return x > A(0) ? exponential(logarithm(x) * gamma) : x * A(0);  // NaN stays NaN
 }
 
-// x, in a way that the compiler does not see through: comparisons with it are made again instead of kept, for which
-// there are seven predicates.
+// x, in a way that the compiler does not see through: what follows from it is made again instead of kept, for which
+// registers are few, and predicates fewer.
 __device__ __forceinline__ int recomputed(int x) {
   asm("" : "+r"(x));
+  return x;
+}
+__device__ __forceinline__ float recomputed(float x) {
+#if !defined(TK_CUDA_ON_HOST)
+  asm("" : "+f"(x));
+#endif
   return x;
 }
 

@@ -4,6 +4,7 @@
 // lanes take neighbouring voxels, so that a warp reads pieces of `slots * kVoxels` voxels of `lanes` classes at once.
 #pragma once
 
+#include "general.cuh"
 #include "kernels.h"
 #include "voxels.cuh"
 
@@ -91,32 +92,116 @@ __device__ __forceinline__ void load_split_voxels(const Volume& v, int64_t sampl
   if (at < v.voxels) load_voxels<false>(v, sample, at, labels, weights, bad);
 }
 
-// Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the
-// target and where the voxel does not count. sums: over all lanes, but `others` only over this one's classes.
-template <typename A, typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void softmax_of_split(const Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
-                                                 const SplitLane& lane, A (&top)[kVoxels],
-                                                 A (&others)[kClasses][kVoxels], SoftmaxSums<A> (&sums)[kVoxels]) {
-#pragma unroll
-  for (int k = 0; k < kVoxels; ++k) {
-    top[k] = static_cast<A>(z[0].values[k]);
-#pragma unroll
-    for (int j = 1; j < kClasses; ++j) {
-      top[k] = larger(top[k], static_cast<A>(z[j].values[k]));
-    }
-  }
+// Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
+// over all lanes, but `others` only over this one's classes. Where a voxel does not count, its logits are taken for 0.
+// kExact: the largest exponential is 1, not only nearly, and below_top is z_top - z_target in the lane that has the
+// target.
+template <bool kExact, typename A, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
+                                                 const SplitLane& lane, A (&others)[kClasses][kVoxels],
+                                                 SoftmaxSums<A> (&sums)[kVoxels], A (&below_top)[kVoxels]) {
+  clear_uncounted(z, labels);
+  A top[kVoxels];
+  largest_of_thread(z, top);
   max_over_lanes(top, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
     const int target = lane.index_of(labels[k]);
-    const bool counts = labels[k] != kUncounted;
+    const A scaled_top = scale_top(top[k]);
+    below_top[k] = A(0);
 #pragma unroll
     for (int j = 0; j < kClasses; ++j) {
-      const A e = exponential(static_cast<A>(z[j].values[k]) - top[k]);
-      others[j][k] = sums[k].add(target == j, target != j && counts, e);
+      const A x = static_cast<A>(z[j].values[k]);
+      const A e = kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top);
+      if (kExact) below_top[k] = target == j ? top[k] - x : below_top[k];
+      others[j][k] = sums[k].add(target == j, target != j, e);
     }
     sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
   }
+}
+
+// ---- A target of its own for every class (Volume::is_general)
+
+// The targets of a lane's classes in a dense target, 0 where there is no such class.
+template <typename X, typename A, int kClasses, int kVoxels>
+__device__ __forceinline__ void load_dense_of(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
+                                              A (&g)[kClasses][kVoxels]) {
+  const int64_t first = sample * v.target.sample_stride + lane.first_class * v.target.class_stride;
+  const int64_t step = v.target.class_stride << lane.log_lanes;
+  const X* row = static_cast<const X*>(v.target.data) + first + at * v.target.voxel_stride;
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j, row += step) {
+    if (lane.has<kClasses>(j)) {
+      load_row<X, kVoxels>(row, v.target.voxel_stride, [&](int k, X value) { g[j][k] = to_compute<A>(value); });
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) g[j][k] = A(0);
+    }
+  }
+}
+
+// The targets of a lane's classes, labels (only kUncounted means something) and weights of its voxels. All lanes of the
+// warp must call.
+template <typename A, int kClasses, int kVoxels>
+__device__ __forceinline__ void load_split_targets(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
+                                                   A (&g)[kClasses][kVoxels], int (&labels)[kVoxels],
+                                                   A (&weights)[kVoxels], bool& bad) {
+  if (!v.dense) {
+    load_split_voxels(v, sample, at, labels, weights, bad);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      const int target = lane.index_of(labels[k]);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) g[j][k] = target == j ? A(1) : A(0);
+    }
+    return;
+  }
+  const bool inside = at < v.voxels;
+  with_element_type(v.target.type,
+                    [&](auto element) { load_dense_of<decltype(element)>(v, lane, sample, inside ? at : 0, g); });
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    labels[k] = inside ? 0 : kUncounted;
+    weights[k] = A(0);
+  }
+  if (v.has_ignore_index) {  // a voxel that holds it in every class does not count
+    A differs[kVoxels];
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      differs[k] = A(0);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        if (lane.has<kClasses>(j) && g[j][k] != static_cast<A>(v.ignore_index)) differs[k] = A(1);
+      }
+    }
+    max_over_lanes(differs, lane);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) labels[k] = differs[k] == A(0) ? kUncounted : labels[k];
+  }
+  if (inside) weigh<false>(v, sample, at, labels, weights, bad);
+}
+
+// Softmax of a lane's classes: z_top - z, inf where there is no such class, and the voxel's sums over all lanes.
+template <typename A, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void top_of_split(const Packed<T, kVoxels> (&z)[kClasses], const SplitLane& lane,
+                                             A (&below_top)[kClasses][kVoxels], A (&beyond_one)[kVoxels]) {
+  A top[kVoxels], sums[2 * kVoxels];
+  largest_of_thread(z, top);
+  max_over_lanes(top, lane);
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    TopSums<A> of_lane;
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j) {
+      below_top[j][k] = top[k] - static_cast<A>(z[j].values[k]);
+      of_lane.add(below_top[j][k] == A(0), exponential(-below_top[j][k]));
+    }
+    sums[k] = of_lane.rest;
+    sums[kVoxels + k] = of_lane.tops;
+  }
+  sum_over_lanes(sums, lane);
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) beyond_one[k] = TopSums<A>{sums[k], sums[kVoxels + k]}.beyond_one();
 }
 
 }  // namespace cuda

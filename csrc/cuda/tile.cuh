@@ -1,6 +1,7 @@
 // A tile of voxels of all classes in shared memory: how it is filled, and its softmax.
 #pragma once
 
+#include "general.cuh"
 #include "kernels.h"
 #include "voxels.cuh"
 
@@ -29,10 +30,6 @@ __device__ __forceinline__ void for_each_tile(const Volume& v, const Share& shar
     __syncthreads();
   }
 }
-
-// Voxels of one class that a thread of a tiled block reads or writes at once.
-template <typename T>
-constexpr int kPack = 16 / sizeof(T);
 
 // log2 of a power of two; for the tiles' sizes, so that nothing is divided by them.
 __device__ __forceinline__ int log2_of(int size) {
@@ -243,25 +240,6 @@ __device__ TopSums<A> top_of_tile(A* tile, const TileLayout& layout, A* reductio
   sums.rest = values[0];
   sums.tops = values[1];
   return sums;
-}
-
-// p and 1 - p from z_top - z.
-template <typename A>
-__device__ __forceinline__ Probability<A> dense_probability(A below_top, A beyond_one, A inverse) {
-  const A p = exponential(-below_top) * inverse;
-  return {p, below_top == A(0) ? beyond_one * inverse : A(1) - p};
-}
-
-template <typename A>
-__device__ __forceinline__ Probability<A> sigmoid(A z) {
-  const A e = exponential(z < A(0) ? z : -z);
-  return logistic(z < A(0), e, reciprocal(A(1) + e));
-}
-
-// -log sigmoid(z)
-template <typename A>
-__device__ __forceinline__ A minus_log_sigmoid(A z) {
-  return log_one_plus(exponential(z < A(0) ? z : -z)) + (z < A(0) ? -z : A(0));
 }
 
 }  // namespace cuda

@@ -28,6 +28,10 @@ struct Word<8> {
   using Type = uint2;
 };
 
+// Voxels of one class that 16 bytes hold, the widest access there is.
+template <typename T>
+constexpr int kPack = 16 / sizeof(T);
+
 // One access as wide as the values are together. The store is an intrinsic (streaming: the gradient is not read again
 // soon), for a plain one the compiler takes apart into its members.
 template <typename T, int kCount>
@@ -47,11 +51,32 @@ __device__ __forceinline__ void store_packed(T* p, const Packed<T, kCount>& valu
 }
 
 // One label as a class index, kUncounted where the voxel does not count; sets bad where it is out of range.
-__device__ __forceinline__ int checked_label(const Volume& v, int64_t label, bool& bad) {
-  const bool ignored = v.has_ignore_index && label == v.ignore_index;
-  const bool known = label >= 0 && label < v.classes + v.first_label;
-  bad |= !known && !ignored;
-  return known && !ignored ? static_cast<int>(label) : kUncounted;
+template <typename L>
+__device__ __forceinline__ int checked_label(const Volume& v, L label, bool& bad) {
+  // As unsigned numbers, those below 0 are large. Most labels have 32 bits at most, and no comparison needs more.
+  using Number = std::conditional_t<sizeof(L) == 8, uint64_t, uint32_t>;
+  const bool known = static_cast<Number>(label) < static_cast<Number>(v.classes + v.first_label);
+  if (v.has_ignore_index && static_cast<int64_t>(label) == v.ignore_index) return kUncounted;
+  bad |= !known;
+  return known ? static_cast<int>(label) : kUncounted;
+}
+
+// Calls f(k, value) for the kCount values one stride apart, in as few loads as they allow.
+template <typename X, int kCount, typename F>
+__device__ __forceinline__ void load_row(const X* p, int64_t stride, F&& f) {
+  if (kCount > 1 && stride == 1 && reinterpret_cast<uintptr_t>(p) % (sizeof(X) * kCount) == 0) {
+    // In pieces of 16 bytes at most, the widest load there is.
+    constexpr int kPiece = sizeof(X) * kCount > 16 ? 16 / sizeof(X) : kCount;
+#pragma unroll
+    for (int first = 0; first < kCount; first += kPiece) {
+      const auto piece = *reinterpret_cast<const Packed<X, kPiece>*>(p + first);
+#pragma unroll
+      for (int k = 0; k < kPiece; ++k) f(first + k, piece.values[k]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) f(k, p[k * stride]);
 }
 
 // kResampled: the volume may be resampled, for which 64-bit divisions are compiled that cost registers.
@@ -64,20 +89,8 @@ __device__ __forceinline__ void load_labels_of(const Volume& v, int64_t sample, 
     for (int k = 0; k < kVoxels; ++k) labels[k] = checked_label(v, p[v.target.resampling.offset(voxel + k)], bad);
     return;
   }
-  p += voxel * v.target.voxel_stride;
-  if (kVoxels > 1 && v.target.voxel_stride == 1 && reinterpret_cast<uintptr_t>(p) % (sizeof(L) * kVoxels) == 0) {
-    // In pieces of 16 bytes at most, the widest load there is.
-    constexpr int kPiece = sizeof(L) * kVoxels > 16 ? 16 / sizeof(L) : kVoxels;
-#pragma unroll
-    for (int first = 0; first < kVoxels; first += kPiece) {
-      const auto piece = *reinterpret_cast<const Packed<L, kPiece>*>(p + first);
-#pragma unroll
-      for (int k = 0; k < kPiece; ++k) labels[first + k] = checked_label(v, piece.values[k], bad);
-    }
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kVoxels; ++k) labels[k] = checked_label(v, p[k * v.target.voxel_stride], bad);
+  load_row<L, kVoxels>(p + voxel * v.target.voxel_stride, v.target.voxel_stride,
+                       [&](int k, L value) { labels[k] = checked_label(v, value, bad); });
 }
 
 // The type is one for the whole launch, so the branch costs nothing beside the load.
@@ -94,38 +107,52 @@ __device__ __forceinline__ void load_labels(const Volume& v, int64_t sample, int
   }
 }
 
-// Values of a weight or dense target.
-template <typename X, typename A, int kCount>
-__device__ __forceinline__ void load_values_of(const void* data, const int64_t (&at)[kCount], A (&values)[kCount]) {
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const X x = static_cast<const X*>(data)[at[k]];
-    if constexpr (sizeof(X) == 2 && !std::is_integral_v<X>) {
-      values[k] = static_cast<A>(static_cast<float>(x));
-    } else {
-      values[k] = static_cast<A>(x);
-    }
+// Calls f with a value of a weight's or dense target's type; a bool is read as uint8.
+template <typename F>
+__device__ __forceinline__ void with_element_type(ElementType type, F&& f) {
+  switch (type) {
+    case ElementType::kBool:
+    case ElementType::kUint8: return f(uint8_t{});
+    case ElementType::kInt8: return f(int8_t{});
+    case ElementType::kInt16: return f(int16_t{});
+    case ElementType::kInt32: return f(int32_t{});
+    case ElementType::kInt64: return f(int64_t{});
+    case ElementType::kHalf: return f(Half{});
+    case ElementType::kBFloat16: return f(BFloat16{});
+    case ElementType::kDouble: return f(double{});
+    default: return f(float{});
   }
 }
-template <typename A, int kCount>
-__device__ __forceinline__ void load_values(const VoxelView& x, const int64_t (&at)[kCount], A (&values)[kCount]) {
-  switch (x.type) {
-    case ElementType::kBool:
-    case ElementType::kUint8: return load_values_of<uint8_t>(x.data, at, values);
-    case ElementType::kInt8: return load_values_of<int8_t>(x.data, at, values);
-    case ElementType::kInt16: return load_values_of<int16_t>(x.data, at, values);
-    case ElementType::kInt32: return load_values_of<int32_t>(x.data, at, values);
-    case ElementType::kInt64: return load_values_of<int64_t>(x.data, at, values);
-    case ElementType::kHalf: return load_values_of<Half>(x.data, at, values);
-    case ElementType::kBFloat16: return load_values_of<BFloat16>(x.data, at, values);
-    case ElementType::kDouble: return load_values_of<double>(x.data, at, values);
-    default: return load_values_of<float>(x.data, at, values);
+
+template <typename A, typename X>
+__device__ __forceinline__ A to_compute(X x) {
+  if constexpr (sizeof(X) == 2 && !std::is_integral_v<X>) {
+    return static_cast<A>(static_cast<float>(x));
+  } else {
+    return static_cast<A>(x);
   }
+}
+
+// Values of a weight or dense target, one stride apart from `at` on. kWide: in as few loads as they allow, which takes
+// registers in every kernel that may do so.
+template <typename X, bool kWide, typename A, int kCount>
+__device__ __forceinline__ void load_values_of(const VoxelView& x, int64_t at, int64_t stride, A (&values)[kCount]) {
+  const X* p = static_cast<const X*>(x.data) + at;
+  if (kWide) {
+    load_row<X, kCount>(p, stride, [&](int k, X value) { values[k] = to_compute<A>(value); });
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) values[k] = to_compute<A>(p[k * stride]);
+}
+template <bool kWide, typename A, int kCount>
+__device__ __forceinline__ void load_values(const VoxelView& x, int64_t at, int64_t stride, A (&values)[kCount]) {
+  with_element_type(x.type, [&](auto element) { load_values_of<decltype(element), kWide>(x, at, stride, values); });
 }
 template <typename A>
 __device__ __forceinline__ A load_value(const VoxelView& x, int64_t at) {
   A value[1];
-  load_values(x, {at}, value);
+  load_values<false>(x, at, 1, value);
   return value[0];
 }
 
@@ -137,13 +164,13 @@ __device__ __forceinline__ void weigh(const Volume& v, int64_t sample, int64_t v
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) weights[k] = A(1);
   if (v.weight.data == nullptr) return;
-  int64_t at[kVoxels];
+  const int64_t start = sample * v.weight.sample_stride, stride = v.weight.voxel_stride;
+  if (kResampled && v.weight.resampling.active) {
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) {
-    const int64_t offset = kResampled ? v.weight.offset(voxel + k) : (voxel + k) * v.weight.voxel_stride;
-    at[k] = sample * v.weight.sample_stride + offset;
+    for (int k = 0; k < kVoxels; ++k) weights[k] = load_value<A>(v.weight, start + v.weight.offset(voxel + k));
+  } else {
+    load_values<false>(v.weight, start + voxel * stride, stride, weights);
   }
-  load_values(v.weight, at, weights);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
     bad |= !(weights[k] >= A(0));
@@ -159,12 +186,62 @@ __device__ __forceinline__ void load_voxels(const Volume& v, int64_t sample, int
   weigh<kResampled>(v, sample, voxel, labels, weights, bad);
 }
 
+// The logits of voxels that do not count, which may be anything, as 0. Few have any, so that a branch is the cheapest.
+template <typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void clear_uncounted(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels]) {
+  bool all_count = true;
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) all_count &= labels[k] != kUncounted;
+  if (all_count) return;
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) z[c].values[k] = labels[k] == kUncounted ? T(0) : z[c].values[k];
+  }
+}
+
+// The largest of a thread's classes.
+template <typename A, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void largest_of_thread(const Packed<T, kVoxels> (&z)[kClasses], A (&top)[kVoxels]) {
+  if constexpr (sizeof(T) == 2) {  // in pairs, before they are converted
+    constexpr int kPairs = kVoxels / 2;
+    uint32_t largest[kPairs], pairs[kPairs];
+    memcpy(largest, &z[0], sizeof largest);
+#pragma unroll
+    for (int c = 1; c < kClasses; ++c) {
+      memcpy(pairs, &z[c], sizeof pairs);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) largest[i] = larger_pair(T{}, largest[i], pairs[i]);
+    }
+    Packed<T, kVoxels> values;
+    memcpy(&values, largest, sizeof largest);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) top[k] = static_cast<A>(values.values[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      top[k] = static_cast<A>(z[0].values[k]);
+#pragma unroll
+      for (int c = 1; c < kClasses; ++c) top[k] = larger(top[k], static_cast<A>(z[c].values[k]));
+    }
+  }
+}
+
 // A program's share of the work: every `programs`-th piece of one sample.
 struct Share {
   int64_t sample, first;
 };
 __device__ __forceinline__ Share share_of_block(int programs) {
   return {static_cast<int64_t>(blockIdx.x) / programs, static_cast<int64_t>(blockIdx.x) % programs};
+}
+
+// The same where a block takes one channel of a sample.
+struct ChannelShare {
+  int64_t sample, channel, first;
+};
+__device__ __forceinline__ ChannelShare channel_share_of_block(int programs, int channels) {
+  const Share share = share_of_block(programs);
+  return {share.sample / channels, share.sample % channels, share.first};
 }
 
 }  // namespace cuda

@@ -231,6 +231,20 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
   }
 }
 
+// max.f16x2 and max.bf16x2: a NaN only where both are.
+template <typename T>
+uint32_t larger_pair(uint32_t a, uint32_t b) {
+  T x[2], y[2];
+  std::memcpy(x, &a, sizeof a);
+  std::memcpy(y, &b, sizeof b);
+  for (int i = 0; i < 2; ++i) {
+    const float first = static_cast<float>(x[i]), second = static_cast<float>(y[i]);
+    if (second > first || std::isnan(first)) x[i] = y[i];
+  }
+  std::memcpy(&a, x, sizeof a);
+  return a;
+}
+
 }  // namespace emulation
 
 #define threadIdx (dim3(emulation::current_thread()->index, 0, 0))

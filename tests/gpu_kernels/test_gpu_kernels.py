@@ -231,6 +231,26 @@ def test_many_blocks(classes):
     check(*inputs(1, classes, space, torch.float32, torch.uint8))
 
 
+@pytest.mark.parametrize("classes", [2, 3, 20])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_many_blocks_of_dense_targets(activation, classes):
+    logits, target = inputs(1, classes, (2, 12, 16) if WHERE == "interpreter" else (10, 24, 64))
+    target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).float() * 0.8 + 0.2 / classes
+    check(logits, target, function=kernel_ce_loss, activation=activation)
+
+
+@pytest.mark.parametrize("classes", [7, 33] if BACKEND == "triton" else [5, 7, 8, 9, 33, 64, 65, 118, 128, 129])
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"focal_gamma": 1.5}, {"dense": True}])
+def test_many_classes_of_general_kernels(options, classes):
+    options = dict(options)
+    logits, target = inputs(1, classes, (6, 10))
+    if options.pop("dense", False):
+        target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).to(torch.uint8)
+        target[:, :, 2] = 7  # in every class: not counted
+        options["ignore_index"] = 7
+    check(logits, target, function=kernel_ce_loss, **options)
+
+
 # On a card every new combination is a compilation of Triton's, and in its interpreter a second or more.
 @hypothesis.settings(max_examples=60 if BACKEND == "triton" else 250, deadline=None, derandomize=True)
 @hypothesis.given(cases(most_classes=20, largest=5 if WHERE == "interpreter" else 11))

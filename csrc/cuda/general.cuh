@@ -1,0 +1,129 @@
+// A voxel and class with a target g of its own (Volume::is_general), and all options of the cross-entropy.
+#pragma once
+
+#include "kernels.h"
+#include "voxels.cuh"
+
+namespace tversky_kernels {
+namespace cuda {
+
+template <typename A>
+__device__ __forceinline__ Probability<A> sigmoid(A z) {
+  const A e = exponential(z < A(0) ? z : -z);
+  return logistic(z < A(0), e, reciprocal(A(1) + e));
+}
+
+// -log sigmoid(z)
+template <typename A>
+__device__ __forceinline__ A minus_log_sigmoid(A z) {
+  return log_one_plus(exponential(z < A(0) ? z : -z)) + (z < A(0) ? -z : A(0));
+}
+
+// p and 1 - p of a softmax, from z_top - z; beyond_one: the sum of the exponentials - 1, inverse: 1 / that sum.
+template <typename A>
+__device__ __forceinline__ Probability<A> dense_probability(A below_top, A beyond_one, A inverse) {
+  const A p = exponential(-below_top) * inverse;
+  return {p, below_top == A(0) ? beyond_one * inverse : A(1) - p};
+}
+
+// p and 1 - p of a channel by itself.
+template <Activation kActivation, typename A>
+__device__ __forceinline__ Probability<A> channel_probability(A x) {
+  static_assert(kActivation != Activation::kSoftmax, "its channels depend on each other");
+  if (kActivation == Activation::kSigmoid) return sigmoid(x);
+  return {x, A(1) - x};
+}
+
+// The counts of one class.
+template <typename A>
+struct GeneralSums {
+  A tp{}, fp{}, fn{}, ce{}, smoothing{}, voxels{};
+
+  // minus_log_p, minus_log_not_p: of a softmax -log p and nothing, of a sigmoid -log p and -log(1 - p); not read
+  // without a cross-entropy.
+  template <Activation kActivation>
+  __device__ __forceinline__ void add(const Volume& v, const Probability<A>& p, A minus_log_p, A minus_log_not_p, A g,
+                                      A weight) {
+    const Overlap<A> overlap = overlap_of(p, g, v.overlap);
+    tp += overlap.tp * weight;
+    fp += overlap.fp * weight;
+    fn += overlap.fn * weight;
+    if (kActivation == Activation::kNone || v.cross_entropy == CrossEntropy::kNone) return;
+    constexpr bool kSigmoid = kActivation == Activation::kSigmoid;
+    A of_one = minus_log_p, of_zero = minus_log_not_p;
+    if (v.focal_gamma != 0) {
+      const A gamma = static_cast<A>(v.focal_gamma);
+      of_one *= focal_power(p.complement, gamma);
+      if (kSigmoid) of_zero *= focal_power(p.p, gamma);
+    }
+    // Without g a term may be infinite, and is not wanted.
+    if (g != A(0)) ce += g * of_one * weight;
+    if (kSigmoid && g != A(1)) ce += (A(1) - g) * of_zero * weight;
+    if (v.cross_entropy == CrossEntropy::kSmoothed) smoothing += (of_one + of_zero) * weight;
+    voxels += v.sums_label_weights() ? g * weight : weight;
+  }
+  // The same of a channel by itself, from its logit.
+  template <Activation kActivation>
+  __device__ __forceinline__ void add_channel(const Volume& v, A x, A g, A weight) {
+    A minus_log_p = A(0), minus_log_not_p = A(0);
+    if (kActivation == Activation::kSigmoid && v.cross_entropy != CrossEntropy::kNone) {
+      minus_log_p = minus_log_sigmoid(x);
+      minus_log_not_p = minus_log_sigmoid(-x);
+    }
+    add<kActivation>(v, channel_probability<kActivation>(x), minus_log_p, minus_log_not_p, g, weight);
+  }
+};
+
+// dL/dp of a class where g = 0 and where g = 1, dL/dCE and dL/dsmoothing.
+template <typename A>
+struct Coefficients {
+  A background, foreground, ce, smoothing;
+};
+
+// b of a class: the cross-entropy's part of its slope. minus_log_p: read where there is a focal exponent.
+template <typename A>
+__device__ __forceinline__ A cross_entropy_slope(const Volume& v, const Coefficients<A>& u, const Probability<A>& p,
+                                                 A g, A minus_log_p) {
+  A b = g * u.ce + u.smoothing;
+  if (v.focal_gamma != 0) {
+    const A gamma = static_cast<A>(v.focal_gamma);
+    b *= focal_slope(p, minus_log_p, focal_power(p.complement, gamma), gamma);
+  }
+  return b;
+}
+
+// dL/dz of a channel by itself.
+template <Activation kActivation, bool kCrossEntropy, typename A>
+__device__ __forceinline__ A channel_gradient(const Volume& v, const Coefficients<A>& u, A x, A g) {
+  const Probability<A> p = channel_probability<kActivation>(x);
+  A dz = overlap_slope(p, g, u.background, u.foreground, v.overlap);
+  if (kActivation == Activation::kSigmoid) dz *= p.p * p.complement;
+  if (kCrossEntropy) {
+    const bool focal = v.focal_gamma != 0;
+    const Probability<A> not_p{p.complement, p.p};
+    const A of_one = cross_entropy_slope(v, u, p, g, focal ? minus_log_sigmoid(x) : A(0));
+    const A of_zero = cross_entropy_slope(v, u, not_p, A(1) - g, focal ? minus_log_sigmoid(-x) : A(0));
+    dz += p.p * of_zero - p.complement * of_one;
+  }
+  return dz;
+}
+
+// The targets of neighbouring voxels in one channel, their labels (only kUncounted means something) and weights.
+template <typename A, int kVoxels>
+__device__ __forceinline__ void load_channel(const Volume& v, int64_t sample, int64_t c, int64_t voxel, A (&g)[kVoxels],
+                                             int (&labels)[kVoxels], A (&weights)[kVoxels], bool& bad) {
+  if (v.dense) {
+    const int64_t at = sample * v.target.sample_stride + c * v.target.class_stride + voxel * v.target.voxel_stride;
+    load_values<true>(v.target, at, v.target.voxel_stride, g);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) labels[k] = 0;
+    weigh<false>(v, sample, voxel, labels, weights, bad);
+  } else {
+    load_voxels<false>(v, sample, voxel, labels, weights, bad);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) g[k] = labels[k] == c + v.first_label ? A(1) : A(0);
+  }
+}
+
+}  // namespace cuda
+}  // namespace tversky_kernels
