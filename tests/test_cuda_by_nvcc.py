@@ -46,8 +46,8 @@ def test_cuda_kernels_compile_without_spills(arch, tmp_path):
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "g.ptx").read_text()
     for kernel, stores in (
-        ("20gradient_pass_kernelIfLi4ELi4ELb0E", 4),  # four classes in registers
-        ("26split_gradient_pass_kernelIfLi8ELi4ELb0E", 8),  # many, eight in the registers of each lane
+        ("20gradient_pass_kernelIfLi4ELb0E", 4),  # four classes in registers
+        ("26split_gradient_pass_kernelIfLi8ELb0E", 8),  # many, eight in the registers of each lane
         ("26tiled_gradient_pass_kernelIfL\\w*ActivationE0ELb0E", 1),  # any number through shared memory
     ):
         (body,) = re.findall(rf"\.entry \w*{kernel}\w*\((.*?)\n}}", text, re.S)

@@ -110,7 +110,7 @@ def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path):
 
 
 FINAL_LOOP = "for (int i = threadIdx.x; i < kValues"
-COLUMNS_READ = "__syncthreads();                         // the columns have been read"
+MEMORY_READ = "__syncthreads();  // the memory has been read"
 PLANTED = {
     "a barrier is missing": ("count_pass.cu", f"__syncthreads();\n  {FINAL_LOOP}", FINAL_LOOP),
     "a barrier is not for all": (
@@ -123,7 +123,7 @@ PLANTED = {
     "a sum is forgotten": ("count_pass.cu", "for (int w = 0; w < warps; ++w)", "for (int w = 1; w < warps; ++w)"),
     "shared memory is not cleared": ("count_pass.cu", "sums[i] = A(0);", ";"),
     "the other class": ("count_pass.cu", "counts[4] = counts[3];", "counts[4] = counts[2];"),
-    "shared memory is used again too early": ("count_pass.cu", COLUMNS_READ, ""),
+    "shared memory is used again too early": ("count_pass.cu", MEMORY_READ, ""),
     "a column is not cleared": ("count_pass.cu", "mine[i * Plan::kThreads] = A(0);", ";"),
     "a lane is not asked": ("split.cuh", "distance >= lane.slots", "distance > lane.slots"),
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),

@@ -76,18 +76,16 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         const A e = exponential(d < A(0) ? d : -d);
         const Probability<A> p = logistic(d < A(0), e, reciprocal(A(1) + e));
         const A p0 = p.complement * weight, p1 = p.p * weight;
+        const A common = kCrossEntropy ? log_one_plus_small(e) : A(0);  // -log of the larger p
         if (label == 0) {
           counts[0] += p0;
           counts[3] += p1;
+          if constexpr (kCrossEntropy) counts[6] += (common + larger(d, A(0))) * weight;
         }
         if (label == 1) {
           counts[1] += p1;
           counts[2] += p0;
-        }
-        if constexpr (kCrossEntropy) {
-          const A common = log_one_plus(e);
-          counts[6] += label == 0 ? (common + (d > A(0) ? d : A(0))) * weight : A(0);
-          counts[7] += label == 1 ? (common + (d < A(0) ? -d : A(0))) * weight : A(0);
+          if constexpr (kCrossEntropy) counts[7] += (common + larger(-d, A(0))) * weight;
         }
       } else {
         const A top = tops[k];

@@ -16,7 +16,7 @@ __device__ __forceinline__ Probability<A> sigmoid(A z) {
 // -log sigmoid(z)
 template <typename A>
 __device__ __forceinline__ A minus_log_sigmoid(A z) {
-  return log_one_plus(exponential(z < A(0) ? z : -z)) + (z < A(0) ? -z : A(0));
+  return log_one_plus_small(exponential(z < A(0) ? z : -z)) + (z < A(0) ? -z : A(0));
 }
 
 // p and 1 - p of a softmax, from z_top - z; beyond_one: the sum of the exponentials - 1, inverse: 1 / that sum.

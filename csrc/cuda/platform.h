@@ -120,6 +120,18 @@ __device__ __forceinline__ float log_one_plus(float x) {
 __device__ __forceinline__ double log_one_plus(double x) {
   return log1p(x);
 }
+// The same for x in [0, 1], by the series of 2 atanh(x / (2 + x)): half the instructions. The first term left out is at
+// most 2e-8 of the sum.
+__device__ __forceinline__ float log_one_plus_small(float x) {
+  const float s = x * reciprocal(2.0f + x), z = s * s;
+  float series = 1.0f / 13;
+#pragma unroll
+  for (int i = 11; i > 1; i -= 2) series = fmaf(series, z, 1.0f / static_cast<float>(i));
+  return 2.0f * fmaf(s * z, series, s);
+}
+__device__ __forceinline__ double log_one_plus_small(double x) {
+  return log1p(x);
+}
 __device__ __forceinline__ float logarithm(float x) {
   return logf(x);
 }
