@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     clear_uncounted(z, labels);
     A tops[kVoxels];
     if (kClasses > 2) largest_of_thread(z, tops);
+    if (kClasses > 2 && !kCrossEntropy) take_off_huge(z, tops);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];

@@ -79,7 +79,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     load_voxels<false>(v, share.sample, at, labels, weights, bad);
     clear_uncounted(z, labels);
     A tops[kVoxels];
-    if (kClasses > 2) largest_of_thread(z, tops);
+    if (kClasses > 2) {
+      largest_of_thread(z, tops);
+      take_off_huge(z, tops);
+    }
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];

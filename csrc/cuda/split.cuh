@@ -104,6 +104,7 @@ __device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasse
   A top[kVoxels];
   largest_of_thread(z, top);
   max_over_lanes(top, lane);
+  if (!kExact) take_off_huge(z, top);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
     const int target = lane.index_of(labels[k]);

@@ -227,6 +227,24 @@ __device__ __forceinline__ void largest_of_thread(const Packed<T, kVoxels> (&z)[
   }
 }
 
+// For exponential_below, whose factor is near 1 only where a voxel's largest logit is not huge: takes it off where it
+// is.
+template <typename A, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void take_off_huge(Packed<T, kVoxels> (&z)[kClasses], A (&top)[kVoxels]) {
+  if (std::is_same_v<T, Half>) return;  // has none
+  constexpr A kHuge = 1 << 20;
+  bool any = false;
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) any |= top[k] > kHuge || top[k] < -kHuge;
+  if (!any) return;
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) z[c].values[k] = static_cast<T>(static_cast<A>(z[c].values[k]) - top[k]);
+    top[k] = A(0);
+  }
+}
+
 // A program's share of the work: every `programs`-th piece of one sample.
 struct Share {
   int64_t sample, first;
