@@ -138,12 +138,12 @@ __device__ __forceinline__ A to_compute(X x) {
 template <typename X, bool kWide, typename A, int kCount>
 __device__ __forceinline__ void load_values_of(const VoxelView& x, int64_t at, int64_t stride, A (&values)[kCount]) {
   const X* p = static_cast<const X*>(x.data) + at;
-  if (kWide) {
+  if constexpr (kWide) {
     load_row<X, kCount>(p, stride, [&](int k, X value) { values[k] = to_compute<A>(value); });
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) values[k] = to_compute<A>(p[k * stride]);
+    for (int k = 0; k < kCount; ++k) values[k] = to_compute<A>(p[k * stride]);
+  }
 }
 template <bool kWide, typename A, int kCount>
 __device__ __forceinline__ void load_values(const VoxelView& x, int64_t at, int64_t stride, A (&values)[kCount]) {
@@ -231,17 +231,18 @@ __device__ __forceinline__ void largest_of_thread(const Packed<T, kVoxels> (&z)[
 // is.
 template <typename A, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void take_off_huge(Packed<T, kVoxels> (&z)[kClasses], A (&top)[kVoxels]) {
-  if (std::is_same_v<T, Half>) return;  // has none
-  constexpr A kHuge = 1 << 20;
-  bool any = false;
+  if constexpr (!std::is_same_v<T, Half>) {  // which has none
+    constexpr A kHuge = 1 << 20;
+    bool any = false;
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) any |= top[k] > kHuge || top[k] < -kHuge;
-  if (!any) return;
+    for (int k = 0; k < kVoxels; ++k) any |= top[k] > kHuge || top[k] < -kHuge;
+    if (!any) return;
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) {
+    for (int k = 0; k < kVoxels; ++k) {
 #pragma unroll
-    for (int c = 0; c < kClasses; ++c) z[c].values[k] = static_cast<T>(static_cast<A>(z[c].values[k]) - top[k]);
-    top[k] = A(0);
+      for (int c = 0; c < kClasses; ++c) z[c].values[k] = static_cast<T>(static_cast<A>(z[c].values[k]) - top[k]);
+      top[k] = A(0);
+    }
   }
 }
 
