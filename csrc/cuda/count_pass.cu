@@ -172,13 +172,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 
   const SplitLane lane(log_lanes, static_cast<int>(v.classes));
   const Share share = share_of_block(programs);
-  const int warp = threadIdx.x / kWarp, warps = Plan::kThreads / kWarp;
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   A fp[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
-  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kVoxels, step = programs * warps * of_warp;
-  for (int64_t first = (share.first * warps + warp) * of_warp; first < v.voxels; first += step) {
-    const int64_t at = first + lane.slot * kVoxels;
+  for_each_pack(v, share, programs, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     int labels[kVoxels];
@@ -210,7 +207,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         }
       }
     }
-  }
+  });
 
   A values[kValues];
 #pragma unroll
@@ -241,13 +238,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const int classes = static_cast<int>(v.classes);
   const SplitLane lane(log_lanes, classes);
   const Share share = share_of_block(programs);
-  const int warp = threadIdx.x / kWarp, warps = Plan::kThreads / kWarp;
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   GeneralSums<A> counts[kClasses];
   bool bad = false;
-  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kVoxels, step = programs * warps * of_warp;
-  for (int64_t first = (share.first * warps + warp) * of_warp; first < v.voxels; first += step) {
-    const int64_t at = first + lane.slot * kVoxels;
+  for_each_pack(v, share, programs, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
@@ -267,7 +261,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
             v, p, below_top[j][k] + log_sum, A(0), g[j][k], weights[k]);
       }
     }
-  }
+  });
 
   A values[kColumns * kClasses];
 #pragma unroll
@@ -490,72 +484,54 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
 }  // namespace
 
 void launch_count_pass(const Volume& v, const Plan& plan, void* partial, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(v.samples * plan.programs)), block(Plan::kThreads);
-  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+  const int64_t shares = v.samples * (plan.by_channel ? v.classes : 1);
+  const dim3 grid(static_cast<unsigned>(shares * plan.programs)), block(Plan::kThreads);
+  const int bytes = plan.shared_bytes, programs = plan.programs;
   with_logits_type(v.logits.type, [&](auto element) {
     using T = decltype(element);
     Compute<T>* out = static_cast<Compute<T>*>(partial);
-    if constexpr (sizeof(T) < 8) {
-      if (plan.lanes > 0 && v.is_general()) {
-        with_general_split_classes(v.classes, [&](auto classes) {
-          constexpr int kClasses = decltype(classes)::value;
-          if (cross_entropy) {
-            TK_LAUNCH((general_split_count_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v,
-                      out, plan.programs, plan.log_lanes());
+    with_bool(v.cross_entropy != CrossEntropy::kNone, [&](auto has_cross_entropy) {
+      constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value;
+      if (plan.split) {
+        if constexpr (sizeof(T) < 8) {
+          if (v.is_general()) {
+            with_general_split_classes(v.classes, [&](auto classes) {
+              constexpr int kClasses = decltype(classes)::value;
+              TK_LAUNCH((general_split_count_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v,
+                        out, programs, plan.log_lanes());
+            });
           } else {
-            TK_LAUNCH((general_split_count_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v,
-                      out, plan.programs, plan.log_lanes());
+            with_split_classes(v.classes, plan.lanes, [&](auto classes) {
+              constexpr int kClasses = decltype(classes)::value;
+              TK_LAUNCH((split_count_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v, out,
+                        programs, plan.log_lanes());
+            });
           }
+        }
+        return;
+      }
+      if (plan.lanes == 1) {
+        with_few_classes<T>(v.classes, [&](auto classes) {
+          constexpr int kClasses = decltype(classes)::value;
+          TK_LAUNCH((count_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v, out, programs);
         });
         return;
       }
-      if (plan.lanes > 0 && v.classes > kMostInRegisters<T>) {
-        with_split_classes(v.classes, plan.lanes, [&](auto classes) {
-          constexpr int kClasses = decltype(classes)::value;
-          if (cross_entropy) {
-            TK_LAUNCH((split_count_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v, out,
-                      plan.programs, plan.log_lanes());
-          } else {
-            TK_LAUNCH((split_count_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v, out,
-                      plan.programs, plan.log_lanes());
+      with_activation(v.activation, [&](auto activation) {
+        constexpr Activation kActivation = decltype(activation)::value;
+        constexpr bool kSoftmax = kActivation == Activation::kSoftmax;
+        if (plan.by_channel) {
+          if constexpr (!kSoftmax) {
+            TK_LAUNCH((channel_count_pass_kernel<T, kActivation>), grid, block, bytes, stream, v, out, programs);
           }
-        });
-        return;
-      }
-    }
-    if (plan.lanes > 0) {
-      with_few_classes<T>(v.classes, [&](auto classes) {
-        constexpr int kClasses = decltype(classes)::value;
-        if (cross_entropy) {
-          TK_LAUNCH((count_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v, out,
-                    plan.programs);
-        } else {
-          TK_LAUNCH((count_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v, out,
-                    plan.programs);
+        } else if (v.is_general()) {
+          TK_LAUNCH((general_count_pass_kernel<T, kActivation>), grid, block, bytes, stream, v, out, programs,
+                    plan.voxels);
+        } else {  // a cross-entropy only of a softmax, for the rest is general
+          TK_LAUNCH((tiled_count_pass_kernel < T, kActivation, kCrossEntropy && kSoftmax >), grid, block, bytes, stream,
+                    v, out, programs, plan.voxels);
         }
       });
-      return;
-    }
-    with_activation(v.activation, [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-      if constexpr (kActivation != Activation::kSoftmax) {
-        if (plan.by_channel) {
-          const dim3 blocks(grid.x * static_cast<unsigned>(v.classes));
-          TK_LAUNCH((channel_count_pass_kernel<T, kActivation>), blocks, block, plan.shared_bytes, stream, v, out,
-                    plan.programs);
-          return;
-        }
-      }
-      if (v.is_general()) {
-        TK_LAUNCH((general_count_pass_kernel<T, kActivation>), grid, block, plan.shared_bytes, stream, v, out,
-                  plan.programs, plan.voxels);
-      } else if (cross_entropy) {  // softmax, for the rest is general
-        TK_LAUNCH((tiled_count_pass_kernel<T, Activation::kSoftmax, true>), grid, block, plan.shared_bytes, stream, v,
-                  out, plan.programs, plan.voxels);
-      } else {
-        TK_LAUNCH((tiled_count_pass_kernel<T, kActivation, false>), grid, block, plan.shared_bytes, stream, v, out,
-                  plan.programs, plan.voxels);
-      }
     });
   });
 }

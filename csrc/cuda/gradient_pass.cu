@@ -143,19 +143,14 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   __syncthreads();
 
   const SplitLane lane(log_lanes, classes);
-  const int warp = threadIdx.x / kWarp, warps = Plan::kThreads / kWarp;
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
-  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + lane.first_class * a.out.class_stride;
-  const int64_t out_step = a.out.class_stride << log_lanes;
   A u_background[kClasses];
 #pragma unroll
   for (int j = 0; j < kClasses; ++j) {
     u_background[j] = lane.has<kClasses>(j) ? of_class.background[lane.class_of(j)] : A(0);
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
-  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kVoxels, step = programs * warps * of_warp;
-  for (int64_t first = (share.first * warps + warp) * of_warp; first < v.voxels; first += step) {
-    const int64_t at = first + lane.slot * kVoxels;
+  for_each_pack(v, share, programs, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     int labels[kVoxels];
@@ -188,13 +183,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         z[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
       }
     }
-    if (at >= v.voxels) continue;
-    T* row = out + at;
-#pragma unroll
-    for (int j = 0; j < kClasses; ++j, row += out_step) {
-      if (lane.has<kClasses>(j)) store_packed(row, z[j]);
-    }
-  }
+    store_split(v, a.out, share.sample, lane, at, z);
+  });
 }
 
 // A target of its own for every class, and all options of a softmax's cross-entropy.
@@ -214,10 +204,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   __syncthreads();
 
   const SplitLane lane(log_lanes, classes);
-  const int warp = threadIdx.x / kWarp, warps = Plan::kThreads / kWarp;
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
-  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + lane.first_class * a.out.class_stride;
-  const int64_t out_step = a.out.class_stride << log_lanes;
   Coefficients<A> u[kClasses] = {};
 #pragma unroll
   for (int j = 0; j < kClasses; ++j) {
@@ -225,9 +212,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const bool focal = kCrossEntropy && v.focal_gamma != 0;
-  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kVoxels, step = programs * warps * of_warp;
-  for (int64_t first = (share.first * warps + warp) * of_warp; first < v.voxels; first += step) {
-    const int64_t at = first + lane.slot * kVoxels;
+  for_each_pack(v, share, programs, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
@@ -270,13 +255,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         z[j].values[k] = static_cast<T>(labels[k] == kUncounted ? A(0) : dz * weights[k]);
       }
     }
-    if (at >= v.voxels) continue;
-    T* row = out + at;
-#pragma unroll
-    for (int j = 0; j < kClasses; ++j, row += out_step) {
-      if (lane.has<kClasses>(j)) store_packed(row, z[j]);
-    }
-  }
+    store_split(v, a.out, share.sample, lane, at, z);
+  });
 }
 
 template <typename T, Activation kActivation, bool kCrossEntropy>
@@ -483,80 +463,54 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
 }  // namespace
 
 void launch_gradient_pass(const Volume& v, const Plan& plan, const GradientArguments& a, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(v.samples * plan.programs)), block(Plan::kThreads);
-  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+  const int64_t shares = v.samples * (plan.by_channel ? v.classes : 1);
+  const dim3 grid(static_cast<unsigned>(shares * plan.programs)), block(Plan::kThreads);
+  const int bytes = plan.shared_bytes, programs = plan.programs;
   with_logits_type(v.logits.type, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) < 8) {
-      if (plan.lanes > 0 && v.is_general()) {
-        with_general_split_classes(v.classes, [&](auto classes) {
-          constexpr int kClasses = decltype(classes)::value;
-          if (cross_entropy) {
-            TK_LAUNCH((general_split_gradient_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream,
-                      v, a, plan.programs, plan.log_lanes());
+    with_bool(v.cross_entropy != CrossEntropy::kNone, [&](auto has_cross_entropy) {
+      constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value;
+      if (plan.split) {
+        if constexpr (sizeof(T) < 8) {
+          if (v.is_general()) {
+            with_general_split_classes(v.classes, [&](auto classes) {
+              constexpr int kClasses = decltype(classes)::value;
+              TK_LAUNCH((general_split_gradient_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v,
+                        a, programs, plan.log_lanes());
+            });
           } else {
-            TK_LAUNCH((general_split_gradient_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream,
-                      v, a, plan.programs, plan.log_lanes());
+            with_split_classes(v.classes, plan.lanes, [&](auto classes) {
+              constexpr int kClasses = decltype(classes)::value;
+              TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v, a,
+                        programs, plan.log_lanes());
+            });
           }
+        }
+        return;
+      }
+      if (plan.lanes == 1) {
+        with_few_classes<T>(v.classes, [&](auto classes) {
+          constexpr int kClasses = decltype(classes)::value;
+          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v, a, programs);
         });
         return;
       }
-      if (plan.lanes > 0 && v.classes > kMostInRegisters<T>) {
-        with_split_classes(v.classes, plan.lanes, [&](auto classes) {
-          constexpr int kClasses = decltype(classes)::value;
-          if (cross_entropy) {
-            TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v, a,
-                      plan.programs, plan.log_lanes());
-          } else {
-            TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v, a,
-                      plan.programs, plan.log_lanes());
+      with_activation(v.activation, [&](auto activation) {
+        constexpr Activation kActivation = decltype(activation)::value;
+        constexpr bool kSoftmax = kActivation == Activation::kSoftmax;
+        constexpr bool kHasCe = kCrossEntropy && kActivation != Activation::kNone;  // else it is not asked for
+        if (plan.by_channel) {
+          if constexpr (!kSoftmax) {
+            TK_LAUNCH((channel_gradient_pass_kernel<T, kActivation, kHasCe>), grid, block, 0, stream, v, a, programs);
           }
-        });
-        return;
-      }
-    }
-    if (plan.lanes > 0) {
-      with_few_classes<T>(v.classes, [&](auto classes) {
-        constexpr int kClasses = decltype(classes)::value;
-        if (cross_entropy) {
-          TK_LAUNCH((gradient_pass_kernel<T, kClasses, true>), grid, block, plan.shared_bytes, stream, v, a,
-                    plan.programs);
-        } else {
-          TK_LAUNCH((gradient_pass_kernel<T, kClasses, false>), grid, block, plan.shared_bytes, stream, v, a,
-                    plan.programs);
+        } else if (v.is_general()) {
+          TK_LAUNCH((general_gradient_pass_kernel<T, kActivation, kHasCe>), grid, block, bytes, stream, v, a, programs,
+                    plan.voxels);
+        } else {  // a cross-entropy only of a softmax, for the rest is general
+          TK_LAUNCH((tiled_gradient_pass_kernel < T, kActivation, kCrossEntropy && kSoftmax >), grid, block, bytes,
+                    stream, v, a, programs, plan.voxels);
         }
       });
-      return;
-    }
-    with_activation(v.activation, [&](auto activation) {
-      constexpr Activation kActivation = decltype(activation)::value;
-      constexpr bool kHasCe = kActivation != Activation::kNone;  // else it is not asked for
-      if constexpr (kActivation != Activation::kSoftmax) {
-        if (plan.by_channel) {
-          const dim3 blocks(grid.x * static_cast<unsigned>(v.classes));
-          if (cross_entropy) {
-            TK_LAUNCH((channel_gradient_pass_kernel<T, kActivation, kHasCe>), blocks, block, 0, stream, v, a,
-                      plan.programs);
-          } else {
-            TK_LAUNCH((channel_gradient_pass_kernel<T, kActivation, false>), blocks, block, 0, stream, v, a,
-                      plan.programs);
-          }
-          return;
-        }
-      }
-      if (v.is_general() && cross_entropy) {
-        TK_LAUNCH((general_gradient_pass_kernel<T, kActivation, kHasCe>), grid, block, plan.shared_bytes, stream, v, a,
-                  plan.programs, plan.voxels);
-      } else if (v.is_general()) {
-        TK_LAUNCH((general_gradient_pass_kernel<T, kActivation, false>), grid, block, plan.shared_bytes, stream, v, a,
-                  plan.programs, plan.voxels);
-      } else if (cross_entropy) {  // softmax, for the rest is general
-        TK_LAUNCH((tiled_gradient_pass_kernel<T, Activation::kSoftmax, true>), grid, block, plan.shared_bytes, stream,
-                  v, a, plan.programs, plan.voxels);
-      } else {
-        TK_LAUNCH((tiled_gradient_pass_kernel<T, kActivation, false>), grid, block, plan.shared_bytes, stream, v, a,
-                  plan.programs, plan.voxels);
-      }
     });
   });
 }

@@ -15,6 +15,7 @@ struct Plan {
   int programs;      // blocks a sample
   int voxels;        // a thread (in registers) or a block (tiled) takes at once
   int lanes;         // threads in whose registers all classes of a voxel are; 0: none, but see by_channel, or tiled
+  bool split;        // the classes of a voxel are split over the lanes (it may be one): see split.cuh
   bool by_channel;   // a block takes one channel: `programs` blocks a sample and class
   int shared_bytes;  // of a block
   static constexpr int kThreads = 256;
@@ -114,6 +115,16 @@ void with_general_split_classes(int64_t classes, F&& f) {
     f(std::integral_constant<int, 2>{});
   } else {
     f(std::integral_constant<int, kMostOfLaneGeneral>{});
+  }
+}
+
+// Calls f with a bool as a constant.
+template <typename F>
+void with_bool(bool value, F&& f) {
+  if (value) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
   }
 }
 

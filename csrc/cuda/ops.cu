@@ -152,13 +152,14 @@ bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   int64_t values = 0;  // of Compute<T>, in shared memory
   plan.voxels = kSplitVoxels;
+  plan.split = v.is_general() || classes > kMostInRegisters<T>;
   if (v.is_general()) {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, kMostOfLaneGeneral) : 0;
     with_general_split_classes(classes, [&](auto of_lane) {
       values = Plan::kThreads / kWarp * plan.lanes * v.count_columns() * decltype(of_lane)::value;
     });
     if (backward) values = kAllCoefficients * classes;
-  } else if (classes <= kMostInRegisters<T>) {
+  } else if (!plan.split) {
     plan.lanes = 1;
     with_few_classes<T>(classes, [&](auto c) {
       constexpr int kClasses = decltype(c)::value;

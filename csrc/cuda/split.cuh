@@ -80,6 +80,32 @@ __device__ __forceinline__ void load_split(const Volume& v, const T* rows, const
   }
 }
 
+// The gradient of a lane's logits, where load_split found them.
+template <typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void store_split(const Volume& v, const GradientView& out, int64_t sample,
+                                            const SplitLane& lane, int64_t at,
+                                            const Packed<T, kVoxels> (&dz)[kClasses]) {
+  if (at >= v.voxels) return;
+  T* row = static_cast<T*>(out.data) + sample * out.sample_stride + lane.first_class * out.class_stride + at;
+  const int64_t step = out.class_stride << lane.log_lanes;
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j, row += step) {
+    if (lane.has<kClasses>(j)) store_packed(row, dz[j]);
+  }
+}
+
+// Calls f(at) for the voxels of each lane in the block's share, kSplitVoxels from `at` on; the lanes of a warp
+// together, also where some are beyond the last voxel.
+template <typename F>
+__device__ __forceinline__ void for_each_pack(const Volume& v, const Share& share, int programs, const SplitLane& lane,
+                                              F&& f) {
+  constexpr int kWarps = Plan::kThreads / kWarp;
+  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kSplitVoxels, step = programs * kWarps * of_warp;
+  for (int64_t first = (share.first * kWarps + threadIdx.x / kWarp) * of_warp; first < v.voxels; first += step) {
+    f(first + lane.slot * kSplitVoxels);
+  }
+}
+
 // The labels of a lane's voxels and their weights; nothing beyond the last voxel counts.
 template <typename A, int kVoxels>
 __device__ __forceinline__ void load_split_voxels(const Volume& v, int64_t sample, int64_t at, int (&labels)[kVoxels],
