@@ -25,9 +25,10 @@ struct Resampling {
   int64_t strides[3];       // of the one that is read, in elements
   float scales[3];          // source size / size
 
-  TK_MATH int64_t source(int dimension, int64_t i) const {
-    const int64_t at = static_cast<int64_t>(static_cast<float>(i) * scales[dimension]);
-    const int64_t last = source_sizes[dimension] - 1;
+  template <typename Index>
+  TK_MATH int64_t source(int dimension, Index i) const {
+    const Index at = static_cast<Index>(static_cast<float>(i) * scales[dimension]);
+    const Index last = static_cast<Index>(source_sizes[dimension] - 1);
     return (at < last ? at : last) * strides[dimension];
   }
   // The offset of the voxel that is read for this volume's voxel, from the start of the sample.

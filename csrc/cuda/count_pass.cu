@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     }
     int labels[kVoxels];
     A weights[kVoxels];
-    load_voxels<false>(v, share.sample, at, labels, weights, bad);
+    load_voxels<Reads::kSameSize>(v, share.sample, at, labels, weights, bad);
     clear_uncounted(z, labels);
     A tops[kVoxels];
     if (kClasses > 2) largest_of_thread(z, tops);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     load_split(v, rows, lane, at, z);
     int labels[kVoxels];
     A weights[kVoxels];
-    load_split_voxels(v, share.sample, at, labels, weights, bad);
+    load_split_voxels<Reads::kSameSize>(v, share.sample, at, labels, weights, bad);
     A others[kClasses][kVoxels], sum_others[kVoxels], below_top[kVoxels];
     SoftmaxSums<A> sums[kVoxels];
     softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
@@ -494,7 +494,7 @@ void launch_count_pass(const Volume& v, const Plan& plan, void* partial, cudaStr
       constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value;
       if (plan.split) {
         if constexpr (sizeof(T) < 8) {
-          if (v.is_general()) {
+          if (plan.general) {
             with_general_split_classes(v.classes, [&](auto classes) {
               constexpr int kClasses = decltype(classes)::value;
               TK_LAUNCH((general_split_count_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v,

@@ -113,13 +113,20 @@ template <typename A, int kVoxels>
 __device__ __forceinline__ void load_channel(const Volume& v, int64_t sample, int64_t c, int64_t voxel, A (&g)[kVoxels],
                                              int (&labels)[kVoxels], A (&weights)[kVoxels], bool& bad) {
   if (v.dense) {
-    const int64_t at = sample * v.target.sample_stride + c * v.target.class_stride + voxel * v.target.voxel_stride;
-    load_values<true>(v.target, at, v.target.voxel_stride, g);
+    const int64_t start = sample * v.target.sample_stride + c * v.target.class_stride;
+    if (v.target.resampling.active) {
+      int64_t at[kVoxels];
+      source_offsets<Reads::kResampled>(v.target.resampling, voxel, at);
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) g[k] = load_value<A>(v.target, start + at[k]);
+    } else {
+      load_values<true>(v.target, start + voxel * v.target.voxel_stride, v.target.voxel_stride, g);
+    }
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) labels[k] = 0;
-    weigh<false>(v, sample, voxel, labels, weights, bad);
+    weigh<Reads::kResampled>(v, sample, voxel, labels, weights, bad);
   } else {
-    load_voxels<false>(v, sample, voxel, labels, weights, bad);
+    load_voxels<Reads::kResampled>(v, sample, voxel, labels, weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) g[k] = labels[k] == c + v.first_label ? A(1) : A(0);
   }

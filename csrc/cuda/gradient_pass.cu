@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     }
     int labels[kVoxels];
     A weights[kVoxels];
-    load_voxels<false>(v, share.sample, at, labels, weights, bad);
+    load_voxels<Reads::kSameSize>(v, share.sample, at, labels, weights, bad);
     clear_uncounted(z, labels);
     A tops[kVoxels];
     if (kClasses > 2) {
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     load_split(v, rows, lane, at, z);
     int labels[kVoxels];
     A weights[kVoxels];
-    load_split_voxels(v, share.sample, at, labels, weights, bad);
+    load_split_voxels<Reads::kSameSize>(v, share.sample, at, labels, weights, bad);
     A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
     SoftmaxSums<A> sums[kVoxels];
     softmax_of_split<false>(z, labels, lane, others, sums, below_top);
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 
 // Channels by themselves, with any target: a block takes one channel, its threads kVoxels voxels at once.
 template <typename T, Activation kActivation, bool kCrossEntropy>
-__global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
+__global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBlocks<T>)
     channel_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs) {
   using A = Compute<T>;
   constexpr int kVoxels = kChannelVoxels<T>, kPacks = kVoxels / kPack<T>;
@@ -472,7 +472,7 @@ void launch_gradient_pass(const Volume& v, const Plan& plan, const GradientArgum
       constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value;
       if (plan.split) {
         if constexpr (sizeof(T) < 8) {
-          if (v.is_general()) {
+          if (plan.general) {
             with_general_split_classes(v.classes, [&](auto classes) {
               constexpr int kClasses = decltype(classes)::value;
               TK_LAUNCH((general_split_gradient_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v,

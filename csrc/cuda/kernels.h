@@ -16,6 +16,7 @@ struct Plan {
   int voxels;        // a thread (in registers) or a block (tiled) takes at once
   int lanes;         // threads in whose registers all classes of a voxel are; 0: none, but see by_channel, or tiled
   bool split;        // the classes of a voxel are split over the lanes (it may be one): see split.cuh
+  bool general;      // split: by the kernels for a target of its own for every class, which also read resampled ones
   bool by_channel;   // a block takes one channel: `programs` blocks a sample and class
   int shared_bytes;  // of a block
   static constexpr int kThreads = 256;

@@ -137,11 +137,16 @@ bool aligned(const LogitsView& x, int64_t element_size, int64_t bytes) {
          x.sample_stride * element_size % bytes == 0 && x.class_stride * element_size % bytes == 0;
 }
 
-// The kernels whose blocks do not share voxels through memory: whole loads of plan.voxels, targets and weights of the
-// logits' size. A fresh gradient has the logits' strides or contiguous ones, which are as good.
+bool is_resampled(const Volume& v) {
+  return v.target.resampling.active || v.weight.resampling.active;
+}
+
+// The kernels whose blocks do not share voxels through memory: whole loads of plan.voxels, and not too many of them
+// where a target or weight is resampled. A fresh gradient has the logits' strides or contiguous ones, which are as
+// good.
 bool can_be_read(const Volume& v, int64_t element_size, int voxels) {
-  return !v.target.resampling.active && !v.weight.resampling.active && v.voxels % voxels == 0 &&
-         aligned(v.logits, element_size, std::min<int64_t>(16, voxels * element_size));
+  return v.voxels % voxels == 0 && aligned(v.logits, element_size, std::min<int64_t>(16, voxels * element_size)) &&
+         !(is_resampled(v) && v.voxels >= int64_t{1} << 31);
 }
 
 // What follows returns false, and may leave the plan half made, where the kernels are not for this volume.
@@ -152,8 +157,9 @@ bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   int64_t values = 0;  // of Compute<T>, in shared memory
   plan.voxels = kSplitVoxels;
-  plan.split = v.is_general() || classes > kMostInRegisters<T>;
-  if (v.is_general()) {
+  plan.general = v.is_general() || is_resampled(v);
+  plan.split = plan.general || classes > kMostInRegisters<T>;
+  if (plan.general) {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, kMostOfLaneGeneral) : 0;
     with_general_split_classes(classes, [&](auto of_lane) {
       values = Plan::kThreads / kWarp * plan.lanes * v.count_columns() * decltype(of_lane)::value;

@@ -107,7 +107,7 @@ __device__ __forceinline__ void for_each_pack(const Volume& v, const Share& shar
 }
 
 // The labels of a lane's voxels and their weights; nothing beyond the last voxel counts.
-template <typename A, int kVoxels>
+template <Reads kReads, typename A, int kVoxels>
 __device__ __forceinline__ void load_split_voxels(const Volume& v, int64_t sample, int64_t at, int (&labels)[kVoxels],
                                                   A (&weights)[kVoxels], bool& bad) {
 #pragma unroll
@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_split_voxels(const Volume& v, int64_t sampl
     labels[k] = kUncounted;
     weights[k] = A(0);
   }
-  if (at < v.voxels) load_voxels<false>(v, sample, at, labels, weights, bad);
+  if (at < v.voxels) load_voxels<kReads>(v, sample, at, labels, weights, bad);
 }
 
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
@@ -153,16 +153,23 @@ __device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasse
 template <typename X, typename A, int kClasses, int kVoxels>
 __device__ __forceinline__ void load_dense_of(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
                                               A (&g)[kClasses][kVoxels]) {
-  const int64_t first = sample * v.target.sample_stride + lane.first_class * v.target.class_stride;
-  const int64_t step = v.target.class_stride << lane.log_lanes;
-  const X* row = static_cast<const X*>(v.target.data) + first + at * v.target.voxel_stride;
+  const int64_t step = v.target.class_stride << lane.log_lanes, stride = v.target.voxel_stride;
+  const X* row =
+      static_cast<const X*>(v.target.data) + sample * v.target.sample_stride + lane.first_class * v.target.class_stride;
+  const bool resampled = v.target.resampling.active;
+  int64_t offsets[kVoxels] = {};
+  if (resampled) source_offsets<Reads::kResampled>(v.target.resampling, at, offsets);
 #pragma unroll
   for (int j = 0; j < kClasses; ++j, row += step) {
-    if (lane.has<kClasses>(j)) {
-      load_row<X, kVoxels>(row, v.target.voxel_stride, [&](int k, X value) { g[j][k] = to_compute<A>(value); });
-    } else {
+    const auto set = [&](int k, X value) { g[j][k] = to_compute<A>(value); };
+    if (!lane.has<kClasses>(j)) {
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) g[j][k] = A(0);
+    } else if (resampled) {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) set(k, row[offsets[k]]);
+    } else {
+      load_row<X, kVoxels>(row + at * stride, stride, set);
     }
   }
 }
@@ -174,7 +181,7 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
                                                    A (&g)[kClasses][kVoxels], int (&labels)[kVoxels],
                                                    A (&weights)[kVoxels], bool& bad) {
   if (!v.dense) {
-    load_split_voxels(v, sample, at, labels, weights, bad);
+    load_split_voxels<Reads::kResampled>(v, sample, at, labels, weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const int target = lane.index_of(labels[k]);
@@ -205,7 +212,7 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) labels[k] = differs[k] == A(0) ? kUncounted : labels[k];
   }
-  if (inside) weigh<false>(v, sample, at, labels, weights, bad);
+  if (inside) weigh<Reads::kResampled>(v, sample, at, labels, weights, bad);
 }
 
 // Softmax of a lane's classes: z_top - z, inf where there is no such class, and the voxel's sums over all lanes.

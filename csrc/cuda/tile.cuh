@@ -101,7 +101,7 @@ __device__ bool load_tile_labels(const Volume& v, int64_t sample, int64_t begin,
   int label[1] = {kUncounted};
   A weight[1] = {A(0)};
   bool bad = false;
-  if (thread < count) load_voxels<true>(v, sample, begin + thread, label, weight, bad);
+  if (thread < count) load_voxels<Reads::kAny>(v, sample, begin + thread, label, weight, bad);
   labels[thread] = label[0];
   weights[thread] = weight[0];
   return bad;
@@ -205,7 +205,7 @@ __device__ bool load_general_tile(const Volume& v, const T* rows, int64_t sample
         for (int c = 0; c < classes; ++c) all &= targets[c * tile_stride + thread] == static_cast<A>(v.ignore_index);
         if (all) label[0] = kUncounted;
       }
-      if (thread < count) weigh<true>(v, sample, begin + thread, label, weight, bad);
+      if (thread < count) weigh<Reads::kAny>(v, sample, begin + thread, label, weight, bad);
       labels[thread] = label[0];
       weights[thread] = weight[0];
     }

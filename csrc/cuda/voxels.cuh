@@ -79,14 +79,44 @@ __device__ __forceinline__ void load_row(const X* p, int64_t stride, F&& f) {
   for (int k = 0; k < kCount; ++k) f(k, p[k * stride]);
 }
 
-// kResampled: the volume may be resampled, for which 64-bit divisions are compiled that cost registers.
-template <bool kResampled, typename L, int kVoxels>
+// The targets and weights that a kernel reads: of the logits' size only; or resampled as well, below 2^31 voxels; or
+// any, for which 64-bit divisions are compiled. Each costs registers.
+enum class Reads { kSameSize, kResampled, kAny };
+
+// The offsets of neighbouring voxels in a volume that is resampled.
+template <Reads kReads, int kVoxels>
+__device__ __forceinline__ void source_offsets(const Resampling& r, int64_t voxel, int64_t (&at)[kVoxels]) {
+  if constexpr (kReads == Reads::kAny) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) at[k] = r.offset(voxel + k);
+  } else {
+    const unsigned width = static_cast<unsigned>(r.sizes[2]), height = static_cast<unsigned>(r.sizes[1]);
+    const unsigned row = static_cast<unsigned>(voxel) / width;
+    int x = static_cast<int>(static_cast<unsigned>(voxel) - row * width), z = static_cast<int>(row / height);
+    int y = static_cast<int>(row - z * height);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      at[k] = r.source(0, z) + r.source(1, y) + r.source(2, x);
+      if (++x == static_cast<int>(width)) {
+        x = 0;
+        if (++y == static_cast<int>(height)) {
+          y = 0;
+          ++z;
+        }
+      }
+    }
+  }
+}
+
+template <Reads kReads, typename L, int kVoxels>
 __device__ __forceinline__ void load_labels_of(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
                                                bool& bad) {
   const L* p = static_cast<const L*>(v.target.data) + sample * v.target.sample_stride;
-  if (kResampled && v.target.resampling.active) {
+  if (kReads != Reads::kSameSize && v.target.resampling.active) {
+    int64_t at[kVoxels];
+    source_offsets<kReads>(v.target.resampling, voxel, at);
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) labels[k] = checked_label(v, p[v.target.resampling.offset(voxel + k)], bad);
+    for (int k = 0; k < kVoxels; ++k) labels[k] = checked_label(v, p[at[k]], bad);
     return;
   }
   load_row<L, kVoxels>(p + voxel * v.target.voxel_stride, v.target.voxel_stride,
@@ -94,16 +124,16 @@ __device__ __forceinline__ void load_labels_of(const Volume& v, int64_t sample, 
 }
 
 // The type is one for the whole launch, so the branch costs nothing beside the load.
-template <bool kResampled, int kVoxels>
+template <Reads kReads, int kVoxels>
 __device__ __forceinline__ void load_labels(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
                                             bool& bad) {
   switch (v.target.type) {
     case ElementType::kBool:
-    case ElementType::kUint8: return load_labels_of<kResampled, uint8_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt8: return load_labels_of<kResampled, int8_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt16: return load_labels_of<kResampled, int16_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt32: return load_labels_of<kResampled, int32_t>(v, sample, voxel, labels, bad);
-    default: return load_labels_of<kResampled, int64_t>(v, sample, voxel, labels, bad);
+    case ElementType::kUint8: return load_labels_of<kReads, uint8_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt8: return load_labels_of<kReads, int8_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt16: return load_labels_of<kReads, int16_t>(v, sample, voxel, labels, bad);
+    case ElementType::kInt32: return load_labels_of<kReads, int32_t>(v, sample, voxel, labels, bad);
+    default: return load_labels_of<kReads, int64_t>(v, sample, voxel, labels, bad);
   }
 }
 
@@ -158,16 +188,18 @@ __device__ __forceinline__ A load_value(const VoxelView& x, int64_t at) {
 
 // The weights of neighbouring voxels, 1 where none are given; a voxel of weight 0 does not count, one below 0 or NaN is
 // bad.
-template <bool kResampled, typename A, int kVoxels>
+template <Reads kReads, typename A, int kVoxels>
 __device__ __forceinline__ void weigh(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
                                       A (&weights)[kVoxels], bool& bad) {
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) weights[k] = A(1);
   if (v.weight.data == nullptr) return;
   const int64_t start = sample * v.weight.sample_stride, stride = v.weight.voxel_stride;
-  if (kResampled && v.weight.resampling.active) {
+  if (kReads != Reads::kSameSize && v.weight.resampling.active) {
+    int64_t at[kVoxels];
+    source_offsets<kReads>(v.weight.resampling, voxel, at);
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) weights[k] = load_value<A>(v.weight, start + v.weight.offset(voxel + k));
+    for (int k = 0; k < kVoxels; ++k) weights[k] = load_value<A>(v.weight, start + at[k]);
   } else {
     load_values<false>(v.weight, start + voxel * stride, stride, weights);
   }
@@ -179,11 +211,11 @@ __device__ __forceinline__ void weigh(const Volume& v, int64_t sample, int64_t v
 }
 
 // The labels, kUncounted where a voxel does not count, and weights of neighbouring voxels.
-template <bool kResampled, typename A, int kVoxels>
+template <Reads kReads, typename A, int kVoxels>
 __device__ __forceinline__ void load_voxels(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
                                             A (&weights)[kVoxels], bool& bad) {
-  load_labels<kResampled>(v, sample, voxel, labels, bad);
-  weigh<kResampled>(v, sample, voxel, labels, weights, bad);
+  load_labels<kReads>(v, sample, voxel, labels, bad);
+  weigh<kReads>(v, sample, voxel, labels, weights, bad);
 }
 
 // The logits of voxels that do not count, which may be anything, as 0. Few have any, so that a branch is the cheapest.

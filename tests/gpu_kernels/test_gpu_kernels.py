@@ -256,6 +256,38 @@ def test_many_classes_of_general_kernels(options, classes):
     check(logits, target, function=kernel_ce_loss, **options)
 
 
+@pytest.mark.parametrize("classes", [2, 4, 20] if BACKEND == "triton" else [2, 3, 4, 7, 20, 118])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("spatial", [(4, 6, 8), (3, 5, 7)])
+def test_targets_of_another_size(spatial, dense, activation, classes):
+    """As deep supervision has them: the nearest voxels of a target and a weight twice, and not quite twice, as fine."""
+    fine = tuple(2 * n - i for i, n in enumerate(spatial))
+    logits, _ = inputs(2, classes, spatial)
+    _, target = inputs(2, classes, fine)
+    weight = torch.rand(2, *fine)
+    weight[:, ::3] = 0
+    if dense:
+        target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).float() * 0.8 + 0.1
+    options = {"loss": "tversky_ce", "activation": activation}
+    nearest = [
+        torch.nn.functional.interpolate(x.double(), spatial)
+        for x in (target if dense else target[:, None], weight[:, None])
+    ]
+    truth = logits.double().requires_grad_()
+    expected = tk.reference.tversky_ce_loss(
+        truth, nearest[0] if dense else nearest[0][:, 0].long(), voxel_weight=nearest[1][:, 0], activation=activation
+    )
+    there = logits.to(DEVICE).requires_grad_()
+    loss = tk.deep_supervision_loss(
+        [there], target.to(DEVICE), voxel_weight=weight.to(DEVICE), backend=BACKEND, **options
+    )
+    assert relative(loss.cpu(), expected) <= 1e-6
+    loss.backward()
+    expected.backward()
+    assert relative(there.grad.cpu(), truth.grad) <= 1e-6
+
+
 # On a card every new combination is a compilation of Triton's, and in its interpreter a second or more.
 @hypothesis.settings(max_examples=60 if BACKEND == "triton" else 250, deadline=None, derandomize=True)
 @hypothesis.given(cases(most_classes=20, largest=5 if WHERE == "interpreter" else 11))
