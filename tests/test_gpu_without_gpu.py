@@ -144,7 +144,7 @@ def test_planted_bugs_are_found(bug, host_build, tmp_path):
     assert right in text
     path.write_text(text.replace(right, wrong))
     others = [o for o in objects if "count_pass" not in o.name]
-    build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O1", only=("count_pass",), objects=others)
+    build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O0", only=("count_pass",), objects=others)
     tests = ("-x", "-k", "test_softmax and float32 or beyond or many_blocks or test_dense")
     result = run_kernels_of(tmp_path / "bug.so", *tests, environment={"TK_EMULATION_SEED": "3"})
     assert result.returncode == 1, result.stdout[-2000:]
