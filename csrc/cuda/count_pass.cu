@@ -481,59 +481,49 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
   });
 }
 
+struct CountPass {
+  const Volume& v;
+  const Plan& plan;
+  void* partial;
+  cudaStream_t stream;
+
+  template <typename T, int kClasses, bool kCrossEntropy>
+  void few() const {
+    launch<T>(count_pass_kernel<T, kClasses, kCrossEntropy>);
+  }
+  template <typename T, int kClasses, bool kCrossEntropy>
+  void split() const {
+    launch<T>(split_count_pass_kernel<T, kClasses, kCrossEntropy>, plan.log_lanes());
+  }
+  template <typename T, int kClasses, bool kCrossEntropy>
+  void general_split() const {
+    launch<T>(general_split_count_pass_kernel<T, kClasses, kCrossEntropy>, plan.log_lanes());
+  }
+  template <typename T, Activation kActivation, bool kCrossEntropy>
+  void channel() const {
+    launch<T>(channel_count_pass_kernel<T, kActivation>);
+  }
+  template <typename T, Activation kActivation, bool kCrossEntropy>
+  void general() const {
+    launch<T>(general_count_pass_kernel<T, kActivation>, plan.voxels);
+  }
+  template <typename T, Activation kActivation, bool kCrossEntropy>
+  void tiled() const {
+    launch<T>(tiled_count_pass_kernel<T, kActivation, kCrossEntropy>, plan.voxels);
+  }
+
+ private:
+  template <typename T, typename Kernel, typename... More>
+  void launch(Kernel kernel, More... more) const {
+    TK_LAUNCH((kernel), grid_of(v, plan), dim3(Plan::kThreads), plan.shared_bytes, stream, v,
+              static_cast<Compute<T>*>(partial), plan.programs, more...);
+  }
+};
+
 }  // namespace
 
 void launch_count_pass(const Volume& v, const Plan& plan, void* partial, cudaStream_t stream) {
-  const int64_t shares = v.samples * (plan.by_channel ? v.classes : 1);
-  const dim3 grid(static_cast<unsigned>(shares * plan.programs)), block(Plan::kThreads);
-  const int bytes = plan.shared_bytes, programs = plan.programs;
-  with_logits_type(v.logits.type, [&](auto element) {
-    using T = decltype(element);
-    Compute<T>* out = static_cast<Compute<T>*>(partial);
-    with_bool(v.cross_entropy != CrossEntropy::kNone, [&](auto has_cross_entropy) {
-      constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value;
-      if (plan.split) {
-        if constexpr (sizeof(T) < 8) {
-          if (plan.general) {
-            with_general_split_classes(v.classes, [&](auto classes) {
-              constexpr int kClasses = decltype(classes)::value;
-              TK_LAUNCH((general_split_count_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v,
-                        out, programs, plan.log_lanes());
-            });
-          } else {
-            with_split_classes(v.classes, plan.lanes, [&](auto classes) {
-              constexpr int kClasses = decltype(classes)::value;
-              TK_LAUNCH((split_count_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v, out,
-                        programs, plan.log_lanes());
-            });
-          }
-        }
-        return;
-      }
-      if (plan.lanes == 1) {
-        with_few_classes<T>(v.classes, [&](auto classes) {
-          constexpr int kClasses = decltype(classes)::value;
-          TK_LAUNCH((count_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v, out, programs);
-        });
-        return;
-      }
-      with_activation(v.activation, [&](auto activation) {
-        constexpr Activation kActivation = decltype(activation)::value;
-        constexpr bool kSoftmax = kActivation == Activation::kSoftmax;
-        if (plan.by_channel) {
-          if constexpr (!kSoftmax) {
-            TK_LAUNCH((channel_count_pass_kernel<T, kActivation>), grid, block, bytes, stream, v, out, programs);
-          }
-        } else if (v.is_general()) {
-          TK_LAUNCH((general_count_pass_kernel<T, kActivation>), grid, block, bytes, stream, v, out, programs,
-                    plan.voxels);
-        } else {  // a cross-entropy only of a softmax, for the rest is general
-          TK_LAUNCH((tiled_count_pass_kernel < T, kActivation, kCrossEntropy && kSoftmax >), grid, block, bytes, stream,
-                    v, out, programs, plan.voxels);
-        }
-      });
-    });
-  });
+  with_kernel(v, plan, CountPass{v, plan, partial, stream});
 }
 
 }  // namespace cuda

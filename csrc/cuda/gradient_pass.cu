@@ -30,26 +30,16 @@ __device__ Coefficients<A> coefficients_of(const GradientArguments& a, int64_t s
   return result;
 }
 
-// The same of all classes in shared memory, once a block.
-template <typename A>
-struct ClassCoefficients {
-  A *background, *foreground, *ce;  // [C]
-
-  __device__ __forceinline__ ClassCoefficients(A* memory, int classes)
-      : background(memory), foreground(background + classes), ce(foreground + classes) {}
-
-  // All threads must call, and synchronise before they read.
-  template <bool kCrossEntropy>
-  __device__ __forceinline__ void fill(const GradientArguments& a, int64_t sample, int classes) {
+// The same of all classes in shared memory, of_class[C], once a block. All threads must call, and synchronise before
+// they read.
+template <bool kCrossEntropy, typename A>
+__device__ __forceinline__ void fill_coefficients(const GradientArguments& a, int64_t sample, int classes,
+                                                  Coefficients<A>* of_class) {
 #pragma unroll 1
-    for (int c = threadIdx.x; c < classes; c += Plan::kThreads) {
-      const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(a, sample, c, classes);
-      background[c] = u.background;
-      foreground[c] = u.foreground;
-      ce[c] = u.ce;
-    }
+  for (int c = threadIdx.x; c < classes; c += Plan::kThreads) {
+    of_class[c] = coefficients_of<A, kCrossEntropy>(a, sample, c, classes);
   }
-};
+}
 
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
@@ -60,12 +50,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
   TK_SHARED(memory);
-  ClassCoefficients<A> of_class(reinterpret_cast<A*>(memory), kClasses);
-  of_class.template fill<kCrossEntropy>(a, share.sample, kClasses);
+  Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
+  fill_coefficients<kCrossEntropy>(a, share.sample, kClasses, of_class);
   __syncthreads();
   Coefficients<A> u[kClasses];
 #pragma unroll
-  for (int c = 0; c < kClasses; ++c) u[c] = {of_class.background[c], of_class.foreground[c], of_class.ce[c], A(0)};
+  for (int c = 0; c < kClasses; ++c) u[c] = of_class[c];
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
@@ -137,9 +127,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   constexpr int kVoxels = kSplitVoxels;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  ClassCoefficients<A> of_class(reinterpret_cast<A*>(memory), classes);
+  Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
   const Share share = share_of_block(programs);
-  of_class.template fill<kCrossEntropy>(a, share.sample, classes);
+  fill_coefficients<kCrossEntropy>(a, share.sample, classes, of_class);
   __syncthreads();
 
   const SplitLane lane(log_lanes, classes);
@@ -147,7 +137,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   A u_background[kClasses];
 #pragma unroll
   for (int j = 0; j < kClasses; ++j) {
-    u_background[j] = lane.has<kClasses>(j) ? of_class.background[lane.class_of(j)] : A(0);
+    u_background[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   for_each_pack(v, share, programs, lane, [&](int64_t at) {
@@ -173,10 +163,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       const int label = labels[k], target = recomputed(lane.index_of(label));
       const bool counts = label != kUncounted;
       const A inverse = counts ? reciprocal(sums[k].target + sums[k].others) : A(0);
-      const A weight = counts ? weights[k] : A(0), u_target = counts ? of_class.foreground[label] : A(0);
+      const A weight = counts ? weights[k] : A(0), u_target = counts ? of_class[label].foreground : A(0);
       const A weighted_others = counts ? totals[kVoxels + k] : A(0);
       SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
-      if (kCrossEntropy) gradient.add_cross_entropy(sums[k], counts ? of_class.ce[label] : A(0));
+      if (kCrossEntropy) gradient.add_cross_entropy(sums[k], counts ? of_class[label].ce : A(0));
 #pragma unroll
       for (int j = 0; j < kClasses; ++j) {
         const A other = gradient.other(others[j][k], u_background[j]);
@@ -197,10 +187,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   TK_SHARED(memory);
   Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
   const Share share = share_of_block(programs);
-#pragma unroll 1
-  for (int c = threadIdx.x; c < classes; c += Plan::kThreads) {
-    of_class[c] = coefficients_of<A, kCrossEntropy>(a, share.sample, c, classes);
-  }
+  fill_coefficients<kCrossEntropy>(a, share.sample, classes, of_class);
   __syncthreads();
 
   const SplitLane lane(log_lanes, classes);
@@ -271,15 +258,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   A* scale = reduction + 2 * layout.groups * tile_voxels;  // [tile_voxels], and so on
   A* offset = scale + tile_voxels;
   A* at_target = offset + tile_voxels;
-  ClassCoefficients<A> of_class(at_target + tile_voxels, classes);
-  int* labels = reinterpret_cast<int*>(of_class.ce + classes);  // [tile_voxels]
+  Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(at_target + tile_voxels);  // [C]
+  int* labels = reinterpret_cast<int*>(of_class + classes);                                 // [tile_voxels]
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
-  of_class.template fill<kCrossEntropy>(a, share.sample, classes);
+  fill_coefficients<kCrossEntropy>(a, share.sample, classes, of_class);
 
   for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
@@ -291,16 +278,16 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       A weighted_others[1] = {A(0)};
       if (t.works) {
         for (int c = t.group; c < classes; c += layout.groups) {
-          weighted_others[0] += tile[c * layout.tile_stride + t.voxel] * of_class.background[c];
+          weighted_others[0] += tile[c * layout.tile_stride + t.voxel] * of_class[c].background;
         }
       }
       sum_over_groups(weighted_others, layout, reduction, tile_voxels, t);
       if (t.group == 0) {
         const int label = labels[t.voxel];
-        const A u_target = label == kUncounted ? A(0) : of_class.foreground[label];
+        const A u_target = label == kUncounted ? A(0) : of_class[label].foreground;
         const A inverse = label == kUncounted ? A(0) : reciprocal(total.target + total.others);
         SoftmaxGradient<A> gradient = softmax_gradient(total, weighted_others[0], u_target, inverse, scale[t.voxel]);
-        if (kCrossEntropy) gradient.add_cross_entropy(total, label == kUncounted ? A(0) : of_class.ce[label]);
+        if (kCrossEntropy) gradient.add_cross_entropy(total, label == kUncounted ? A(0) : of_class[label].ce);
         scale[t.voxel] = gradient.scale;
         offset[t.voxel] = gradient.offset;
         at_target[t.voxel] = gradient.at_target;
@@ -312,9 +299,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       const A x = tile[c * layout.tile_stride + k];
       if (kActivation == Activation::kSoftmax) {
         const SoftmaxGradient<A> gradient{scale[k], offset[k], at_target[k]};
-        return label == c ? gradient.at_target : gradient.other(x, of_class.background[c]);
+        return label == c ? gradient.at_target : gradient.other(x, of_class[c].background);
       }
-      A dz = label == c + v.first_label ? of_class.foreground[c] : of_class.background[c];
+      A dz = label == c + v.first_label ? of_class[c].foreground : of_class[c].background;
       if (kActivation == Activation::kSigmoid) {
         const A e = exponential(x < A(0) ? x : -x);
         dz = logistic_gradient(e, reciprocal(A(1) + e), dz);
@@ -368,9 +355,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
-  for (int c = thread; c < classes; c += Plan::kThreads) {
-    u[c] = coefficients_of<A, kCrossEntropy>(a, share.sample, c, classes);
-  }
+  fill_coefficients<kCrossEntropy>(a, share.sample, classes, u);
 
   for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     // Bad labels and weights: the count pass has told of them, and the coefficients are NaN then.
@@ -460,59 +445,49 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
   }
 }
 
+struct GradientPass {
+  const Volume& v;
+  const Plan& plan;
+  const GradientArguments& a;
+  cudaStream_t stream;
+
+  template <typename T, int kClasses, bool kCrossEntropy>
+  void few() const {
+    launch(gradient_pass_kernel<T, kClasses, kCrossEntropy>);
+  }
+  template <typename T, int kClasses, bool kCrossEntropy>
+  void split() const {
+    launch(split_gradient_pass_kernel<T, kClasses, kCrossEntropy>, plan.log_lanes());
+  }
+  template <typename T, int kClasses, bool kCrossEntropy>
+  void general_split() const {
+    launch(general_split_gradient_pass_kernel<T, kClasses, kCrossEntropy>, plan.log_lanes());
+  }
+  template <typename T, Activation kActivation, bool kCrossEntropy>
+  void channel() const {
+    launch(channel_gradient_pass_kernel<T, kActivation, kCrossEntropy>);
+  }
+  template <typename T, Activation kActivation, bool kCrossEntropy>
+  void general() const {
+    launch(general_gradient_pass_kernel<T, kActivation, kCrossEntropy>, plan.voxels);
+  }
+  template <typename T, Activation kActivation, bool kCrossEntropy>
+  void tiled() const {
+    launch(tiled_gradient_pass_kernel<T, kActivation, kCrossEntropy>, plan.voxels);
+  }
+
+ private:
+  template <typename Kernel, typename... More>
+  void launch(Kernel kernel, More... more) const {
+    TK_LAUNCH((kernel), grid_of(v, plan), dim3(Plan::kThreads), plan.shared_bytes, stream, v, a, plan.programs,
+              more...);
+  }
+};
+
 }  // namespace
 
 void launch_gradient_pass(const Volume& v, const Plan& plan, const GradientArguments& a, cudaStream_t stream) {
-  const int64_t shares = v.samples * (plan.by_channel ? v.classes : 1);
-  const dim3 grid(static_cast<unsigned>(shares * plan.programs)), block(Plan::kThreads);
-  const int bytes = plan.shared_bytes, programs = plan.programs;
-  with_logits_type(v.logits.type, [&](auto element) {
-    using T = decltype(element);
-    with_bool(v.cross_entropy != CrossEntropy::kNone, [&](auto has_cross_entropy) {
-      constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value;
-      if (plan.split) {
-        if constexpr (sizeof(T) < 8) {
-          if (plan.general) {
-            with_general_split_classes(v.classes, [&](auto classes) {
-              constexpr int kClasses = decltype(classes)::value;
-              TK_LAUNCH((general_split_gradient_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v,
-                        a, programs, plan.log_lanes());
-            });
-          } else {
-            with_split_classes(v.classes, plan.lanes, [&](auto classes) {
-              constexpr int kClasses = decltype(classes)::value;
-              TK_LAUNCH((split_gradient_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v, a,
-                        programs, plan.log_lanes());
-            });
-          }
-        }
-        return;
-      }
-      if (plan.lanes == 1) {
-        with_few_classes<T>(v.classes, [&](auto classes) {
-          constexpr int kClasses = decltype(classes)::value;
-          TK_LAUNCH((gradient_pass_kernel<T, kClasses, kCrossEntropy>), grid, block, bytes, stream, v, a, programs);
-        });
-        return;
-      }
-      with_activation(v.activation, [&](auto activation) {
-        constexpr Activation kActivation = decltype(activation)::value;
-        constexpr bool kSoftmax = kActivation == Activation::kSoftmax;
-        constexpr bool kHasCe = kCrossEntropy && kActivation != Activation::kNone;  // else it is not asked for
-        if (plan.by_channel) {
-          if constexpr (!kSoftmax) {
-            TK_LAUNCH((channel_gradient_pass_kernel<T, kActivation, kHasCe>), grid, block, 0, stream, v, a, programs);
-          }
-        } else if (v.is_general()) {
-          TK_LAUNCH((general_gradient_pass_kernel<T, kActivation, kHasCe>), grid, block, bytes, stream, v, a, programs,
-                    plan.voxels);
-        } else {  // a cross-entropy only of a softmax, for the rest is general
-          TK_LAUNCH((tiled_gradient_pass_kernel < T, kActivation, kCrossEntropy && kSoftmax >), grid, block, bytes,
-                    stream, v, a, programs, plan.voxels);
-        }
-      });
-    });
-  });
+  with_kernel(v, plan, GradientPass{v, plan, a, stream});
 }
 
 }  // namespace cuda

@@ -46,6 +46,11 @@ struct TableArguments {
 };
 void launch_table(const TableArguments& arguments, cudaStream_t stream);
 
+// Blocks of a pass.
+inline dim3 grid_of(const Volume& v, const Plan& plan) {
+  return dim3(static_cast<unsigned>(v.samples * (plan.by_channel ? v.classes : 1) * plan.programs));
+}
+
 struct GradientArguments {
   const void* grad_loss;
   bool grad_is_double;
@@ -137,6 +142,49 @@ void with_activation(Activation activation, F&& f) {
     case Activation::kSigmoid: return f(std::integral_constant<Activation, Activation::kSigmoid>{});
     case Activation::kNone: return f(std::integral_constant<Activation, Activation::kNone>{});
   }
+}
+
+// The kernels that a plan asks for: calls one of the launcher's few<T, kClasses, kCrossEntropy>(), split (the same),
+// general_split (the same), channel<T, kActivation, kCrossEntropy>(), general (the same), tiled (the same).
+template <typename Launcher>
+void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
+  with_logits_type(v.logits.type, [&](auto element) {
+    using T = decltype(element);
+    with_bool(v.cross_entropy != CrossEntropy::kNone, [&](auto has_cross_entropy) {
+      constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value;
+      if (plan.split) {
+        if constexpr (sizeof(T) < 8) {
+          if (plan.general) {
+            with_general_split_classes(v.classes, [&](auto classes) {
+              launcher.template general_split<T, decltype(classes)::value, kCrossEntropy>();
+            });
+          } else {
+            with_split_classes(v.classes, plan.lanes, [&](auto classes) {
+              launcher.template split<T, decltype(classes)::value, kCrossEntropy>();
+            });
+          }
+        }
+      } else if (plan.lanes == 1) {
+        with_few_classes<T>(v.classes,
+                            [&](auto classes) { launcher.template few<T, decltype(classes)::value, kCrossEntropy>(); });
+      } else {
+        with_activation(v.activation, [&](auto activation) {
+          constexpr Activation kActivation = decltype(activation)::value;
+          constexpr bool kSoftmax = kActivation == Activation::kSoftmax;
+          // Without an activation it is not asked for, and the tiled kernels have that of a softmax alone.
+          constexpr bool kGeneral = kCrossEntropy && kActivation != Activation::kNone;
+          constexpr bool kTiled = kCrossEntropy && kSoftmax;
+          if (plan.by_channel) {
+            if constexpr (!kSoftmax) launcher.template channel<T, kActivation, kGeneral>();
+          } else if (v.is_general()) {
+            launcher.template general<T, kActivation, kGeneral>();
+          } else {
+            launcher.template tiled<T, kActivation, kTiled>();
+          }
+        });
+      }
+    });
+  });
 }
 
 // Voxels that a thread takes at once: one 16-byte load of each class, or 8 bytes where that is many registers.

@@ -164,7 +164,6 @@ bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
     with_general_split_classes(classes, [&](auto of_lane) {
       values = Plan::kThreads / kWarp * plan.lanes * v.count_columns() * decltype(of_lane)::value;
     });
-    if (backward) values = kAllCoefficients * classes;
   } else if (!plan.split) {
     plan.lanes = 1;
     with_few_classes<T>(classes, [&](auto c) {
@@ -172,14 +171,13 @@ bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
       plan.voxels = cross_entropy ? kVoxelsOf<T, kClasses, true> : kVoxelsOf<T, kClasses, false>;
     });
     values = Plan::kThreads / kWarp * (cross_entropy ? kSmoothing * classes + 1 : kOverlapCounts * classes);
-    if (backward) values = 3 * classes;  // ClassCoefficients
   } else {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanes, kMostOfLane) : 0;
     with_split_classes(classes, plan.lanes, [&](auto of_lane) {
       values = (cross_entropy ? 3 : 2) * decltype(of_lane)::value * Plan::kThreads;
     });
-    if (backward) values = 3 * classes;
   }
+  if (backward) values = kAllCoefficients * classes;
   plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>));
   return plan.lanes > 0 && can_be_read(v, sizeof(T), plan.voxels);
 }
