@@ -61,10 +61,11 @@ def test_triton_kernels_compile_without_spills(arch, tmp_path):
     lines = [line for line in result.stdout.splitlines() if " registers, " in line]
     assert len(lines) > 40
     if not arch.startswith("gfx"):
-        # Where a tile is of whole 16-byte loads, it is read by them.
-        wide = [x for x in lines if re.search(r"few_classes_\w+_kernel +C=4 float32 uint8 +\d", x)]
-        assert len(wide) == 2
-        assert all("ld.global.v4.b32" in x for x in wide), wide
+        # Four voxels a thread are read at once.
+        for dtype, load in (("float32", "ld.global.v4.b32"), ("bfloat16", "ld.global.v2.b32")):
+            wide = [x for x in lines if re.search(rf"all_classes_\w+_kernel +C=(4|33) {dtype} uint8 +\d", x)]
+            assert len(wide) == 4
+            assert all(load in x for x in wide), wide
 
 
 # ---- CUDA on the host

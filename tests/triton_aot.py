@@ -93,7 +93,7 @@ class Collector:
 
 def cases(quick: bool):
     """(classes, dtype, label dtype, options): everything that changes the code of a kernel."""
-    few = (2, 4, 33) if quick else (2, 3, 4, 5, 8, 14, 16, 17, 32, 33, 118, 1000)
+    few = (2, 4, 33, 118, 1000) if quick else (2, 3, 4, 5, 8, 14, 16, 17, 24, 32, 33, 48, 64, 118, 128, 1000)
     dtypes = (torch.float32, torch.bfloat16) if quick else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     for dtype in dtypes:
         for classes in few:

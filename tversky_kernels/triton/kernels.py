@@ -1,9 +1,10 @@
 """The passes as Triton kernels: count pass, table, gradient pass.
 
-One program takes every P-th tile of BLOCK voxels of one sample. Up to `FEW_CLASSES` classes a tile of all classes stays
-in registers and is read once. Beyond, the classes come in chunks of a power of two (and one smaller chunk for the rest,
-so that 33 classes are 32 + 1 and not 64): an online softmax over the chunks, then the chunks once more out of the
-cache.
+One program takes every P-th tile of BLOCK voxels of one sample. Up to 128 classes a tile holds all of them, so that
+logits and target are read once a pass. Such a program is one warp: a thread has PACK neighbouring voxels of some of
+the classes, and what goes over the classes of a voxel goes by shuffles, with no barrier. The classes are in tiles of
+SIZES, powers of two: 33 classes are 32 + 4 and not 64. Beyond 128 the classes come in chunks: an online softmax over
+them, then the chunks once more out of the cache.
 
 The arithmetic is that of csrc/tversky_math.h, which says why; docs/mathematics.md derives it.
 
@@ -15,9 +16,29 @@ have 3 columns, or 6 with a cross-entropy (see enum Count); the coefficients 2, 
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 SOFTMAX = tl.constexpr(0)
 SIGMOID = tl.constexpr(1)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # libdevice is not there then
+
+
+@triton.jit
+def _exp(x):
+    # tl.exp takes three instructions more for results that are no normal numbers; these become 0 here.
+    return tl.exp(x) if INTERPRETED or x.dtype == tl.float64 else libdevice.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _divide(x, y):
+    # Within 2 ulp, for y between 2^-126 and 2^126.
+    return x / y if INTERPRETED or y.dtype == tl.float64 else libdevice.fast_dividef(x, y)
+
+
+@triton.jit
+def _offsets(start, BLOCK: tl.constexpr, PACK: tl.constexpr):
+    # PACK of them a thread, whatever the type of what is read there, so that it need not change threads
+    return start + tl.max_contiguous(tl.arange(0, BLOCK), PACK)
 
 
 @triton.jit
@@ -36,79 +57,155 @@ def _source(offsets, stride, sy, sx, n0, n1, n2, s0, s1, s2, f0, f1, f2, RESAMPL
 
 
 @triton.jit
-def _voxels(target, weight, start, voxels, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, LABELS, C: tl.constexpr, DENSE: tl.constexpr, RESAMPLED: tl.constexpr,
-            HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
-    # -> label (0 of a dense target), weight, whether the voxel counts, whether label or weight are out of range, and
-    # the voxels' offsets in the target
-    offsets = start + tl.arange(0, BLOCK)
+def _voxels(target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            ignore_index, LABELS, DENSE: tl.constexpr, RESAMPLED: tl.constexpr, HAS_IGNORE: tl.constexpr,
+            HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+    # -> label (0 of a dense target); weight: 0 where the voxel does not count, NaN where label or weight are out of
+    # range; whether it counts; the voxels' offsets in the target
+    offsets = _offsets(start, BLOCK, PACK)
     inside = offsets < voxels
     at = _source(offsets, ts_v, sy, sx, n0, n1, n2, t0, t1, t2, f0, f1, f2, RESAMPLED)
+    counts = inside
     if DENSE:
         label = tl.zeros([BLOCK], tl.int32)
-        counts = inside
-        bad = label != label
-        if HAS_IGNORE:  # voxels that hold it in every class do not count
-            others = tl.zeros([BLOCK], tl.int32)
-            for c in tl.range(0, C):
-                g = tl.load(target + c * ts_c + at, mask=inside, other=0)
-                others += (g != ignore_index).to(tl.int32)
-            counts = counts & (others > 0)
+        good = label == label
     else:
         label = tl.load(target + at, mask=inside, other=0)
-        label = label.to(tl.int64) if label.dtype == tl.int64 else label.to(tl.int32)
-        known = (label >= 0) & (label < LABELS)
-        ignored = label != label
+        wide = label if label.dtype == tl.int64 else label.to(tl.int32)
+        good = (wide >= 0) & (wide < LABELS)
         if HAS_IGNORE:
-            ignored = label == ignore_index
-        counts = inside & known & ~ignored
-        bad = inside & ~known & ~ignored
+            ignored = label.to(tl.int64) == ignore_index
+            good = good | ignored
+            counts = counts & ~ignored
+        label = label.to(tl.int32)
     w = tl.full([BLOCK], 1.0, REAL)
     if HAS_WEIGHT:
         w_at = _source(offsets, ws_v, sy, sx, n0, n1, n2, w0, w1, w2, f0, f1, f2, RESAMPLED)
         w = tl.load(weight + w_at, mask=inside, other=0).to(REAL)
-        bad = bad | (inside & ~(w >= 0))
+        good = good & (w >= 0)
         counts = counts & (w != 0)
-    return label.to(tl.int32), w, counts, bad, at
+    return label, tl.where(good, tl.where(counts, w, 0.0), float("nan")), counts, at
 
 
 @triton.jit
-def _targets(target, at, ts_c, c, label, counts, C: tl.constexpr, FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr,
-             REAL: tl.constexpr):  # fmt: skip
-    # -> (CLASSES, BLOCK) g: 0 where the voxel does not count
+def _differs(g, c, ignore_index, C: tl.constexpr):
+    # How many classes of a voxel hold something else than ignore_index
+    return tl.sum(((g != ignore_index) & (c < C)[:, None]).to(tl.int32), 0)
+
+
+@triton.jit
+def _without_ignored(differ, w, counts, HAS_WEIGHT: tl.constexpr):
+    # Voxels that hold ignore_index in every class do not count; a weight out of range stays NaN.
+    counts = counts & (differ > 0)
+    kept = counts
+    if HAS_WEIGHT:
+        kept = counts | ~(w >= 0)
+    return tl.where(kept, w, 0.0), counts
+
+
+@triton.jit
+def _classes(first, CLASSES: tl.constexpr):
+    return first + tl.arange(0, CLASSES)
+
+
+@triton.jit
+def _dense_targets(target, at, ts_c, first, start, voxels, C: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    # -> (CLASSES, BLOCK) of a dense target, in its own type
+    c = _classes(first, CLASSES)
+    there = (start + tl.arange(0, BLOCK) < voxels)[None, :]
+    if not WHOLE:
+        there = there & (c < C)[:, None]
+    return tl.load(target + c.to(tl.int64)[:, None] * ts_c + at[None, :], mask=there, other=0)
+
+
+@triton.jit
+def _target_of(dense, c, label, counts, FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, CLEAR: tl.constexpr,
+               REAL: tl.constexpr):  # fmt: skip
+    # -> (CLASSES, BLOCK) g
     if DENSE:
-        there = (c < C)[:, None] & counts[None, :]
-        g = tl.load(target + c.to(tl.int64)[:, None] * ts_c + at[None, :], mask=there, other=0).to(REAL)
+        g = dense.to(REAL)
+        if CLEAR:
+            g = tl.where(counts[None, :], g, 0.0)
     else:
-        g = ((c[:, None] + FIRST_LABEL == label[None, :]) & counts[None, :]).to(REAL)
+        g = (c[:, None] + FIRST_LABEL == label[None, :]).to(REAL)
     return g
 
 
 @triton.jit
 def _logits(rows, first, start, voxels, ls_c, ls_v, counts, C: tl.constexpr, CLASSES: tl.constexpr,
-            BLOCK: tl.constexpr, FILL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
-    # -> (CLASSES, BLOCK) logits: 0 where the voxel does not count, FILL where there is no such class
-    c = first + tl.arange(0, CLASSES)
-    offsets = start + tl.arange(0, BLOCK)
-    there = (c < C)[:, None] & (offsets < voxels)[None, :]
+            WHOLE: tl.constexpr, CLEAR: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+            REAL: tl.constexpr):  # fmt: skip
+    # -> (CLASSES, BLOCK) logits, -inf where there is no such class. WHOLE: there are all. CLEAR: some voxels may not
+    # count, whatever they hold; 0 is taken for it.
+    c = _classes(first, CLASSES)
+    offsets = _offsets(start, BLOCK, PACK)
+    there = (offsets < voxels)[None, :]
+    if not WHOLE:
+        there = there & (c < C)[:, None]
     z = tl.load(rows + c.to(tl.int64)[:, None] * ls_c + (offsets * ls_v)[None, :], mask=there, other=0.0).to(REAL)
-    z = tl.where(counts[None, :], z, 0.0)
-    return tl.where((c < C)[:, None], z, FILL), c
+    if CLEAR:
+        z = tl.where(counts[None, :], z, 0.0)
+    if not WHOLE:
+        z = tl.where((c < C)[:, None], z, float("-inf"))
+    return z
 
 
 @triton.jit
 def _logistic(z):
     # sigmoid(z), 1 - sigmoid(z) and their product, none by subtraction
-    e = tl.exp(-tl.abs(z))
-    inverse = 1.0 / (1.0 + e)
+    e = _exp(-tl.abs(z))
+    inverse = _divide(1.0, 1.0 + e)
     small = e * inverse
     return tl.where(z < 0, small, inverse), tl.where(z < 0, inverse, small), small * inverse
 
 
 @triton.jit
-def _two_class_logit(z0, z1):
-    top = tl.maximum(z0, z1)
-    return (z1 - z0) - (top - top)  # +inf is NaN, as in any softmax
+def _two_logits(rows, start, voxels, ls_c, ls_v, counts, CLEAR: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr):
+    # z_1 - z_0, 0 where the voxel does not count
+    offsets = start + tl.arange(0, BLOCK)
+    inside = offsets < voxels
+    z0 = tl.load(rows + offsets * ls_v, mask=inside, other=0.0).to(REAL)
+    z1 = tl.load(rows + ls_c + offsets * ls_v, mask=inside, other=0.0).to(REAL)
+    difference = (z1 - z0) + tl.maximum(z0, z1) * 0.0  # +inf is NaN, as in any softmax
+    if CLEAR:
+        difference = tl.where(counts, difference, 0.0)
+    return difference
+
+
+@triton.jit
+def _all_classes(rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0,
+                 w1, w2, f0, f1, f2, ignore_index, C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+                 TILES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, ACTIVATION: tl.constexpr,
+                 FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, RESAMPLED: tl.constexpr, HAS_IGNORE: tl.constexpr,
+                 HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+    # -> label, weight and whether a voxel counts, as _voxels; of each tile of classes the dense target and the logits;
+    # the largest logit of a softmax
+    CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
+    label, w, counts, at = _voxels(
+        target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+        ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
+    dense = ()
+    for i in tl.static_range(TILES):
+        g = label
+        if DENSE:
+            g = _dense_targets(target, at, ts_c, i * MAIN, start, voxels, C, MAIN if i == 0 else TAIL,
+                               (MAIN if i == 0 else MAIN + TAIL) <= C, BLOCK)  # fmt: skip
+        dense += (g,)
+    if DENSE and HAS_IGNORE:
+        differ = tl.zeros([BLOCK], tl.int32)
+        for i in tl.static_range(TILES):
+            differ += _differs(dense[i], _classes(i * MAIN, MAIN if i == 0 else TAIL), ignore_index, C)
+        w, counts = _without_ignored(differ, w, counts, HAS_WEIGHT)
+    zs = ()
+    top = tl.full([BLOCK], float("-inf"), REAL)
+    for i in tl.static_range(TILES):
+        z = _logits(rows, i * MAIN, start, voxels, ls_c, ls_v, counts, C, MAIN if i == 0 else TAIL,
+                    (MAIN if i == 0 else MAIN + TAIL) <= C, CLEAR, BLOCK, PACK, REAL)  # fmt: skip
+        zs += (z,)
+        if ACTIVATION == SOFTMAX:
+            top = tl.maximum(top, tl.max(z, 0))
+    return label, w, counts, dense, zs, top
 
 
 @triton.jit
@@ -155,11 +252,26 @@ def _log1p(x, REAL: tl.constexpr):
 
 
 @triton.jit
+def _log1p_small(x, REAL: tl.constexpr):
+    # The same for x in [0, 1], in float32 without taking it apart: the first term left out is at most 2e-8 of it
+    if tl.float64 == REAL:
+        logarithm = _log1p(x, REAL)
+    else:
+        s = _divide(x, 2.0 + x)
+        z = s * s
+        series = 1.0 / 11 + z / 13
+        for i in tl.static_range(4, 0, -1):
+            series = series * z + 1.0 / (2 * i + 1)
+        logarithm = 2.0 * (s * z * series + s)
+    return logarithm
+
+
+@triton.jit
 def _focal_power(x, focal_gamma, REAL: tl.constexpr):
     # x ** focal_gamma for x in [0, 1]
     some = x > 0
     exponent, mantissa = _exponent(tl.where(some, x, 1.0), REAL)
-    power = tl.exp(_log_of_parts(exponent, mantissa - 1.0, REAL) * focal_gamma)
+    power = _exp(_log_of_parts(exponent, mantissa - 1.0, REAL) * focal_gamma)
     return tl.where(some, power, x * 0.0)
 
 
@@ -203,49 +315,68 @@ def _overlap_slope(p, complement, g, background, foreground, OVERLAP: tl.constex
 @triton.jit
 def _sigmoid_logs(z, REAL: tl.constexpr):
     # -log p and -log(1 - p)
-    common = _log1p(tl.exp(-tl.abs(z)), REAL)
+    common = _log1p_small(_exp(-tl.abs(z)), REAL)
     return common + tl.where(z < 0, -z, 0.0), common + tl.where(z > 0, z, 0.0)
 
 
 @triton.jit
+def _top_sums(z, top):
+    # The sums of exponentials, the largest logits' apart: see TopSums
+    is_top = z == top[None, :]
+    e = _exp(z - top[None, :])
+    return tl.sum(tl.where(is_top, 0.0, e), 0), tl.sum(tl.where(is_top, e, 0.0), 0)
+
+
+@triton.jit
 def _add_tops(z, top, rest, tops):
-    # Adds a chunk to the sums of exponentials, the largest logits' apart: see TopSums
+    # Adds a chunk to them
     new_top = tl.maximum(top, tl.max(z, 0))
     kept = top == new_top
-    rest = tl.where(kept, rest, (rest + tops) * tl.exp(top - new_top))
-    tops = tl.where(kept, tops, 0.0)
-    is_top = z == new_top[None, :]
-    e = tl.exp(z - new_top[None, :])
-    return new_top, rest + tl.sum(tl.where(is_top, 0.0, e), 0), tops + tl.sum(tl.where(is_top, e, 0.0), 0)
+    rest = tl.where(kept, rest, (rest + tops) * _exp(top - new_top))
+    more_rest, more_tops = _top_sums(z, new_top)
+    return new_top, rest + more_rest, tl.where(kept, tops, 0.0) + more_tops
 
 
 @triton.jit
 def _dense_probability(z, top, beyond_one, inverse):
-    p = tl.exp(z - top[None, :]) * inverse[None, :]
+    p = _exp(z - top[None, :]) * inverse[None, :]
     return p, tl.where(z == top[None, :], (beyond_one * inverse)[None, :], 1.0 - p)
 
 
 @triton.jit
-def _split(z, top, c, label, counts):
-    # exponentials of the classes that are not the target (0 where it is, or the voxel does not count), and the target's
-    e = tl.exp(z - top[None, :])
-    is_target = (c[:, None] == label[None, :]) & counts[None, :]
-    others = tl.where(is_target | ~counts[None, :], 0.0, e)
-    return others, tl.where(is_target, e, 0.0), is_target
+def _split(z, top, c, label):
+    # exponentials of the classes that are not the target (0 where it is), the sum of those, the target's
+    e = _exp(z - top[None, :])
+    is_target = c[:, None] == label[None, :]
+    others = tl.where(is_target, 0.0, e)
+    return others, tl.sum(others, 0), tl.sum(tl.where(is_target, e, 0.0), 0)
 
 
 @triton.jit
-def _label_cross_entropy(z, top, is_target, target, others, counts, w, REAL: tl.constexpr):
-    # -log p of the label, weighted; right where the label is one of these classes
-    below_top = tl.sum(tl.where(is_target, top[None, :] - z, 0.0), 0)
-    ce = below_top + _log1p(others + (target - 1.0), REAL)
-    return tl.where(counts, ce * w, 0.0)
+def _again(x, sum_of_exponentials):
+    # x, in a way that the compiler does not see through: no sum of exponentials is negative. What follows from it is
+    # made again instead of kept, for which registers are few.
+    return x + tl.where(sum_of_exponentials < 0.0, 1, 0)
 
 
 @triton.jit
-def _gradient_terms(target, others, weighted_others, u_target, k_target, counts, w):
-    # -> scale, offset, gradient at the target
-    inverse = tl.where(counts, 1.0 / (target + others), 0.0)
+def _of_target(x, c, label):
+    # (CLASSES, BLOCK): x where the class is the target, else 0
+    return tl.where(c[:, None] == label[None, :], x, 0.0)
+
+
+@triton.jit
+def _label_cross_entropy(below_top, sum_target, sum_others, w, REAL: tl.constexpr):
+    # -log p of the label, weighted. below_top: the largest logit less the label's; 0 where the voxel does not count,
+    # whatever it holds.
+    ce = below_top + _log1p(sum_others + (sum_target - 1.0), REAL)
+    return tl.where(w == 0, 0.0, ce * w)
+
+
+@triton.jit
+def _gradient_terms(target, others, weighted_others, u_target, k_target, w):
+    # -> scale, offset, gradient at the target: see SoftmaxGradient
+    inverse = _divide(1.0, target + others)
     shift = tl.where(target > others, u_target, 0.0)
     above = u_target - shift
     excess = (weighted_others + above * target - shift * others) * inverse
@@ -257,17 +388,16 @@ def _gradient_terms(target, others, weighted_others, u_target, k_target, counts,
 
 
 @triton.jit
-def _channel_counts(z, c, label, counts, w, FIRST_LABEL: tl.constexpr, ACTIVATION: tl.constexpr):
+def _channel_counts(z, c, label, w, FIRST_LABEL: tl.constexpr, ACTIVATION: tl.constexpr):
     # tp, fp, fn of every channel by itself, voxel by voxel
     if ACTIVATION == SIGMOID:
         p, complement, _ = _logistic(z)
     else:
         p = z
         complement = 1.0 - z
-    is_target = (c[:, None] + FIRST_LABEL == label[None, :]) & counts[None, :]
-    is_other = ~is_target & counts[None, :]
+    is_target = c[:, None] + FIRST_LABEL == label[None, :]
     p = p * w[None, :]
-    return tl.where(is_target, p, 0.0), tl.where(is_other, p, 0.0), tl.where(is_target, complement * w[None, :], 0.0)
+    return tl.where(is_target, p, 0.0), tl.where(is_target, 0.0, p), tl.where(is_target, complement * w[None, :], 0.0)
 
 
 @triton.jit
@@ -298,80 +428,133 @@ def _general_counts(z, g, w, top, beyond_one, inverse, focal_gamma, ACTIVATION: 
 
 
 @triton.jit
-def _store_counts(partial, c, tp, fp, fn, ce, smoothing, voxels, bad, C: tl.constexpr, CE: tl.constexpr):
-    nan = tl.where(bad, float("nan"), 0.0)
+def _store_counts(partial, c, tp, fp, fn, ce, smoothing, weights, C: tl.constexpr, CE: tl.constexpr):
+    nan = (tp + fp + fn) * 0.0  # what is NaN in one is so in all
     tl.store(partial + c, tp + nan, mask=c < C)
     tl.store(partial + C + c, fp + nan, mask=c < C)
     tl.store(partial + 2 * C + c, fn + nan, mask=c < C)
     if CE > 0:
         tl.store(partial + 3 * C + c, ce, mask=c < C)
         tl.store(partial + 4 * C + c, smoothing, mask=c < C)
-        tl.store(partial + 5 * C + c, voxels + ce * 0.0, mask=c < C)
+        tl.store(partial + 5 * C + c, weights, mask=c < C)
+
+
+@triton.jit
+def _no_sums(CLASSES: tl.constexpr, PACKS: tl.constexpr, REAL: tl.constexpr):
+    return tl.zeros([CLASSES, PACKS], REAL)
+
+
+@triton.jit
+def _sum_packs(x, CLASSES: tl.constexpr, PACKS: tl.constexpr, PACK: tl.constexpr):
+    # (CLASSES, PACKS * PACK) -> (CLASSES, PACKS): a thread sums what it has itself
+    return tl.sum(tl.reshape(x, [CLASSES, PACKS, PACK]), 2)
 
 
 @triton.jit(do_not_specialize=["focal_gamma"])
-def few_classes_count_kernel(
+def all_classes_count_kernel(
     logits, target, weight, partial, voxels, ls_n, ls_c, ls_v, ts_n, ts_c, ts_v, ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1,
     t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
-    C: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
+    C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    PACK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """partial[n, program, column, C] of a tile that holds all classes at once."""
+    """partial[n, program, column, C] of tiles that hold all classes at once: MAIN and, where TILES is 2, TAIL more."""
+    CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
+    PACKS: tl.constexpr = BLOCK // PACK
+    # Of all voxels, or (CE's divisor where tp + fn is not that) of those with each label.
+    LABEL_WEIGHTS: tl.constexpr = OVERLAP == 2 and ACTIVATION == SOFTMAX and not DENSE
     n = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
     gamma = _double(focal_gamma).to(REAL)
-    tp = tl.zeros([CLASSES, BLOCK], REAL)
-    fp = tl.zeros([CLASSES, BLOCK], REAL)
-    fn = tl.zeros([CLASSES, BLOCK], REAL)
-    ce = tl.zeros([CLASSES, BLOCK], REAL)
-    smoothing = tl.zeros([CLASSES, BLOCK], REAL)
-    # Of all voxels, or (CE's divisor where tp + fn is not that) of those with each label.
-    LABEL_WEIGHTS: tl.constexpr = OVERLAP == 2 and ACTIVATION == SOFTMAX and not DENSE
-    weights = tl.zeros([CLASSES if LABEL_WEIGHTS else 1, BLOCK], REAL)
-    any_bad = tl.zeros([BLOCK], tl.int1)
+    sums = ()  # of each tile: tp, fp, fn, cross-entropy, smoothing, weights by label
+    for i in tl.static_range(TILES):
+        for _ in tl.static_range(6):
+            sums += (_no_sums(MAIN if i == 0 else TAIL, PACKS, REAL),)
+    weights = tl.zeros([BLOCK], REAL)
     step = programs.to(tl.int64) * BLOCK
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
-        label, w, counts, bad, at = _voxels(
-            target, weight, start, voxels, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, C + FIRST_LABEL, C, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, REAL)  # fmt: skip
-        any_bad = any_bad | bad
-        z, c = _logits(rows, 0, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
-        if CE > 0 and not LABEL_WEIGHTS:
-            weights += tl.where(counts, w, 0.0)[None, :]
+        label, w, counts, dense, zs, top = _all_classes(
+            rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1,
+            w2, f0, f1, f2, ignore_index, C, MAIN, TAIL, TILES, BLOCK, PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED,
+            HAS_IGNORE, HAS_WEIGHT, REAL)  # fmt: skip
+        if CE > 0:
+            weights += w
+        first = tl.zeros([BLOCK], REAL)  # sums over the classes
+        second = tl.zeros([BLOCK], REAL)
+        third = tl.zeros([BLOCK], REAL)
+        new_sums = ()
         if GENERAL:
-            g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
-            if CE > 0 and LABEL_WEIGHTS:
-                weights += g * w[None, :]
-            top, rest, tops = _add_tops(z, tl.max(z, 0), tl.zeros([BLOCK], REAL), tl.zeros([BLOCK], REAL))
-            beyond_one = rest + (tops - 1.0)
-            more_tp, more_fp, more_fn, more_ce, more_smoothing = _general_counts(
-                z, g, tl.where(counts, w, 0.0), top, beyond_one, 1.0 / (1.0 + beyond_one), gamma, ACTIVATION, OVERLAP,
-                CE, FOCAL, REAL)  # fmt: skip
-            tp, fp, fn = tp + more_tp, fp + more_fp, fn + more_fn
-            if CE > 0:
-                ce += more_ce
-            if CE == 2:
-                smoothing += more_smoothing
+            if ACTIVATION == SOFTMAX:
+                for i in tl.static_range(TILES):
+                    rest, tops = _top_sums(zs[i], top)
+                    first += rest
+                    second += tops
+            beyond_one = first + (second - 1.0)
+            inverse = _divide(1.0, 1.0 + beyond_one)
+            for i in tl.static_range(TILES):
+                g = _target_of(dense[i], _classes(i * MAIN, MAIN if i == 0 else TAIL), label, counts, FIRST_LABEL,
+                               DENSE, CLEAR, REAL)  # fmt: skip
+                terms = _general_counts(
+                    zs[i], g, w, top, beyond_one, inverse, gamma, ACTIVATION, OVERLAP, CE, FOCAL, REAL
+                )
+                for j in tl.static_range(3):
+                    new_sums += (sums[6 * i + j] + _sum_packs(terms[j], MAIN if i == 0 else TAIL, PACKS, PACK),)
+                ce, smoothing, label_weights = sums[6 * i + 3], sums[6 * i + 4], sums[6 * i + 5]
+                if CE > 0:
+                    ce += _sum_packs(terms[3], MAIN if i == 0 else TAIL, PACKS, PACK)
+                if CE == 2:
+                    smoothing += _sum_packs(terms[4], MAIN if i == 0 else TAIL, PACKS, PACK)
+                if CE > 0 and LABEL_WEIGHTS:
+                    label_weights += _sum_packs(g * w[None, :], MAIN if i == 0 else TAIL, PACKS, PACK)
+                new_sums += (ce, smoothing, label_weights)
         elif ACTIVATION == SOFTMAX:
-            top = tl.max(z, 0)
-            others, at_target, is_target = _split(z, top, c, label, counts)
-            sum_others, sum_target = tl.sum(others, 0), tl.sum(at_target, 0)
-            inverse = tl.where(counts, w / (sum_target + sum_others), 0.0)
-            fp += others * inverse[None, :]
-            tp += at_target * inverse[None, :]
-            fn += tl.where(is_target, (sum_others * inverse)[None, :], 0.0)
+            others = ()
+            for i in tl.static_range(TILES):
+                c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
+                of_tile, sum_others, sum_target = _split(zs[i], top, c, label)
+                others += (of_tile,)
+                first += sum_others
+                second += sum_target
+                if CE > 0:
+                    third += tl.sum(_of_target(zs[i], c, label), 0)
+            inverse = _divide(w, first + second)
+            right, missed = second * inverse, first * inverse
             if CE > 0:
-                of_label = _label_cross_entropy(z, top, is_target, sum_target, sum_others, counts, w, REAL)
-                ce += tl.where(is_target, of_label[None, :], 0.0)
+                third = _label_cross_entropy(top - third, second, first, w, REAL)
+            label = _again(label, first)
+            for i in tl.static_range(TILES):
+                c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
+                tp = _of_target(right[None, :], c, label)
+                fp = others[i] * inverse[None, :]
+                fn = _of_target(missed[None, :], c, label)
+                new_sums += (
+                    sums[6 * i] + _sum_packs(tp, MAIN if i == 0 else TAIL, PACKS, PACK),
+                    sums[6 * i + 1] + _sum_packs(fp, MAIN if i == 0 else TAIL, PACKS, PACK),
+                    sums[6 * i + 2] + _sum_packs(fn, MAIN if i == 0 else TAIL, PACKS, PACK),
+                )
+                ce = sums[6 * i + 3]
+                if CE > 0:
+                    ce += _sum_packs(_of_target(third[None, :], c, label), MAIN if i == 0 else TAIL, PACKS, PACK)
+                new_sums += (ce, sums[6 * i + 4], sums[6 * i + 5])
         else:
-            more_tp, more_fp, more_fn = _channel_counts(z, c, label, counts, w, FIRST_LABEL, ACTIVATION)
-            tp, fp, fn = tp + more_tp, fp + more_fp, fn + more_fn
-    bad = tl.max(any_bad.to(tl.int32), 0) > 0
+            for i in tl.static_range(TILES):
+                terms = _channel_counts(
+                    zs[i], _classes(i * MAIN, MAIN if i == 0 else TAIL), label, w, FIRST_LABEL, ACTIVATION
+                )
+                for j in tl.static_range(3):
+                    new_sums += (sums[6 * i + j] + _sum_packs(terms[j], MAIN if i == 0 else TAIL, PACKS, PACK),)
+                new_sums += (sums[6 * i + 3], sums[6 * i + 4], sums[6 * i + 5])
+        sums = new_sums
     partial += (n * programs + program) * (6 if CE > 0 else 3) * C
-    _store_counts(partial, tl.arange(0, CLASSES), tl.sum(tp, 1), tl.sum(fp, 1), tl.sum(fn, 1), tl.sum(ce, 1),
-                  tl.sum(smoothing, 1), tl.sum(weights, 1), bad, C, CE)  # fmt: skip
+    for i in tl.static_range(TILES):
+        by_label = tl.sum(sums[6 * i + 5], 1)
+        if not LABEL_WEIGHTS:
+            by_label += tl.sum(weights, 0)
+        _store_counts(partial, _classes(i * MAIN, MAIN if i == 0 else TAIL), tl.sum(sums[6 * i], 1),
+                      tl.sum(sums[6 * i + 1], 1), tl.sum(sums[6 * i + 2], 1), tl.sum(sums[6 * i + 3], 1),
+                      tl.sum(sums[6 * i + 4], 1), by_label, C, CE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["focal_gamma"])
@@ -393,39 +576,34 @@ def two_classes_count_kernel(
     ce0 = tl.zeros([BLOCK], REAL)
     ce1 = tl.zeros([BLOCK], REAL)
     weights = tl.zeros([BLOCK], REAL)
-    any_bad = tl.zeros([BLOCK], tl.int1)
     step = programs.to(tl.int64) * BLOCK
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
-        label, w, counts, bad, _ = _voxels(
-            target, weight, start, voxels, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, 2, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, REAL)  # fmt: skip
-        any_bad = any_bad | bad
-        offsets = start + tl.arange(0, BLOCK)
-        z0 = tl.load(rows + offsets * ls_v, mask=counts, other=0.0).to(REAL)
-        z1 = tl.load(rows + ls_c + offsets * ls_v, mask=counts, other=0.0).to(REAL)
-        difference = _two_class_logit(z0, z1)
+        label, w, counts, _ = _voxels(
+            target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, BLOCK, REAL)  # fmt: skip
+        difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, REAL)
         p1, p0, _ = _logistic(difference)
-        is1 = counts & (label == 1)
-        is0 = counts & (label == 0)
+        is1 = label == 1
         if CE > 0:
             of1, of0 = _sigmoid_logs(difference, REAL)
-            ce1 += tl.where(is1, of1 * w, 0.0)
-            ce0 += tl.where(is0, of0 * w, 0.0)
-            weights += tl.where(counts, w, 0.0)
+            of1, of0 = of1 * w, of0 * w
+            ce1 += tl.where(is1, of1, 0.0)
+            ce0 += tl.where(is1, 0.0, of0)
+            weights += w
         p1, p0 = p1 * w, p0 * w
         right1 += tl.where(is1, p1, 0.0)
         missed1 += tl.where(is1, p0, 0.0)
-        right0 += tl.where(is0, p0, 0.0)
-        missed0 += tl.where(is0, p1, 0.0)
-    nan = tl.where(tl.max(any_bad.to(tl.int32), 0) > 0, float("nan"), 0.0)
+        right0 += tl.where(is1, 0.0, p0)
+        missed0 += tl.where(is1, 0.0, p1)
     partial += (n * programs + program) * (12 if CE > 0 else 6)
-    false0, false1 = tl.sum(missed1, 0) + nan, tl.sum(missed0, 0) + nan
-    tl.store(partial, tl.sum(right0, 0) + nan)
-    tl.store(partial + 1, tl.sum(right1, 0) + nan)
-    tl.store(partial + 2, false0)
-    tl.store(partial + 3, false1)
-    tl.store(partial + 4, false1)
-    tl.store(partial + 5, false0)
+    true0, true1, false0, false1 = tl.sum(right0, 0), tl.sum(right1, 0), tl.sum(missed1, 0), tl.sum(missed0, 0)
+    nan = (true0 + true1 + false0 + false1) * 0.0  # what is NaN in one is so in all
+    tl.store(partial, true0 + nan)
+    tl.store(partial + 1, true1 + nan)
+    tl.store(partial + 2, false0 + nan)
+    tl.store(partial + 3, false1 + nan)
+    tl.store(partial + 4, false1 + nan)
+    tl.store(partial + 5, false0 + nan)
     if CE > 0:
         tl.store(partial + 6, tl.sum(ce0, 0))
         tl.store(partial + 7, tl.sum(ce1, 0))
@@ -436,17 +614,12 @@ def two_classes_count_kernel(
 
 
 @triton.jit
-def _online(z, c, label, counts, top, sum_target, sum_others):
+def _online(z, c, label, top, sum_target, sum_others):
+    # Adds a chunk to a voxel's sums of exponentials
     new_top = tl.maximum(top, tl.max(z, 0))
-    rescale = tl.exp(top - new_top)
-    others, at_target, _ = _split(z, new_top, c, label, counts)
-    return (
-        new_top,
-        sum_target * rescale + tl.sum(at_target, 0),
-        sum_others * rescale + tl.sum(others, 0),
-        others,
-        rescale,
-    )
+    rescale = _exp(top - new_top)
+    others, more_others, more_target = _split(z, new_top, c, label)
+    return new_top, sum_target * rescale + more_target, sum_others * rescale + more_others, others, rescale
 
 
 @triton.jit
@@ -456,21 +629,26 @@ def _add_column(at, c, value, is_first, C: tl.constexpr):
 
 
 @triton.jit
-def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, bad, top, sum_target,
-                 sum_others, gamma, partial, is_first, C: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
-                 ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr,
-                 CE: tl.constexpr, FOCAL: tl.constexpr, GENERAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, top, sum_target,
+                 sum_others, gamma, partial, is_first, C: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr,
+                 CLEAR: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, ACTIVATION: tl.constexpr,
+                 FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr,
+                 FOCAL: tl.constexpr, GENERAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # GENERAL: sum_target are the largest logits, sum_others the rest.
-    z, c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
+    c = _classes(first, CLASSES)
+    z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, WHOLE, CLEAR, BLOCK, PACK, REAL)
     ce = tl.zeros([CLASSES], REAL)
     smoothing = tl.zeros([CLASSES], REAL)
-    weights = ce + tl.sum(tl.where(counts, w, 0.0), 0)
+    weights = ce + tl.sum(w, 0)
     if GENERAL:
-        g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
+        dense = label
+        if DENSE:
+            dense = _dense_targets(target, at, ts_c, first, start, voxels, C, CLASSES, WHOLE, BLOCK)
+        g = _target_of(dense, c, label, counts, FIRST_LABEL, DENSE, CLEAR, REAL)
         beyond_one = sum_others + (sum_target - 1.0)
         tps, fps, fns, ces, smoothings = _general_counts(
-            z, g, tl.where(counts, w, 0.0), top, beyond_one, 1.0 / (1.0 + beyond_one), gamma, ACTIVATION, OVERLAP, CE,
-            FOCAL, REAL)  # fmt: skip
+            z, g, w, top, beyond_one, _divide(1.0, 1.0 + beyond_one), gamma, ACTIVATION, OVERLAP, CE, FOCAL, REAL
+        )
         tp, fp, fn = tl.sum(tps, 1), tl.sum(fps, 1), tl.sum(fns, 1)
         if CE > 0:
             ce = tl.sum(ces, 1)
@@ -479,18 +657,19 @@ def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label
         if OVERLAP == 2 and ACTIVATION == SOFTMAX and not DENSE:  # as LABEL_WEIGHTS
             weights = tl.sum(g * w[None, :], 1)
     elif ACTIVATION == SOFTMAX:
-        others, at_target, is_target = _split(z, top, c, label, counts)
-        inverse = tl.where(counts, w / (sum_target + sum_others), 0.0)
-        tp = tl.sum(at_target * inverse[None, :], 1)
+        others, _, _ = _split(z, top, c, label)
+        inverse = _divide(w, sum_target + sum_others)
+        tp = tl.sum(_of_target((sum_target * inverse)[None, :], c, label), 1)
         fp = tl.sum(others * inverse[None, :], 1)
-        fn = tl.sum(tl.where(is_target, (sum_others * inverse)[None, :], 0.0), 1)
+        fn = tl.sum(_of_target((sum_others * inverse)[None, :], c, label), 1)
         if CE > 0:
-            of_label = _label_cross_entropy(z, top, is_target, sum_target, sum_others, counts, w, REAL)
-            ce = tl.sum(tl.where(is_target, of_label[None, :], 0.0), 1)
+            below_top = tl.sum(_of_target(top[None, :] - z, c, label), 0)
+            of_label = _label_cross_entropy(below_top, sum_target, sum_others, w, REAL)
+            ce = tl.sum(_of_target(of_label[None, :], c, label), 1)
     else:
-        tps, fps, fns = _channel_counts(z, c, label, counts, w, FIRST_LABEL, ACTIVATION)
+        tps, fps, fns = _channel_counts(z, c, label, w, FIRST_LABEL, ACTIVATION)
         tp, fp, fn = tl.sum(tps, 1), tl.sum(fps, 1), tl.sum(fns, 1)
-    nan = tl.where(bad, float("nan"), 0.0)
+    nan = (tp + fp + fn) * 0.0  # what is NaN in one is so in all
     _add_column(partial, c, tp + nan, is_first, C)
     _add_column(partial + C, c, fp + nan, is_first, C)
     _add_column(partial + 2 * C, c, fn + nan, is_first, C)
@@ -500,52 +679,57 @@ def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label
         _add_column(partial + 5 * C, c, weights, is_first, C)
 
 
+@triton.jit
+def _ignored_by_chunks(target, at, ts_c, start, voxels, w, counts, ignore_index, C: tl.constexpr,
+                       HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    differ = tl.zeros([BLOCK], tl.int32)
+    for c in tl.range(0, C):
+        g = _dense_targets(target, at, ts_c, c, start, voxels, C, 1, True, BLOCK)
+        differ += _differs(g, _classes(c, 1), ignore_index, C)
+    return _without_ignored(differ, w, counts, HAS_WEIGHT)
+
+
 @triton.jit(do_not_specialize=["focal_gamma"])
 def many_classes_count_kernel(
     logits, target, weight, partial, voxels, ls_n, ls_c, ls_v, ts_n, ts_c, ts_v, ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1,
     t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
-    C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
-    FIRST_LABEL: tl.constexpr,
+    C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+    ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, C], the classes in chunks."""
+    CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
+    WHOLE: tl.constexpr = C % CHUNK == 0
     n = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
     gamma = _double(focal_gamma).to(REAL)
     partial += (n * programs + program) * (6 if CE > 0 else 3) * C
-    full = C // CHUNK * CHUNK
     begin = program.to(tl.int64) * BLOCK
     step = programs.to(tl.int64) * BLOCK
     for start in tl.range(begin, voxels, step):
-        label, w, counts, bad, at = _voxels(
-            target, weight, start, voxels, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, C + FIRST_LABEL, C, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, REAL)  # fmt: skip
-        any_bad = tl.max(bad.to(tl.int32), 0) > 0
+        label, w, counts, at = _voxels(
+            target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
+        if DENSE and HAS_IGNORE:
+            w, counts = _ignored_by_chunks(
+                target, at, ts_c, start, voxels, w, counts, ignore_index, C, HAS_WEIGHT, BLOCK
+            )
         top = tl.full([BLOCK], float("-inf"), REAL)
         sum_target = tl.zeros([BLOCK], REAL)
         sum_others = tl.zeros([BLOCK], REAL)
         if ACTIVATION == SOFTMAX:
-            for first in tl.range(0, full, CHUNK):
-                z, c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CHUNK, BLOCK, float("-inf"), REAL)
+            for first in tl.range(0, C, CHUNK):
+                z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, REAL)
                 if GENERAL:
                     top, sum_others, sum_target = _add_tops(z, top, sum_others, sum_target)
                 else:
-                    top, sum_target, sum_others, _, _ = _online(z, c, label, counts, top, sum_target, sum_others)
-            if TAIL > 0:
-                z, c = _logits(rows, full, start, voxels, ls_c, ls_v, counts, C, TAIL, BLOCK, float("-inf"), REAL)
-                if GENERAL:
-                    top, sum_others, sum_target = _add_tops(z, top, sum_others, sum_target)
-                else:
-                    top, sum_target, sum_others, _, _ = _online(z, c, label, counts, top, sum_target, sum_others)
-        for first in tl.range(0, full, CHUNK):
-            _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, any_bad, top,
-                         sum_target, sum_others, gamma, partial, start == begin, C, CHUNK, BLOCK, ACTIVATION,
-                         FIRST_LABEL, DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
-        if TAIL > 0:
-            _count_chunk(rows, target, full, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, any_bad, top,
-                         sum_target, sum_others, gamma, partial, start == begin, C, TAIL, BLOCK, ACTIVATION,
+                    c = _classes(first, CHUNK)
+                    top, sum_target, sum_others, _, _ = _online(z, c, label, top, sum_target, sum_others)
+        for first in tl.range(0, C, CHUNK):
+            _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, top, sum_target,
+                         sum_others, gamma, partial, start == begin, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, ACTIVATION,
                          FIRST_LABEL, DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
         tl.debug_barrier()  # the row's stores before the next tile's loads
 
@@ -751,25 +935,28 @@ def _coefficients(coefficients, grad_loss, c, row, C: tl.constexpr, GRAD_CLASSES
 
 
 @triton.jit
-def _store_gradient(out, dz, c, start, voxels, gs_c, gs_v, C: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = start + tl.arange(0, BLOCK)
-    there = (c < C)[:, None] & (offsets < voxels)[None, :]
+def _store_gradient(out, dz, first, start, voxels, gs_c, gs_v, C: tl.constexpr, CLASSES: tl.constexpr,
+                    WHOLE: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr):  # fmt: skip
+    c = _classes(first, CLASSES)
+    offsets = _offsets(start, BLOCK, PACK)
+    there = (offsets < voxels)[None, :]
+    if not WHOLE:
+        there = there & (c < C)[:, None]
     at = out + c.to(tl.int64)[:, None] * gs_c + (offsets * gs_v)[None, :]
     tl.store(at, dz.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _channel_gradient(z, c, label, counts, w, background, foreground, FIRST_LABEL: tl.constexpr,
-                      ACTIVATION: tl.constexpr):  # fmt: skip
+def _channel_gradient(z, c, label, w, background, foreground, FIRST_LABEL: tl.constexpr, ACTIVATION: tl.constexpr):
     dz = tl.where(c[:, None] + FIRST_LABEL == label[None, :], foreground, background)
     if ACTIVATION == SIGMOID:
         _, _, product = _logistic(z)
         dz = product * dz
-    return tl.where(counts[None, :], dz * w[None, :], 0.0)
+    return dz * w[None, :]
 
 
 @triton.jit
-def _general_channel_gradient(z, g, counts, w, gamma, background, foreground, ce, smoothing, ACTIVATION: tl.constexpr,
+def _general_channel_gradient(z, g, w, gamma, background, foreground, ce, smoothing, ACTIVATION: tl.constexpr,
                               OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
                               REAL: tl.constexpr):  # fmt: skip
     if ACTIVATION == SIGMOID:
@@ -784,7 +971,7 @@ def _general_channel_gradient(z, g, counts, w, gamma, background, foreground, ce
             dz += p * of_zero - complement * of_one
     else:
         dz = _overlap_slope(z, 1.0 - z, g, background, foreground, OVERLAP)
-    return tl.where(counts[None, :], dz * w[None, :], 0.0)
+    return dz * w[None, :]
 
 
 @triton.jit
@@ -811,68 +998,111 @@ def _general_sums(z, top, p, u, b):
 
 
 @triton.jit
-def _general_gradient(p, complement, u, b, rest_u, top_u, b_all, beyond_one, inverse, counts, w, CE: tl.constexpr):
+def _general_gradient(p, complement, u, b, rest_u, top_u, b_all, beyond_one, inverse, w, CE: tl.constexpr):
     shift = tl.where(beyond_one < 1.0, top_u, 0.0)
     excess = rest_u + (top_u - shift) * inverse - shift * (beyond_one * inverse)
     dz = p * ((u - shift[None, :]) - excess[None, :])
     if CE > 0:
         dz += p * (b_all[None, :] - b) - complement * b
-    return tl.where(counts[None, :], dz * w[None, :], 0.0)
+    return dz * w[None, :]
 
 
 @triton.jit(do_not_specialize=["focal_gamma"])
-def few_classes_gradient_kernel(
+def all_classes_gradient_kernel(
     grad_loss, logits, target, weight, coefficients, out, voxels, ls_n, ls_c, ls_v, gs_n, gs_c, gs_v, ts_n, ts_c, ts_v,
     ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
     row_stride,
-    C: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
-    GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
+    C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+    PACK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr,
+    KEPT: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
-    """dL/dlogits of a tile that holds all classes at once. row_stride: 0 where the batch shares one row, else 1."""
+    """dL/dlogits by tiles that hold all classes at once. row_stride: 0 where the batch shares one row, else 1."""
+    CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
     n = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
     gamma = _double(focal_gamma).to(REAL)
-    background, foreground, ce, smoothing = _coefficients(
-        coefficients, grad_loss, tl.arange(0, CLASSES), n * row_stride, C, GRAD_CLASSES, KEPT, CE, REAL
-    )
+    coefficients_of = ()  # each tile
+    for i in tl.static_range(TILES):
+        coefficients_of += (
+            _coefficients(coefficients, grad_loss, _classes(i * MAIN, MAIN if i == 0 else TAIL), n * row_stride, C,
+                          GRAD_CLASSES, KEPT, CE, REAL),
+        )  # fmt: skip
     step = programs.to(tl.int64) * BLOCK
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
-        label, w, counts, _, at = _voxels(
-            target, weight, start, voxels, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, C + FIRST_LABEL, C, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, REAL)  # fmt: skip
-        z, c = _logits(rows, 0, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
-        if GENERAL:
-            g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
-            if ACTIVATION == SOFTMAX:
-                top, rest, tops = _add_tops(z, tl.max(z, 0), tl.zeros([BLOCK], REAL), tl.zeros([BLOCK], REAL))
-                beyond_one = rest + (tops - 1.0)
-                inverse = 1.0 / (1.0 + beyond_one)
-                p, complement, u, b = _general_slopes(
-                    z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, OVERLAP, CE, FOCAL,
-                    REAL)  # fmt: skip
-                rest_u, top_u, b_all = _general_sums(z, top, p, u, b)
-                dz = _general_gradient(p, complement, u, b, rest_u, top_u, b_all, beyond_one, inverse, counts, w, CE)
-            else:
-                dz = _general_channel_gradient(
-                    z, g, counts, w, gamma, background, foreground, ce, smoothing, ACTIVATION, OVERLAP, CE, FOCAL, REAL
+        label, w, counts, dense, zs, top = _all_classes(
+            rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1,
+            w2, f0, f1, f2, ignore_index, C, MAIN, TAIL, TILES, BLOCK, PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED,
+            HAS_IGNORE, HAS_WEIGHT, REAL)  # fmt: skip
+        first = tl.zeros([BLOCK], REAL)  # sums over the classes
+        second = tl.zeros([BLOCK], REAL)
+        third = tl.zeros([BLOCK], REAL)
+        fourth = tl.zeros([BLOCK], REAL)
+        fifth = tl.zeros([BLOCK], REAL)
+        if GENERAL and ACTIVATION == SOFTMAX:
+            for i in tl.static_range(TILES):
+                rest, tops = _top_sums(zs[i], top)
+                first += rest
+                second += tops
+            beyond_one = first + (second - 1.0)
+            inverse = _divide(1.0, 1.0 + beyond_one)
+            slopes = ()
+            for i in tl.static_range(TILES):
+                background, foreground, ce, smoothing = coefficients_of[i]
+                g = _target_of(dense[i], _classes(i * MAIN, MAIN if i == 0 else TAIL), label, counts, FIRST_LABEL,
+                               DENSE, CLEAR, REAL)  # fmt: skip
+                of_tile = _general_slopes(zs[i], g, top, beyond_one, inverse, gamma, background, foreground, ce,
+                                          smoothing, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
+                p, _complement, u, b = of_tile
+                slopes += (u, b)
+                rest_u, top_u, b_all = _general_sums(zs[i], top, p, u, b)
+                third += rest_u
+                fourth += top_u
+                fifth += b_all
+            top = _again(top, first)
+            for i in tl.static_range(TILES):
+                p, complement = _dense_probability(zs[i], top, beyond_one, inverse)
+                dz = _general_gradient(
+                    p, complement, slopes[2 * i], slopes[2 * i + 1], third, fourth, fifth, beyond_one, inverse, w, CE
                 )
+                _store_gradient(out, dz, i * MAIN, start, voxels, gs_c, gs_v, C, MAIN if i == 0 else TAIL,
+                                (MAIN if i == 0 else MAIN + TAIL) <= C, BLOCK, PACK)  # fmt: skip
         elif ACTIVATION == SOFTMAX:
-            others, at_target, is_target = _split(z, tl.max(z, 0), c, label, counts)
-            u_target = tl.sum(tl.where(is_target, foreground, 0.0), 0)
-            k_target = u_target * 0.0
-            if CE > 0:
-                k_target = tl.sum(tl.where(is_target, ce, 0.0), 0)
-            scale, offset, target_dz = _gradient_terms(
-                tl.sum(at_target, 0), tl.sum(others, 0), tl.sum(others * background, 0), u_target, k_target, counts, w
-            )
-            dz = others * scale[None, :] * (background + offset[None, :])
-            dz = tl.where(is_target, target_dz[None, :], dz)
+            others = ()
+            for i in tl.static_range(TILES):
+                background, foreground, ce, _smoothing = coefficients_of[i]
+                c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
+                of_tile, sum_others, sum_target = _split(zs[i], top, c, label)
+                others += (of_tile,)
+                first += sum_others
+                second += sum_target
+                third += tl.sum(of_tile * background, 0)
+                fourth += tl.sum(_of_target(foreground, c, label), 0)
+                if CE > 0:
+                    fifth += tl.sum(_of_target(ce, c, label), 0)
+            scale, offset, target_dz = _gradient_terms(second, first, third, fourth, fifth, w)
+            label = _again(label, first)
+            for i in tl.static_range(TILES):
+                background, _foreground, _ce, _smoothing = coefficients_of[i]
+                c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
+                dz = others[i] * scale[None, :] * (background + offset[None, :])
+                dz = tl.where(c[:, None] == label[None, :], target_dz[None, :], dz)
+                _store_gradient(out, dz, i * MAIN, start, voxels, gs_c, gs_v, C, MAIN if i == 0 else TAIL,
+                                (MAIN if i == 0 else MAIN + TAIL) <= C, BLOCK, PACK)  # fmt: skip
         else:
-            dz = _channel_gradient(z, c, label, counts, w, background, foreground, FIRST_LABEL, ACTIVATION)
-        _store_gradient(out, dz, c, start, voxels, gs_c, gs_v, C, BLOCK)
+            for i in tl.static_range(TILES):
+                background, foreground, ce, smoothing = coefficients_of[i]
+                c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
+                if GENERAL:
+                    g = _target_of(dense[i], c, label, counts, FIRST_LABEL, DENSE, CLEAR, REAL)
+                    dz = _general_channel_gradient(zs[i], g, w, gamma, background, foreground, ce, smoothing,
+                                                   ACTIVATION, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
+                else:
+                    dz = _channel_gradient(zs[i], c, label, w, background, foreground, FIRST_LABEL, ACTIVATION)
+                _store_gradient(out, dz, i * MAIN, start, voxels, gs_c, gs_v, C, MAIN if i == 0 else TAIL,
+                                (MAIN if i == 0 else MAIN + TAIL) <= C, BLOCK, PACK)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["focal_gamma"])
@@ -900,17 +1130,16 @@ def two_classes_gradient_kernel(
     ce_0 = tl.sum(tl.where(is_class_1, 0.0, ce))
     step = programs.to(tl.int64) * BLOCK
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
-        label, w, counts, _, _ = _voxels(
-            target, weight, start, voxels, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, 2, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, REAL)  # fmt: skip
-        offsets = start + tl.arange(0, BLOCK)
-        z0 = tl.load(rows + offsets * ls_v, mask=counts, other=0.0).to(REAL)
-        z1 = tl.load(rows + ls_c + offsets * ls_v, mask=counts, other=0.0).to(REAL)
-        p1, p0, product = _logistic(_two_class_logit(z0, z1))
+        label, w, counts, _ = _voxels(
+            target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, BLOCK, REAL)  # fmt: skip
+        difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, REAL)
+        p1, p0, product = _logistic(difference)
         dz = product * tl.where(label == 1, if_label_1, if_label_0)
         if CE > 0:
             dz += tl.where(label == 1, -ce_1 * p0, ce_0 * p1)
-        dz = tl.where(counts, dz * w, 0.0)
+        dz *= w
+        offsets = start + tl.arange(0, BLOCK)
         inside = offsets < voxels
         tl.store(out + offsets * gs_v, (-dz).to(out.dtype.element_ty), mask=inside)
         tl.store(out + gs_c + offsets * gs_v, dz.to(out.dtype.element_ty), mask=inside)
@@ -919,61 +1148,71 @@ def two_classes_gradient_kernel(
 @triton.jit
 def _gradient_chunk(rows, out, target, first, start, voxels, ls_c, ls_v, gs_c, gs_v, ts_c, at, label, counts, w, top,
                     scale, offset, target_dz, gamma, rest_u, top_u, b_all, beyond_one, inverse, coefficients,
-                    grad_loss, row, C: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
-                    ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr,
-                    KEPT: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr,
-                    FOCAL: tl.constexpr, GENERAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
-    z, c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
+                    grad_loss, row, C: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr, CLEAR: tl.constexpr,
+                    BLOCK: tl.constexpr, PACK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
+                    GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr,
+                    CE: tl.constexpr, FOCAL: tl.constexpr, GENERAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+    c = _classes(first, CLASSES)
+    z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, WHOLE, CLEAR, BLOCK, PACK, REAL)
     background, foreground, ce, smoothing = _coefficients(
         coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, CE, REAL
     )
     if GENERAL:
-        g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
+        dense = label
+        if DENSE:
+            dense = _dense_targets(target, at, ts_c, first, start, voxels, C, CLASSES, WHOLE, BLOCK)
+        g = _target_of(dense, c, label, counts, FIRST_LABEL, DENSE, CLEAR, REAL)
         if ACTIVATION == SOFTMAX:
             p, complement, u, b = _general_slopes(
                 z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, OVERLAP, CE, FOCAL, REAL
             )
-            dz = _general_gradient(p, complement, u, b, rest_u, top_u, b_all, beyond_one, inverse, counts, w, CE)
+            dz = _general_gradient(p, complement, u, b, rest_u, top_u, b_all, beyond_one, inverse, w, CE)
         else:
             dz = _general_channel_gradient(
-                z, g, counts, w, gamma, background, foreground, ce, smoothing, ACTIVATION, OVERLAP, CE, FOCAL, REAL
+                z, g, w, gamma, background, foreground, ce, smoothing, ACTIVATION, OVERLAP, CE, FOCAL, REAL
             )
     elif ACTIVATION == SOFTMAX:
-        others, _, is_target = _split(z, top, c, label, counts)
+        others, _, _ = _split(z, top, c, label)
         dz = others * scale[None, :] * (background + offset[None, :])
-        dz = tl.where(is_target, target_dz[None, :], dz)
+        dz = tl.where(c[:, None] == label[None, :], target_dz[None, :], dz)
     else:
-        dz = _channel_gradient(z, c, label, counts, w, background, foreground, FIRST_LABEL, ACTIVATION)
-    _store_gradient(out, dz, c, start, voxels, gs_c, gs_v, C, BLOCK)
+        dz = _channel_gradient(z, c, label, w, background, foreground, FIRST_LABEL, ACTIVATION)
+    _store_gradient(out, dz, first, start, voxels, gs_c, gs_v, C, CLASSES, WHOLE, BLOCK, PACK)
 
 
 @triton.jit
 def _online_gradient(rows, first, start, voxels, ls_c, ls_v, label, counts, top, sum_target, sum_others,
                      weighted_others, u_target, k_target, coefficients, grad_loss, row, C: tl.constexpr,
-                     CLASSES: tl.constexpr, BLOCK: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
-                     CE: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
-    z, c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
+                     CLASSES: tl.constexpr, WHOLE: tl.constexpr, CLEAR: tl.constexpr, BLOCK: tl.constexpr,
+                     PACK: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr, CE: tl.constexpr,
+                     REAL: tl.constexpr):  # fmt: skip
+    c = _classes(first, CLASSES)
+    z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, WHOLE, CLEAR, BLOCK, PACK, REAL)
     background, foreground, ce, _ = _coefficients(coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, CE, REAL)
-    top, sum_target, sum_others, others, rescale = _online(z, c, label, counts, top, sum_target, sum_others)
+    top, sum_target, sum_others, others, rescale = _online(z, c, label, top, sum_target, sum_others)
     weighted_others = weighted_others * rescale + tl.sum(others * background, 0)
-    is_target = (c[:, None] == label[None, :]) & counts[None, :]
-    u_target += tl.sum(tl.where(is_target, foreground, 0.0), 0)
+    u_target += tl.sum(_of_target(foreground, c, label), 0)
     if CE > 0:
-        k_target += tl.sum(tl.where(is_target, ce, 0.0), 0)
+        k_target += tl.sum(_of_target(ce, c, label), 0)
     return top, sum_target, sum_others, weighted_others, u_target, k_target
 
 
 @triton.jit
 def _general_sums_of_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, top, beyond_one,
                            inverse, gamma, rest_u, top_u, b_all, coefficients, grad_loss, row, C: tl.constexpr,
-                           CLASSES: tl.constexpr, BLOCK: tl.constexpr, FIRST_LABEL: tl.constexpr,
-                           GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr,
-                           CE: tl.constexpr, FOCAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
-    z, c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, BLOCK, float("-inf"), REAL)
+                           CLASSES: tl.constexpr, WHOLE: tl.constexpr, CLEAR: tl.constexpr, BLOCK: tl.constexpr,
+                           PACK: tl.constexpr, FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr,
+                           KEPT: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr,
+                           FOCAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+    c = _classes(first, CLASSES)
+    z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, WHOLE, CLEAR, BLOCK, PACK, REAL)
     background, foreground, ce, smoothing = _coefficients(
         coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, CE, REAL
     )
-    g = _targets(target, at, ts_c, c, label, counts, C, FIRST_LABEL, DENSE, REAL)
+    dense = label
+    if DENSE:
+        dense = _dense_targets(target, at, ts_c, first, start, voxels, C, CLASSES, WHOLE, BLOCK)
+    g = _target_of(dense, c, label, counts, FIRST_LABEL, DENSE, CLEAR, REAL)
     p, _, u, b = _general_slopes(
         z, g, top, beyond_one, inverse, gamma, background, foreground, ce, smoothing, OVERLAP, CE, FOCAL, REAL
     )
@@ -986,23 +1225,28 @@ def many_classes_gradient_kernel(
     grad_loss, logits, target, weight, coefficients, out, voxels, ls_n, ls_c, ls_v, gs_n, gs_c, gs_v, ts_n, ts_c, ts_v,
     ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
     row_stride,
-    C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
-    FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
+    C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+    ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits, the classes in chunks. A chunk is read again only before it is written: out may be logits."""
+    CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
+    WHOLE: tl.constexpr = C % CHUNK == 0
     n = (tl.program_id(0) // programs).to(tl.int64)
     program = tl.program_id(0) % programs
     rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
     gamma = _double(focal_gamma).to(REAL)
     row = n * row_stride
-    full = C // CHUNK * CHUNK
     step = programs.to(tl.int64) * BLOCK
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
-        label, w, counts, _, at = _voxels(
-            target, weight, start, voxels, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, C + FIRST_LABEL, C, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, REAL)  # fmt: skip
+        label, w, counts, at = _voxels(
+            target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
+        if DENSE and HAS_IGNORE:
+            w, counts = _ignored_by_chunks(
+                target, at, ts_c, start, voxels, w, counts, ignore_index, C, HAS_WEIGHT, BLOCK
+            )
         top = tl.full([BLOCK], float("-inf"), REAL)
         sum_target = tl.zeros([BLOCK], REAL)
         sum_others = tl.zeros([BLOCK], REAL)
@@ -1013,46 +1257,26 @@ def many_classes_gradient_kernel(
         beyond_one = tl.zeros([BLOCK], REAL)
         inverse = tl.zeros([BLOCK], REAL)
         if ACTIVATION == SOFTMAX and not GENERAL:
-            for first in tl.range(0, full, CHUNK):
+            for first in tl.range(0, C, CHUNK):
                 top, sum_target, sum_others, weighted_others, u_target, k_target = _online_gradient(
                     rows, first, start, voxels, ls_c, ls_v, label, counts, top, sum_target, sum_others, weighted_others,
-                    u_target, k_target, coefficients, grad_loss, row, C, CHUNK, BLOCK, GRAD_CLASSES, KEPT, CE,
-                    REAL)  # fmt: skip
-            if TAIL > 0:
-                top, sum_target, sum_others, weighted_others, u_target, k_target = _online_gradient(
-                    rows, full, start, voxels, ls_c, ls_v, label, counts, top, sum_target, sum_others, weighted_others,
-                    u_target, k_target, coefficients, grad_loss, row, C, TAIL, BLOCK, GRAD_CLASSES, KEPT, CE,
-                    REAL)  # fmt: skip
+                    u_target, k_target, coefficients, grad_loss, row, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, GRAD_CLASSES,
+                    KEPT, CE, REAL)  # fmt: skip
         if ACTIVATION == SOFTMAX and GENERAL:
             # weighted_others and u_target are rest_u and top_u, sum_target the largest.
-            for first in tl.range(0, full, CHUNK):
-                z, _c = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CHUNK, BLOCK, float("-inf"), REAL)
-                top, sum_others, sum_target = _add_tops(z, top, sum_others, sum_target)
-            if TAIL > 0:
-                z, _c = _logits(rows, full, start, voxels, ls_c, ls_v, counts, C, TAIL, BLOCK, float("-inf"), REAL)
+            for first in tl.range(0, C, CHUNK):
+                z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, REAL)
                 top, sum_others, sum_target = _add_tops(z, top, sum_others, sum_target)
             beyond_one = sum_others + (sum_target - 1.0)
-            inverse = 1.0 / (1.0 + beyond_one)
-            for first in tl.range(0, full, CHUNK):
+            inverse = _divide(1.0, 1.0 + beyond_one)
+            for first in tl.range(0, C, CHUNK):
                 weighted_others, u_target, b_all = _general_sums_of_chunk(
                     rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, top, beyond_one, inverse,
-                    gamma, weighted_others, u_target, b_all, coefficients, grad_loss, row, C, CHUNK, BLOCK, FIRST_LABEL,
-                    GRAD_CLASSES, KEPT, DENSE, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
-            if TAIL > 0:
-                weighted_others, u_target, b_all = _general_sums_of_chunk(
-                    rows, target, full, start, voxels, ls_c, ls_v, ts_c, at, label, counts, top, beyond_one, inverse,
-                    gamma, weighted_others, u_target, b_all, coefficients, grad_loss, row, C, TAIL, BLOCK, FIRST_LABEL,
-                    GRAD_CLASSES, KEPT, DENSE, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
-        scale, offset, target_dz = _gradient_terms(
-            sum_target, sum_others, weighted_others, u_target, k_target, counts, w
-        )
-        for first in tl.range(0, full, CHUNK):
+                    gamma, weighted_others, u_target, b_all, coefficients, grad_loss, row, C, CHUNK, WHOLE, CLEAR,
+                    BLOCK, PACK, FIRST_LABEL, GRAD_CLASSES, KEPT, DENSE, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
+        scale, offset, target_dz = _gradient_terms(sum_target, sum_others, weighted_others, u_target, k_target, w)
+        for first in tl.range(0, C, CHUNK):
             _gradient_chunk(rows, out, target, first, start, voxels, ls_c, ls_v, gs_c, gs_v, ts_c, at, label, counts, w,
                             top, scale, offset, target_dz, gamma, weighted_others, u_target, b_all, beyond_one, inverse,
-                            coefficients, grad_loss, row, C, CHUNK, BLOCK, ACTIVATION, FIRST_LABEL, GRAD_CLASSES, KEPT,
-                            DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
-        if TAIL > 0:
-            _gradient_chunk(rows, out, target, full, start, voxels, ls_c, ls_v, gs_c, gs_v, ts_c, at, label, counts, w,
-                            top, scale, offset, target_dz, gamma, weighted_others, u_target, b_all, beyond_one, inverse,
-                            coefficients, grad_loss, row, C, TAIL, BLOCK, ACTIVATION, FIRST_LABEL, GRAD_CLASSES, KEPT,
-                            DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
+                            coefficients, grad_loss, row, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, ACTIVATION, FIRST_LABEL,
+                            GRAD_CLASSES, KEPT, DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip

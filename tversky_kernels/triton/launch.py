@@ -13,19 +13,21 @@ import triton
 from .._layout import voxel_stride, walkable
 from . import kernels
 
-#: Up to this many classes a tile of all of them stays in registers.
-FEW_CLASSES = 16
+#: Up to this many classes a tile holds all of them.
+ALL_CLASSES = 128
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Plan(NamedTuple):
-    """Block sizes of one pass. CHUNK and TAIL: 0 where all classes are in one tile of CLASSES."""
+    """Block sizes of one pass. CHUNK: 0 where a tile holds all classes, as MAIN and TAIL (0: none) of them."""
 
-    classes: int
-    chunk: int
+    main: int
     tail: int
+    chunk: int
     block: int
+    pack: int
     num_warps: int
+    programs: int  # that a multiprocessor holds at once
 
 
 def next_power_of_two(n: int) -> int:
@@ -33,23 +35,30 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def plan(classes: int, itemsize: int, general: bool = False) -> Plan:
+def plan(classes: int, itemsize: int, heavy: bool = False, packed: bool = True, cross_entropy: bool = False) -> Plan:
     """Block sizes by the number of classes and the logits' size. A function, for autotuning needs a GPU.
 
-    general: every class of a voxel has a target of its own, which takes about twice the registers.
+    heavy: what takes about twice the registers, as a target of its own for every class. packed: the voxels lie one
+    beside the other.
 
-    Few enough elements a thread that nothing spills (tests/triton_aot.py reads what the compiler says), and rows of at
-    least 64 voxels, for whole 16-byte loads.
+    Few enough elements a thread that nothing spills (tests/triton_aot.py reads what the compiler says), and pieces of
+    at least 32 bytes of a class, which is what the memory hands out.
     """
-    half = (2 if itemsize == 8 else 1) * (2 if general else 1)  # registers of float64 count twice
-    if classes == 2 and not general:
-        return Plan(2, 0, 0, 1024 // half, 4)
-    if classes <= FEW_CLASSES:
-        padded = next_power_of_two(classes)
-        return Plan(padded, 0, 0, max(2048 // half // padded, 64), 4)
-    chunk = 8
-    tail = classes % chunk
-    return Plan(0, chunk, next_power_of_two(tail) if tail else 0, 128 // half, 4)
+    pack = (2 if itemsize == 8 else 4) if packed else 1
+    if classes == 2 and not heavy:
+        half = (2 if itemsize == 8 else 1) * (2 if cross_entropy else 1)
+        return Plan(2, 0, 0, 1024 // half, pack, 4, 4 if itemsize == 8 else 8)
+    elements = (8 if itemsize == 8 else 32) // (2 if heavy or not packed else 1)
+    if classes > ALL_CLASSES:
+        return Plan(0, 0, 32, elements, pack, 1, 12)
+    main, tail = next_power_of_two(classes), 0
+    if classes > 4 and classes <= main // 4 * 3 and not (heavy and itemsize == 8):
+        main //= 2
+        tail = max(4, next_power_of_two(classes - main))
+    least = (2 if itemsize == 8 else 8) if heavy else 32 // itemsize
+    block = max(32 * elements // (main if tail <= main // 4 else 2 * main), least)
+    many_registers = heavy or block * (main + tail) > 32 * 36
+    return Plan(main, tail, 0, block, pack, 1, 8 if many_registers else 12)
 
 
 @functools.cache
@@ -57,10 +66,10 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def programs_per_sample(logits: torch.Tensor, voxels: int, block: int) -> int:
-    """How many programs share the tiles of one sample: enough to fill the device a few times, not more than tiles."""
-    tiles = max(1, -(-voxels // block))
-    together = 4 if logits.device.type == "cpu" else 8 * _multiprocessors(logits.device.index)
+def programs_per_sample(logits: torch.Tensor, voxels: int, plan: Plan) -> int:
+    """How many programs share the tiles of one sample: what the device holds at once, not more than tiles."""
+    tiles = max(1, -(-voxels // plan.block))
+    together = 4 if logits.device.type == "cpu" else plan.programs * _multiprocessors(logits.device.index)
     return min(tiles, max(1, together // max(1, logits.size(0))))
 
 
@@ -107,8 +116,12 @@ class _Volume:
         general = (
             dense or overlap == 2 or (cross_entropy > 0 and (activation != 0 or cross_entropy == 2 or focal_gamma != 0))
         )
-        self.plan = plan(self.classes, logits.element_size(), general)
-        self.programs = programs_per_sample(self.logits, self.voxels, self.plan.block)
+        self.plan = plan(self.classes, logits.element_size(), general or resampled, self.ls_v == 1, cross_entropy > 0)
+        if (
+            INTERPRETED and self.plan.num_warps == 1
+        ):  # an operation takes as long there for a small block as for a large one
+            self.plan = self.plan._replace(block=self.plan.block * 8)
+        self.programs = programs_per_sample(self.logits, self.voxels, self.plan)
         ignorable = ignore_index is not None
         if ignorable and not target.dtype.is_floating_point:
             limits = torch.iinfo(self.target.dtype)
@@ -131,17 +144,18 @@ class _Volume:
         }
         if not self.two:
             self.flags.update(
+                PACK=self.plan.pack,
                 C=self.classes,
                 ACTIVATION=activation,
                 FIRST_LABEL=int(self.classes == 1 and activation != 0),
             )
             if self.plan.chunk:
-                self.flags.update(CHUNK=self.plan.chunk, TAIL=self.plan.tail)
+                self.flags.update(CHUNK=self.plan.chunk)
             else:
-                self.flags.update(CLASSES=self.plan.classes)
+                self.flags.update(MAIN=self.plan.main, TAIL=self.plan.tail, TILES=2 if self.plan.tail else 1)
 
     def kernel(self, kind: str):
-        size = "two" if self.two else "many" if self.plan.chunk else "few"
+        size = "two" if self.two else "many" if self.plan.chunk else "all"
         return getattr(kernels, f"{size}_classes_{kind}_kernel")[(self.samples * self.programs,)]
 
 
@@ -172,9 +186,9 @@ def count_pass(logits, target, voxel_weight, *arguments):
             z, v.target, v.weight, partial, v.voxels, z.stride(0), z.stride(1), v.ls_v, *v.strides, *v.tail,
             **v.flags, num_warps=v.plan.num_warps,
         )  # fmt: skip
-        together = 32
+        together = 8  # 32 bytes of a row
         kernels.sum_partial_kernel[(v.samples, -(-v.columns * v.classes // together))](
-            partial, counts, v.programs, C=v.classes, COLUMNS=v.columns, ROWS=64, TOGETHER=together, num_warps=4
+            partial, counts, v.programs, C=v.classes, COLUMNS=v.columns, ROWS=512, TOGETHER=together, num_warps=4
         )
     return counts
 
