@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for real GPUs without one, as the launchers would specialise them, and reads the
-compiler's resource report: python tests/triton_aot.py [--arch 80 --arch gfx942] [--quick]. Exit code 1: more than
-a few bytes are spilled (ptxas spills one or two registers where it has plenty left, and differently in every version).
+compiler's resource report: python tests/triton_aot.py [--arch 80 --arch gfx942] [--quick] [--loops]. Exit code 1: more
+than a few bytes are spilled (ptxas spills one or two registers where it has plenty left, and differently in every
+version).
 
 The launchers run as they are, with tensors on the CPU; a stub driver names the target, and a launch only compiles.
 """
@@ -8,6 +9,7 @@ The launchers run as they are, with tensors on the CPU; a stub driver names the 
 from __future__ import annotations
 
 import argparse
+import pathlib
 import re
 import subprocess
 import sys
@@ -78,6 +80,24 @@ def resources(compiled, arch: str) -> tuple[int, int]:
     return int(re.search(r"Used (\d+) registers", report)[1]), stores
 
 
+def longest_loop(compiled) -> int:
+    """Instructions from the target of the farthest backward branch to it, in the machine code."""
+    disassembler = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    labels, instructions, longest = {}, 0, 0
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = instructions
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*);", line):
+            instructions += 1
+            branch = re.search(r"BRA.*(\.L_x_\d+)", instruction[1])
+            longest = max(longest, instructions - labels.get(branch[1], instructions)) if branch else longest
+    return longest
+
+
 class Collector:
     """Stands in for a kernel: a launch compiles and keeps what came of it."""
 
@@ -86,7 +106,8 @@ class Collector:
 
     def __getitem__(self, grid):
         def compile_only(*arguments, **options):
-            self.found.append((self.kernel.__name__, self.kernel.warmup(*arguments, grid=grid, **options)))
+            logits = options.get("C", 2) * options.get("BLOCK", 0) / (32 * options["num_warps"])  # of a thread and tile
+            self.found.append((self.kernel.__name__, self.kernel.warmup(*arguments, grid=grid, **options), logits))
 
         return compile_only
 
@@ -166,6 +187,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", action="append", help="80, 90, 100, gfx942; default: all")
     parser.add_argument("--quick", action="store_true", help="a few of the specialisations")
+    parser.add_argument("--loops", action="store_true", help="the longest loop's instructions a logit (not of gfx)")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}")
     spilled = 0
@@ -173,7 +195,7 @@ def main() -> int:
     for arch in arguments.arch or ("80", "90", "100", "gfx942"):
         driver.set_active(StubDriver(arch))
         for classes, dtype, label, options in cases(arguments.quick):
-            for name, compiled in compile_case(classes, dtype, label, options):
+            for name, compiled, logits in compile_case(classes, dtype, label, options):
                 key = (arch, name, compiled.hash)
                 if key in seen:
                     continue
@@ -181,9 +203,12 @@ def main() -> int:
                 registers, spill = resources(compiled, arch)
                 loads = sorted(set(re.findall(r"ld\.global\.v\d\.b\d+", compiled.asm.get("ptx", ""))))
                 about = f"C={classes} {str(dtype)[6:]} {str(label)[6:]} {options or ''}"
+                loop = ""
+                if arguments.loops and logits and not arch.startswith("gfx"):
+                    loop = f", {longest_loop(compiled) / logits:.0f} instructions a logit"
                 print(
                     f"{arch:>6} {name:30} {about:40} {registers:3} registers, {spill} B spilled, "
-                    f"{compiled.metadata.shared} B shared, {compiled.metadata.num_warps} warps {' '.join(loads)}"
+                    f"{compiled.metadata.shared} B shared, {compiled.metadata.num_warps} warps{loop} {' '.join(loads)}"
                 )
                 spilled += spill > FEW_BYTES
     print(f"{len(seen)} kernels, {spilled} spill more than {FEW_BYTES} bytes")

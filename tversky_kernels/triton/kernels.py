@@ -161,9 +161,10 @@ def _logistic(z):
 
 
 @triton.jit
-def _two_logits(rows, start, voxels, ls_c, ls_v, counts, CLEAR: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr):
+def _two_logits(rows, start, voxels, ls_c, ls_v, counts, CLEAR: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+                REAL: tl.constexpr):  # fmt: skip
     # z_1 - z_0, 0 where the voxel does not count
-    offsets = start + tl.arange(0, BLOCK)
+    offsets = _offsets(start, BLOCK, PACK)
     inside = offsets < voxels
     z0 = tl.load(rows + offsets * ls_v, mask=inside, other=0.0).to(REAL)
     z1 = tl.load(rows + ls_c + offsets * ls_v, mask=inside, other=0.0).to(REAL)
@@ -561,7 +562,7 @@ def all_classes_count_kernel(
 def two_classes_count_kernel(
     logits, target, weight, partial, voxels, ls_n, ls_c, ls_v, ts_n, ts_c, ts_v, ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1,
     t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
@@ -580,8 +581,8 @@ def two_classes_count_kernel(
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
         label, w, counts, _ = _voxels(
             target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, BLOCK, REAL)  # fmt: skip
-        difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, REAL)
+            ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
+        difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, PACK, REAL)
         p1, p0, _ = _logistic(difference)
         is1 = label == 1
         if CE > 0:
@@ -1110,7 +1111,7 @@ def two_classes_gradient_kernel(
     grad_loss, logits, target, weight, coefficients, out, voxels, ls_n, ls_c, ls_v, gs_n, gs_c, gs_v, ts_n, ts_c, ts_v,
     ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
     row_stride,
-    BLOCK: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
@@ -1132,14 +1133,14 @@ def two_classes_gradient_kernel(
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
         label, w, counts, _ = _voxels(
             target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
-            ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, BLOCK, REAL)  # fmt: skip
-        difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, REAL)
+            ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
+        difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, PACK, REAL)
         p1, p0, product = _logistic(difference)
         dz = product * tl.where(label == 1, if_label_1, if_label_0)
         if CE > 0:
             dz += tl.where(label == 1, -ce_1 * p0, ce_0 * p1)
         dz *= w
-        offsets = start + tl.arange(0, BLOCK)
+        offsets = _offsets(start, BLOCK, PACK)
         inside = offsets < voxels
         tl.store(out + offsets * gs_v, (-dz).to(out.dtype.element_ty), mask=inside)
         tl.store(out + gs_c + offsets * gs_v, dz.to(out.dtype.element_ty), mask=inside)

@@ -47,17 +47,17 @@ def plan(classes: int, itemsize: int, heavy: bool = False, packed: bool = True, 
     pack = (2 if itemsize == 8 else 4) if packed else 1
     if classes == 2 and not heavy:
         half = (2 if itemsize == 8 else 1) * (2 if cross_entropy else 1)
-        return Plan(2, 0, 0, 1024 // half, pack, 4, 4 if itemsize == 8 else 8)
+        return Plan(2, 0, 0, 1024 // half, 16 // itemsize, 4, 4 if itemsize == 8 else 6)
     elements = (8 if itemsize == 8 else 32) // (2 if heavy or not packed else 1)
     if classes > ALL_CLASSES:
-        return Plan(0, 0, 32, elements, pack, 1, 12)
+        return Plan(0, 0, 32, elements, pack, 1, 8)
     main, tail = next_power_of_two(classes), 0
     if classes > 4 and classes <= main // 4 * 3 and not (heavy and itemsize == 8):
         main //= 2
         tail = max(4, next_power_of_two(classes - main))
     least = (2 if itemsize == 8 else 8) if heavy else 32 // itemsize
     block = max(32 * elements // (main if tail <= main // 4 else 2 * main), least)
-    many_registers = heavy or block * (main + tail) > 32 * 36
+    many_registers = heavy or block * (main + tail) > 32 * 36 or (cross_entropy and tail > 0)
     return Plan(main, tail, 0, block, pack, 1, 8 if many_registers else 12)
 
 
@@ -132,6 +132,7 @@ class _Volume:
         self.tail = (ignore_index if ignorable else 0, _bits(focal_gamma), self.programs)
         self.flags = {
             "BLOCK": self.plan.block,
+            "PACK": self.plan.pack,
             "DENSE": dense,
             "RESAMPLED": resampled,
             "OVERLAP": overlap,
@@ -144,7 +145,6 @@ class _Volume:
         }
         if not self.two:
             self.flags.update(
-                PACK=self.plan.pack,
                 C=self.classes,
                 ACTIVATION=activation,
                 FIRST_LABEL=int(self.classes == 1 and activation != 0),
