@@ -16,7 +16,8 @@ collect_ignore = [] if "TK_GPU_KERNELS" in os.environ else ["gpu_kernels"]
 #: Files whose tests run compilers and emulators for minutes. They come first, so that processes that share the files
 #: finish together.
 SLOW_FILES = (
-    "test_gpu_without_gpu.py",
+    "test_triton_without_gpu.py",
+    "test_cuda_on_host.py",
     "test_build.py",
     "test_portability.py",
     "test_cuda_by_nvcc.py",

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from test_gpu_without_gpu import ROOT, TORCH, run
+from processes import ROOT, TORCH, run
 
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")

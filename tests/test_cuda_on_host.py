@@ -1,74 +1,16 @@
-"""What can be known of the GPU kernels without a GPU.
+"""The CUDA kernels without a GPU: their sources run on the host, in several orders of the threads and under sanitizers.
 
-The Triton kernels run in Triton's interpreter and are compiled ahead of time; the CUDA kernels run on the host, under
-sanitizers too; registers and spills are read from what the compilers say. Bugs are planted to see that they are found.
-What nvcc says is in test_cuda_by_nvcc.py.
+Bugs are planted to see that they are found. What nvcc says is in test_cuda_by_nvcc.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import pathlib
-import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-import torch
+from processes import ROOT, TORCH, assert_passed, run, run_kernels_of
 
-ROOT = pathlib.Path(__file__).parent.parent
-TORCH = pathlib.Path(torch.__file__).parent
 SOURCES = ("count_pass", "table", "gradient_pass", "ops")
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-def run(command, environment=None, timeout=900):
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
-    return subprocess.run(
-        [str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def run_kernels_of(where, *options, environment=None):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu_kernels", *options]
-    return run(command, {"TK_GPU_KERNELS": str(where), **(environment or {})})
-
-
-def assert_passed(result, at_least):
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-3000:]
-    assert int(passed[1]) >= at_least
-    print(result.stdout.splitlines()[-1])
-
-
-# ---- Triton
-
-
-@needs_triton
-def test_triton_kernels_in_the_interpreter():
-    assert_passed(run_kernels_of("interpreter", environment={"TRITON_INTERPRET": "1"}), 200)
-
-
-@needs_triton
-@pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
-def test_triton_kernels_compile_without_spills(arch, tmp_path):
-    result = run(
-        [sys.executable, "tests/triton_aot.py", "--arch", arch, "--quick"], {"TRITON_CACHE_DIR": str(tmp_path)}
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = [line for line in result.stdout.splitlines() if " registers, " in line]
-    assert len(lines) > 40
-    if not arch.startswith("gfx"):
-        # Four voxels a thread are read at once.
-        for dtype, load in (("float32", "ld.global.v4.b32"), ("bfloat16", "ld.global.v2.b32")):
-            wide = [x for x in lines if re.search(rf"all_classes_\w+_kernel +C=(4|33) {dtype} uint8 +\d", x)]
-            assert len(wide) == 4
-            assert all(load in x for x in wide), wide
-
-
-# ---- CUDA on the host
 
 
 def build_on_host(sources, out, *flags, only=SOURCES, objects=()):

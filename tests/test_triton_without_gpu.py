@@ -1,0 +1,66 @@
+"""The Triton kernels without a GPU: in Triton's interpreter, and compiled ahead of time for several GPUs.
+
+Bugs are planted to see that they are found.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import signal
+import sys
+
+import pytest
+from processes import ROOT, assert_passed, run, run_kernels_of
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+
+
+@needs_triton
+def test_triton_kernels_in_the_interpreter():
+    assert_passed(run_kernels_of("interpreter", environment=INTERPRETED), 200)
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
+def test_triton_kernels_compile_without_spills(arch, tmp_path):
+    result = run(
+        [sys.executable, "tests/triton_aot.py", "--arch", arch, "--quick"], {"TRITON_CACHE_DIR": str(tmp_path)}
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line for line in result.stdout.splitlines() if " registers, " in line]
+    assert len(lines) > 40
+    if not arch.startswith("gfx"):
+        # Four voxels a thread are read at once.
+        for dtype, load in (("float32", "ld.global.v4.b32"), ("bfloat16", "ld.global.v2.b32")):
+            wide = [x for x in lines if re.search(rf"all_classes_\w+_kernel +C=(4|33) {dtype} uint8 +\d", x)]
+            assert len(wide) == 4
+            assert all(load in x for x in wide), wide
+
+
+PLANTED = {
+    "a voxel too few": ("inside = offsets < voxels", "inside = offsets < voxels - 1"),
+    "a class too many": ("there = there & (c < C)[:, None]", "there = there & (c <= C)[:, None]"),
+    "missing classes are not cleared": ('z = tl.where((c < C)[:, None], z, float("-inf"))', "z = z"),
+    "the second tile's classes": ("return first + tl.arange(0, CLASSES)", "return first * 0 + tl.arange(0, CLASSES)"),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("bug", list(PLANTED))
+def test_planted_bugs_are_found(bug, tmp_path):
+    """The interpreter's tests can fail."""
+    right, wrong = PLANTED[bug]
+    for folder in ("tversky_kernels", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "tversky_kernels" / "triton" / "kernels.py"
+    text = path.read_text()
+    assert right in text
+    path.write_text(text.replace(right, wrong))
+    tests = ("-x", "-k", "beyond or (test_softmax and float32) or many_blocks")
+    result = run_kernels_of("interpreter", *tests, environment=INTERPRETED, where=tmp_path)
+    # Some write where they should not, and the process dies of it.
+    assert result.returncode in (1, -signal.SIGABRT, -signal.SIGSEGV), result.stdout[-2000:]
