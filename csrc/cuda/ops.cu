@@ -228,6 +228,14 @@ Plan make_plan(const Volume& v, bool backward, int multiprocessors) {
   const int64_t of_block = tiled ? plan.voxels : int64_t{plan.voxels} * Plan::kThreads / std::max(1, plan.lanes);
   const int64_t pieces = (v.voxels + of_block - 1) / of_block;
   plan.programs = static_cast<int>(std::max<int64_t>(1, std::min(pieces, blocks / rows)));
+  if (!backward) {
+    // A thread's sums are float, and where all voxels are alike each addition rounds the same way: whole rounds of
+    // blocks more, so that none adds up too many.
+    constexpr int64_t kMostTurns = 32;
+    const int64_t turns = (pieces + plan.programs - 1) / plan.programs;
+    const int64_t rounds = std::max<int64_t>(1, (turns + kMostTurns - 1) / kMostTurns);
+    plan.programs = static_cast<int>(std::max<int64_t>(1, std::min(pieces, plan.programs * rounds)));
+  }
   return plan;
 }
 

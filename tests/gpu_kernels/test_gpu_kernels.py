@@ -237,6 +237,20 @@ def test_many_blocks(classes):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 20])
+def test_voxels_that_are_all_alike(classes):
+    """Every addition to a sum rounds the same way; a sum of too many would be wrong by more than their roundings."""
+    space = (512, 256, 256) if DEVICE == "cuda" else (8, 32, 32) if WHERE == "interpreter" else (64, 64, 64)
+    logits = torch.zeros(1, classes, *space)
+    logits[:, 0] = 0.3
+    target = torch.zeros(1, *space, dtype=torch.uint8)
+    counts = tk.overlap_counts(logits.to(DEVICE), target.to(DEVICE), backend=BACKEND)
+    p = logits[0, :, 0, 0, 0].double().softmax(0) * target.numel()
+    expected = (p[:1], p[1:], p[1:].sum()[None])
+    for actual, wanted in zip((counts.tp[0, :1], counts.fp[0, 1:], counts.fn[0, :1]), expected, strict=True):
+        assert ((actual.cpu().double() - wanted) / wanted).abs().max() <= 4e-6
+
+
+@pytest.mark.parametrize("classes", [2, 3, 20])
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_many_blocks_of_dense_targets(activation, classes):
     logits, target = inputs(1, classes, (2, 12, 16) if WHERE == "interpreter" else (10, 24, 64))

@@ -66,11 +66,16 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+#: A program's sums are float32, and where all voxels are alike each addition rounds the same way: no more than these.
+MOST_TURNS = 128
+
+
 def programs_per_sample(logits: torch.Tensor, voxels: int, plan: Plan) -> int:
-    """How many programs share the tiles of one sample: what the device holds at once, not more than tiles."""
+    """How many programs share the tiles of one sample: what the device holds at once, or a few times that."""
     tiles = max(1, -(-voxels // plan.block))
     together = 4 if logits.device.type == "cpu" else plan.programs * _multiprocessors(logits.device.index)
-    return min(tiles, max(1, together // max(1, logits.size(0))))
+    at_once = min(tiles, max(1, together // max(1, logits.size(0))))
+    return min(tiles, at_once * -(-tiles // (at_once * MOST_TURNS)))
 
 
 def _walkable(x: torch.Tensor, first: int) -> tuple[torch.Tensor, int]:
