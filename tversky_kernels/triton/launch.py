@@ -50,7 +50,8 @@ def plan(classes: int, itemsize: int, heavy: bool = False, packed: bool = True, 
         return Plan(2, 0, 0, 1024 // half, 16 // itemsize, 4, 4 if itemsize == 8 else 6)
     elements = (8 if itemsize == 8 else 32) // (2 if heavy or not packed else 1)
     if classes > ALL_CLASSES:
-        return Plan(0, 0, 32, elements, pack, 1, 8)
+        chunk = 32
+        return Plan(0, 0, chunk, 32 * elements // chunk, pack, 1, 8)
     main, tail = next_power_of_two(classes), 0
     if classes > 4 and classes <= main // 4 * 3 and not (heavy and itemsize == 8):
         main //= 2
