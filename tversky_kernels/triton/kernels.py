@@ -329,6 +329,19 @@ def _top_sums(z, top):
 
 
 @triton.jit
+def _sum_beyond_one(zs, top, TILES: tl.constexpr, BLOCK: tl.constexpr, REAL: tl.constexpr):
+    # -> the sum of exponentials of all tiles, less 1, and 1 / the sum
+    rest = tl.zeros([BLOCK], REAL)
+    tops = tl.zeros([BLOCK], REAL)
+    for i in tl.static_range(TILES):
+        more_rest, more_tops = _top_sums(zs[i], top)
+        rest += more_rest
+        tops += more_tops
+    beyond_one = rest + (tops - 1.0)
+    return beyond_one, _divide(1.0, 1.0 + beyond_one)
+
+
+@triton.jit
 def _add_tops(z, top, rest, tops):
     # Adds a chunk to them
     new_top = tl.maximum(top, tl.max(z, 0))
@@ -482,18 +495,12 @@ def all_classes_count_kernel(
             HAS_IGNORE, HAS_WEIGHT, REAL)  # fmt: skip
         if CE > 0:
             weights += w
-        first = tl.zeros([BLOCK], REAL)  # sums over the classes
-        second = tl.zeros([BLOCK], REAL)
-        third = tl.zeros([BLOCK], REAL)
         new_sums = ()
         if GENERAL:
+            beyond_one = tl.zeros([BLOCK], REAL)
+            inverse = tl.zeros([BLOCK], REAL)
             if ACTIVATION == SOFTMAX:
-                for i in tl.static_range(TILES):
-                    rest, tops = _top_sums(zs[i], top)
-                    first += rest
-                    second += tops
-            beyond_one = first + (second - 1.0)
-            inverse = _divide(1.0, 1.0 + beyond_one)
+                beyond_one, inverse = _sum_beyond_one(zs, top, TILES, BLOCK, REAL)
             for i in tl.static_range(TILES):
                 g = _target_of(dense[i], _classes(i * MAIN, MAIN if i == 0 else TAIL), label, counts, FIRST_LABEL,
                                DENSE, CLEAR, REAL)  # fmt: skip
@@ -512,19 +519,23 @@ def all_classes_count_kernel(
                 new_sums += (ce, smoothing, label_weights)
         elif ACTIVATION == SOFTMAX:
             others = ()
+            sum_others = tl.zeros([BLOCK], REAL)
+            sum_target = tl.zeros([BLOCK], REAL)
+            z_target = tl.zeros([BLOCK], REAL)
             for i in tl.static_range(TILES):
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
-                of_tile, sum_others, sum_target = _split(zs[i], top, c, label)
+                of_tile, more_others, more_target = _split(zs[i], top, c, label)
                 others += (of_tile,)
-                first += sum_others
-                second += sum_target
+                sum_others += more_others
+                sum_target += more_target
                 if CE > 0:
-                    third += tl.sum(_of_target(zs[i], c, label), 0)
-            inverse = _divide(w, first + second)
-            right, missed = second * inverse, first * inverse
+                    z_target += tl.sum(_of_target(zs[i], c, label), 0)
+            inverse = _divide(w, sum_others + sum_target)
+            right, missed = sum_target * inverse, sum_others * inverse
+            of_label = missed
             if CE > 0:
-                third = _label_cross_entropy(top - third, second, first, w, REAL)
-            label = _again(label, first)
+                of_label = _label_cross_entropy(top - z_target, sum_target, sum_others, w, REAL)
+            label = _again(label, sum_others)
             for i in tl.static_range(TILES):
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
                 tp = _of_target(right[None, :], c, label)
@@ -537,7 +548,7 @@ def all_classes_count_kernel(
                 )
                 ce = sums[6 * i + 3]
                 if CE > 0:
-                    ce += _sum_packs(_of_target(third[None, :], c, label), MAIN if i == 0 else TAIL, PACKS, PACK)
+                    ce += _sum_packs(_of_target(of_label[None, :], c, label), MAIN if i == 0 else TAIL, PACKS, PACK)
                 new_sums += (ce, sums[6 * i + 4], sums[6 * i + 5])
         else:
             for i in tl.static_range(TILES):
@@ -1037,18 +1048,11 @@ def all_classes_gradient_kernel(
             rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1,
             w2, f0, f1, f2, ignore_index, C, MAIN, TAIL, TILES, BLOCK, PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED,
             HAS_IGNORE, HAS_WEIGHT, REAL)  # fmt: skip
-        first = tl.zeros([BLOCK], REAL)  # sums over the classes
-        second = tl.zeros([BLOCK], REAL)
-        third = tl.zeros([BLOCK], REAL)
-        fourth = tl.zeros([BLOCK], REAL)
-        fifth = tl.zeros([BLOCK], REAL)
         if GENERAL and ACTIVATION == SOFTMAX:
-            for i in tl.static_range(TILES):
-                rest, tops = _top_sums(zs[i], top)
-                first += rest
-                second += tops
-            beyond_one = first + (second - 1.0)
-            inverse = _divide(1.0, 1.0 + beyond_one)
+            beyond_one, inverse = _sum_beyond_one(zs, top, TILES, BLOCK, REAL)
+            rest_u = tl.zeros([BLOCK], REAL)
+            top_u = tl.zeros([BLOCK], REAL)
+            b_all = tl.zeros([BLOCK], REAL)
             slopes = ()
             for i in tl.static_range(TILES):
                 background, foreground, ce, smoothing = coefficients_of[i]
@@ -1058,33 +1062,38 @@ def all_classes_gradient_kernel(
                                           smoothing, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
                 p, _complement, u, b = of_tile
                 slopes += (u, b)
-                rest_u, top_u, b_all = _general_sums(zs[i], top, p, u, b)
-                third += rest_u
-                fourth += top_u
-                fifth += b_all
-            top = _again(top, first)
+                more_rest_u, more_top_u, more_b = _general_sums(zs[i], top, p, u, b)
+                rest_u += more_rest_u
+                top_u += more_top_u
+                b_all += more_b
+            top = _again(top, 1.0 + beyond_one)
             for i in tl.static_range(TILES):
                 p, complement = _dense_probability(zs[i], top, beyond_one, inverse)
                 dz = _general_gradient(
-                    p, complement, slopes[2 * i], slopes[2 * i + 1], third, fourth, fifth, beyond_one, inverse, w, CE
+                    p, complement, slopes[2 * i], slopes[2 * i + 1], rest_u, top_u, b_all, beyond_one, inverse, w, CE
                 )
                 _store_gradient(out, dz, i * MAIN, start, voxels, gs_c, gs_v, C, MAIN if i == 0 else TAIL,
                                 (MAIN if i == 0 else MAIN + TAIL) <= C, BLOCK, PACK)  # fmt: skip
         elif ACTIVATION == SOFTMAX:
             others = ()
+            sum_others = tl.zeros([BLOCK], REAL)
+            sum_target = tl.zeros([BLOCK], REAL)
+            weighted_others = tl.zeros([BLOCK], REAL)
+            u_target = tl.zeros([BLOCK], REAL)
+            k_target = tl.zeros([BLOCK], REAL)
             for i in tl.static_range(TILES):
                 background, foreground, ce, _smoothing = coefficients_of[i]
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
-                of_tile, sum_others, sum_target = _split(zs[i], top, c, label)
+                of_tile, more_others, more_target = _split(zs[i], top, c, label)
                 others += (of_tile,)
-                first += sum_others
-                second += sum_target
-                third += tl.sum(of_tile * background, 0)
-                fourth += tl.sum(_of_target(foreground, c, label), 0)
+                sum_others += more_others
+                sum_target += more_target
+                weighted_others += tl.sum(of_tile * background, 0)
+                u_target += tl.sum(_of_target(foreground, c, label), 0)
                 if CE > 0:
-                    fifth += tl.sum(_of_target(ce, c, label), 0)
-            scale, offset, target_dz = _gradient_terms(second, first, third, fourth, fifth, w)
-            label = _again(label, first)
+                    k_target += tl.sum(_of_target(ce, c, label), 0)
+            scale, offset, target_dz = _gradient_terms(sum_target, sum_others, weighted_others, u_target, k_target, w)
+            label = _again(label, sum_others)
             for i in tl.static_range(TILES):
                 background, _foreground, _ce, _smoothing = coefficients_of[i]
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
