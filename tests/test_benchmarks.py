@@ -94,7 +94,7 @@ def test_table_appends_and_refuses_other_columns(tmp_path):
 
 
 def test_largest_patch_is_within_the_budget():
-    rows = training_step.largest_patches("demo FCN", training_step.fcn, 14, 180 * 2**20, 80, "cpu")
+    rows = training_step.largest_patches("demo FCN", training_step.fcn, 14, 180 * 2**20, 64, "cpu")
     sides = {r["loss"]: r for r in rows if r["status"] == "ok"}
     assert sides["our Dice + CE, in place"]["largest_side"] == 64
     assert sides[training_step.WITH_HEAD]["largest_side"] >= 64

@@ -44,7 +44,7 @@ def test_cuda_kernels_on_the_host(host_build, seed):
 
 
 def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path):
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     build_on_host(ROOT / "csrc" / "cuda", tmp_path / "sanitized.so", *flags)
     libraries = [run(["g++", f"-print-file-name=lib{n}.so"]).stdout.strip() for n in ("asan", "ubsan")]
     environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}

@@ -61,34 +61,30 @@ class StubDriver(DriverBase):
         raise NotImplementedError
 
 
+def of_cubin(compiled, tool: str, *options: str) -> str:
+    """What one of the tools that come with Triton says of the machine code."""
+    path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def resources(compiled, arch: str) -> tuple[int, int]:
-    """Registers and bytes spilled, by the assembler that Triton itself uses."""
+    """Registers, and bytes of a thread outside of them: what is spilled."""
     if arch.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), int(
             re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]
         )
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    suffix = "a" if int(arch) >= 90 else ""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        command = [get_ptxas(int(arch)).path, "-v", f"--gpu-name=sm_{arch}{suffix}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stores = max(int(x) for x in re.findall(r"(\d+) bytes spill stores", report))
-    return int(re.search(r"Used (\d+) registers", report)[1]), stores
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", of_cubin(compiled, "cuobjdump", "-res-usage"))
+    return int(usage[1]), int(usage[2]) + int(usage[3])
 
 
 def longest_loop(compiled) -> int:
     """Instructions from the target of the farthest backward branch to it, in the machine code."""
-    disassembler = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
     labels, instructions, longest = {}, 0, 0
-    for line in text.splitlines():
+    for line in of_cubin(compiled, "nvdisasm", "-c").splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = instructions
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*);", line):
