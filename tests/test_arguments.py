@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 from common import inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tversky_kernels as tk
 from tversky_kernels import _arguments
@@ -211,3 +212,45 @@ def test_accepted_forms_agree(loss):
     for alpha in (0.3, [0.3] * 3, (0.3,) * 3, torch.tensor([0.3] * 3).double(), torch.tensor(0.3).double()):
         torch.testing.assert_close(loss(LOGITS, TARGET, alpha=alpha, beta=0.7), expected)
     torch.testing.assert_close(loss(LOGITS, TARGET[:, None], class_weight=1), expected)
+
+
+def test_class_parameters_are_made_once():
+    """A copy to an accelerator at every step would make the host wait."""
+    options = {"alpha": [0.3, 0.4, 0.5], "beta": 0.7, "class_weight": (1.0, 2.0, 3.0)}
+    first, again = (_arguments.check_arguments(LOGITS, TARGET, **options).class_parameters for _ in range(2))
+    assert first is again
+    other = _arguments.check_arguments(LOGITS, TARGET, **{**options, "alpha": [0.3, 0.4, 0.6]}).class_parameters
+    assert other[0].tolist() == [0.3, 0.4, 0.6]
+    ones = _arguments.check_arguments(LOGITS, TARGET, alpha=[1.0, 1.0, 1.0]).class_parameters
+    assert torch.equal(ones[0], torch.ones(3))
+    with pytest.raises(TypeError, match=r"alpha\[0\]: expected a number >= 0, got bool"):
+        tk.tversky_loss(LOGITS, TARGET, alpha=[True, 1.0, 1.0])
+    with pytest.raises(TypeError, match=r"alpha\[1\]: expected a number >= 0, got list"):
+        tk.tversky_loss(LOGITS, TARGET, alpha=[1.0, [1.0], 1.0])
+
+
+def test_class_parameters_of_the_host_are_numbers_elsewhere():
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    elsewhere = LOGITS.to("meta"), TARGET.to("meta")
+    first, again = (
+        _arguments.check_arguments(*elsewhere, class_weight=weight, beta=1).class_parameters for _ in range(2)
+    )
+    assert first is again
+    assert first.is_meta
+    with pytest.raises(ValueError, match="class_weight: expected a number or 3 numbers"):
+        _arguments.check_arguments(*elsewhere, class_weight=torch.ones(4))
+
+
+def test_class_parameters_of_one_mode_do_not_reach_another():
+    options = {"alpha": [0.31, 0.32, 0.33], "class_weight": [1.5, 2.5, 3.5]}
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(LOGITS), mode.from_tensor(TARGET)
+        tk.tversky_loss(*fake, backend="reference", check_target=False, **options)
+    torch.func.grad(lambda z: tk.tversky_loss(z, TARGET, **options))(LOGITS)
+    with torch.inference_mode():
+        expected = tk.tversky_loss(LOGITS, TARGET, **options)
+    logits = LOGITS.clone().requires_grad_()
+    loss = tk.tversky_loss(logits, TARGET, **options)
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert torch.isfinite(logits.grad).all()

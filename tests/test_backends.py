@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from common import inputs, relative
+from processes import run
 
 import tversky_kernels as tk
 from tversky_kernels import _backends
@@ -44,16 +47,23 @@ def test_a_named_backend_never_falls_back():
         tk.tversky_loss(LOGITS, TARGET, backend="gpu")
 
 
-def test_environment_changes_auto_and_nothing_else(monkeypatch):
+def test_preferred_backend_changes_auto_and_nothing_else(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setenv("TVERSKY_KERNELS_BACKEND", "reference")
+    monkeypatch.setattr(_backends, "PREFERRED", "reference")
     assert _backends.choose("auto", cpu, None) == "reference"
     assert _backends.choose("cpu", cpu, None) == "cpu"
-    monkeypatch.setenv("TVERSKY_KERNELS_BACKEND", "nonsense")
+    monkeypatch.setattr(_backends, "PREFERRED", "cuda")
+    assert _backends.choose("auto", cpu, None) == "cpu"
+    monkeypatch.setattr(_backends, "PREFERRED", "nonsense")
     with pytest.raises(ValueError, match=r"TVERSKY_KERNELS_BACKEND: expected auto or one of .*'nonsense'"):
         tk.tversky_loss(LOGITS, TARGET)
-    monkeypatch.setenv("TVERSKY_KERNELS_BACKEND", "")
-    assert _backends.choose("auto", cpu, None) == "cpu"
+
+
+@pytest.mark.parametrize(("value", "chosen"), [("reference", "reference"), ("auto", "cpu"), ("", "cpu")])
+def test_environment_names_the_preferred_backend(value, chosen):
+    program = "import torch, tversky_kernels._backends as b; print(b.choose('auto', torch.device('cpu'), None))"
+    result = run([sys.executable, "-c", program], {"TVERSKY_KERNELS_BACKEND": value})
+    assert result.stdout.split() == [chosen], result.stderr
 
 
 def test_without_the_compiled_library(monkeypatch):

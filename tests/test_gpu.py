@@ -68,13 +68,17 @@ def test_on_another_stream(backend):
     assert torch.equal(gradient, expected[1])
 
 
-@pytest.mark.parametrize("classes", [2, 4, 33])
-def test_in_a_cuda_graph(backend, classes):
+#: None, lists and a tensor on the host, of which the device gets its own once.
+OPTIONS = [{}, {"alpha": [0.3, 0.4], "beta": 0.7, "class_weight": torch.tensor([0.5, 1.0])}]
+
+
+@pytest.mark.parametrize(("classes", "options"), [(2, OPTIONS[0]), (2, OPTIONS[1]), (4, {}), (33, {})])
+def test_in_a_cuda_graph(backend, classes, options):
     logits, target = (x.cuda() for x in inputs(2, classes, (32, 32, 32)))
     z = logits.clone().requires_grad_()
 
     def step():
-        loss = tk.tversky_loss(z, target, backend=backend)
+        loss = tk.tversky_loss(z, target, backend=backend, **options)
         return loss, *torch.autograd.grad(loss, z)
 
     warm = torch.cuda.Stream()
@@ -90,17 +94,18 @@ def test_in_a_cuda_graph(backend, classes):
     with torch.no_grad():
         z.copy_(other)
     graph.replay()
-    expected = loss_and_gradient(tk.tversky_loss, other.cuda(), target, backend=backend)
+    expected = loss_and_gradient(tk.tversky_loss, other.cuda(), target, backend=backend, **options)
     assert torch.equal(loss, expected[0])
     assert torch.equal(gradient, expected[1])
 
 
-def test_no_synchronisation(backend):
-    logits, target = (x.cuda() for x in inputs(1, 4, (32, 32, 32)))
-    loss_and_gradient(tk.tversky_loss, logits, target, backend=backend)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_no_synchronisation(backend, options):
+    logits, target = (x.cuda() for x in inputs(1, 2, (32, 32, 32)))
+    loss_and_gradient(tk.tversky_loss, logits, target, backend=backend, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_and_gradient(tk.tversky_loss, logits, target, backend=backend)
+        loss_and_gradient(tk.tversky_loss, logits, target, backend=backend, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._ops import ABSENT, ACTIVATIONS, REDUCTIONS
+from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, OVERLAPS, REDUCTIONS
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.uint8, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool)
@@ -85,14 +85,6 @@ class Volumes(NamedTuple):
     dense: bool
 
 
-class Checked(NamedTuple):
-    """What `check_arguments` returns. class_parameters: (4, C) float64 or None, see `_class_parameters`."""
-
-    volumes: Volumes
-    options: Options
-    class_parameters: torch.Tensor | None
-
-
 class Facts(NamedTuple):
     """What is checked of a tensor, but for what it holds."""
 
@@ -107,6 +99,23 @@ class Layout(NamedTuple):
     dense: bool
     squeeze_target: bool
     squeeze_weight: bool
+
+
+class Plan(NamedTuple):
+    """What follows from all arguments but from what the tensors hold. of_pass, of_table: as the operators take it."""
+
+    options: Options
+    layout: Layout
+    of_pass: tuple
+    of_table: tuple
+
+
+class Checked(NamedTuple):
+    """What `check_arguments` returns. class_parameters: (4, C) float64 or None, see `_class_parameters`."""
+
+    volumes: Volumes
+    plan: Plan
+    class_parameters: torch.Tensor | None
 
 
 def _shape(x) -> str:
@@ -218,9 +227,13 @@ def check_arguments(
         and isinstance(alpha, (int, float))
         and isinstance(beta, (int, float))
     )
+    if not (isinstance(logits, torch.Tensor) and isinstance(target, torch.Tensor)):
+        _facts("logits", logits)
+        _facts("target", target)
     what = (
-        _facts("logits", logits),
-        _facts("target", target),
+        # Not yet Facts, whose making takes longer than finding them remembered.
+        (logits.shape, logits.dtype, logits.device),
+        (target.shape, target.dtype, target.device),
         None if voxel_weight is None else _facts("voxel_weight", voxel_weight),
         any_resolution,
         None if in_table else alpha, None if in_table else beta,
@@ -229,9 +242,10 @@ def check_arguments(
     )  # fmt: skip
     try:
         # The same at every step of a training, and a third of the time of a call on a small volume.
-        options, layout = (_check_facts if torch.compiler.is_compiling() else _check_facts_once)(*what)
+        plan = (_check_facts if torch.compiler.is_compiling() else _check_facts_once)(*what)
     except TypeError:  # also where one cannot be hashed
-        options, layout = _check_facts(*what)
+        plan = _check_facts(*what)
+    layout = plan.layout
     class_parameters = None
     if in_table:
         class_parameters = _class_parameters(alpha, beta, class_weight, ce_class_weight, logits)
@@ -242,7 +256,7 @@ def check_arguments(
             raise ValueError("voxel_weight: expected constants, got a tensor that requires a gradient")
         if layout.squeeze_weight:
             voxel_weight = voxel_weight.squeeze(1)
-    return Checked(Volumes(target, voxel_weight, layout.dense), options, class_parameters)
+    return Checked(Volumes(target, voxel_weight, layout.dense), plan, class_parameters)
 
 
 def _facts(name: str, x) -> Facts:
@@ -251,13 +265,13 @@ def _facts(name: str, x) -> Facts:
     return Facts(x.shape, x.dtype, x.device)
 
 
-def _check_facts(
-    logits: Facts, target: Facts, weight: Facts | None, any_resolution: bool, alpha, beta, *values
-) -> tuple[Options, Layout]:
+def _check_facts(logits, target, weight: Facts | None, any_resolution: bool, alpha, beta, *values) -> Plan:
     # All that does not depend on what the tensors hold. alpha and beta are None where a table has them.
+    logits, target = Facts(*logits), Facts(*target)
     options = _check_options(alpha, beta, *values)
     _check_logits(logits, options.activation)
-    return options, _check_volumes(logits, target, weight, any_resolution)
+    layout = _check_volumes(logits, target, weight, any_resolution)
+    return Plan(options, layout, _of_pass(options), _of_table(options, layout.dense))
 
 
 _check_facts_once = functools.lru_cache(maxsize=256, typed=True)(_check_facts)  # typed: True is not 1.0
@@ -296,24 +310,61 @@ def _check_options(*values) -> Options:
     return options
 
 
-def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Tensor:
+# In the order of the operators' schemas, as _ops has them.
+def _of_pass(options: Options) -> tuple:
+    return (
+        ACTIVATIONS[options.activation],
+        options.ignore_index,
+        OVERLAPS[options.overlap],
+        0 if not options.ce_weight else 2 if options.label_smoothing else 1,
+        options.focal_gamma,
+    )
+
+
+def _of_table(options: Options, dense: bool) -> tuple:
+    of_labels = "labels" if options.squared else "class weights"
+    mean = "channels" if options.activation == "sigmoid" else "voxels" if dense else of_labels
+    return (
+        options.alpha,
+        options.beta,
+        options.gamma,
+        options.smooth_nr,
+        options.smooth_dr,
+        options.include_background,
+        options.batch,
+        ABSENT[options.absent],
+        REDUCTIONS[options.reduction],
+        options.tversky_weight,
+        options.ce_weight,
+        options.label_smoothing,
+        CE_MEANS[mean],
+    )
+
+
+def _numbers(name: str, value, classes: int) -> tuple[float, ...]:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full((classes,), number(name, value), dtype=torch.float64, device=device)
-    if isinstance(value, torch.Tensor):
-        if value.requires_grad:
-            raise ValueError(f"{name}: expected constants, got a tensor that requires a gradient")
-        if value.dtype.is_complex or value.dtype == torch.bool:
-            raise TypeError(f"{name}: expected real numbers, got a tensor of {value.dtype}")
-        values = value.to(device=device, dtype=torch.float64)
-    elif isinstance(value, (list, tuple)):
-        values = torch.tensor([number(f"{name}[{i}]", v) for i, v in enumerate(value)], dtype=torch.float64)
-        values = values.to(device)
-    else:
+        return (number(name, value),) * classes
+    if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: expected a number or one number a class, got {type(value).__name__}")
+    values = tuple(number(f"{name}[{i}]", v) for i, v in enumerate(value))
+    _check_length(name, (len(values),), classes)
+    return values
+
+
+def _check_length(name: str, shape: tuple, classes: int) -> None:
+    if shape != (classes,):
+        raise ValueError(f"{name}: expected a number or {classes} numbers, one a class, got the shape {_shape(shape)}")
+
+
+def _values(name: str, value: torch.Tensor, classes: int, device: torch.device) -> torch.Tensor:
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected constants, got a tensor that requires a gradient")
+    if value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected real numbers, got a tensor of {value.dtype}")
+    values = value.to(device=device, dtype=torch.float64)
     if values.dim() == 0:
         values = values.expand(classes)
-    if values.shape != (classes,):
-        raise ValueError(f"{name}: expected a number or {classes} numbers, one a class, got the shape {_shape(values)}")
+    _check_length(name, values.shape, classes)
     # Values on an accelerator are not read back: that would wait for it.
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = ~(torch.isfinite(values) & (values >= 0))
@@ -325,13 +376,64 @@ def _per_class(name: str, value, classes: int, device: torch.device) -> torch.Te
 def _class_parameters(alpha, beta, class_weight, ce_class_weight, logits: torch.Tensor) -> torch.Tensor:
     # A (4, C) table of alpha, beta, class_weight and ce_class_weight.
     classes, device = logits.size(1), logits.device
-    rows = (
-        _per_class("alpha", alpha, classes, device),
-        _per_class("beta", beta, classes, device),
-        _per_class("class_weight", 1.0 if class_weight is None else class_weight, classes, device),
-        _per_class("ce_class_weight", 1.0 if ce_class_weight is None else ce_class_weight, classes, device),
+    given = (
+        ("alpha", alpha),
+        ("beta", beta),
+        ("class_weight", 1.0 if class_weight is None else class_weight),
+        ("ce_class_weight", 1.0 if ce_class_weight is None else ce_class_weight),
     )
-    return torch.stack(rows)
+    rows = _rows
+    if not _makes_other_tensors(logits):
+        rows, given = _remembered_rows, [(name, _on_host(name, value, classes, device)) for name, value in given]
+    if not any(isinstance(value, torch.Tensor) for _, value in given):
+        return rows(given, classes, device)
+    return torch.stack(
+        [
+            _values(name, value, classes, device)
+            if isinstance(value, torch.Tensor)
+            else rows(((name, value),), classes, device)[0]
+            for name, value in given
+        ]
+    )
+
+
+def _rows(given, classes: int, device: torch.device) -> torch.Tensor:
+    values = [_numbers(name, value, classes) for name, value in given]
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _on_host(name: str, value, classes: int, device: torch.device):
+    # The numbers of a tensor that is not where it is needed.
+    if isinstance(value, torch.Tensor) and value.is_cpu and device.type != "cpu":
+        return _values(name, value, classes, value.device).tolist()
+    return value
+
+
+def _remembered_rows(given, classes: int, device: torch.device) -> torch.Tensor:
+    # They go to an accelerator once, not at every step: the host would wait for the copy, and a graph cannot hold it.
+    values = tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in given)
+    types = tuple(tuple(map(type, x)) if isinstance(x, tuple) else type(x) for _, x in values)  # True is not 1.0
+    try:
+        hash(values)
+    except TypeError:  # as no number is
+        return _rows(given, classes, device)
+    return _rows_once(values, types, classes, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_once(given: tuple, types: tuple, classes: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # autograd keeps it for backward, if not in this call
+        return _rows(given, classes, device)
+
+
+def _makes_other_tensors(logits: torch.Tensor) -> bool:
+    # Whether a tensor that is made now may be of use only for now: traced, without data, or of a transform.
+    return (
+        torch.compiler.is_compiling()
+        or type(logits).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _check_logits(logits: Facts, activation: str) -> None:

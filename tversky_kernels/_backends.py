@@ -10,6 +10,8 @@ from . import _ops
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 VARIABLE = "TVERSKY_KERNELS_BACKEND"
+#: What "auto" tries first, read once: os.environ raises and catches two exceptions for a variable that is not set.
+PREFERRED = os.environ.get(VARIABLE) or None
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -41,13 +43,6 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _asked_for_auto() -> str:
-    asked = os.environ.get(VARIABLE) or "auto"
-    if asked != "auto" and asked not in NAMES:
-        raise ValueError(f"{VARIABLE}: expected auto or one of {', '.join(NAMES)}, got {asked!r}")
-    return asked
-
-
 def _obstacle(backend: str, device: torch.device, unsupported: str | None) -> str | None:
     # Why a backend cannot compute this case, as the end of an error message; None where it can.
     if backend == "reference":
@@ -67,12 +62,14 @@ def choose(backend: str, device: torch.device, unsupported: str | None) -> str:
     """The backend to run: the one that is named, or for "auto" the first that can.
 
     ``unsupported`` says which of the arguments only the reference computes; None where there is none.
-    TVERSKY_KERNELS_BACKEND names one that "auto" tries first.
+    TVERSKY_KERNELS_BACKEND, when the package is imported, names one that "auto" tries first.
     """
     if backend == "auto":
-        asked = _asked_for_auto()
-        if asked != "auto" and _obstacle(asked, device, unsupported) is None:
-            return asked
+        if PREFERRED not in (None, "auto"):
+            if PREFERRED not in NAMES:
+                raise ValueError(f"{VARIABLE}: expected auto or one of {', '.join(NAMES)}, got {PREFERRED!r}")
+            if _obstacle(PREFERRED, device, unsupported) is None:
+                return PREFERRED
         for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
             if _obstacle(name, device, unsupported) is None:
                 return name

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from ._arguments import Options, Volumes
-from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, LINEAR_OPERATORS, OPERATORS, OVERLAPS, REDUCTIONS
+from ._arguments import Checked, Plan, Volumes
+from ._ops import LINEAR_OPERATORS, OPERATORS
 from .distributed import sum_over_group
 
 
@@ -30,58 +30,24 @@ def _with_eager_form(function: type[torch.autograd.Function]) -> type[torch.auto
     return function
 
 
-def _pass_arguments(options: Options):
-    return (
-        ACTIVATIONS[options.activation],
-        options.ignore_index,
-        OVERLAPS[options.overlap],
-        0 if not options.ce_weight else 2 if options.label_smoothing else 1,
-        options.focal_gamma,
-    )
-
-
-def _table_arguments(options: Options, class_parameters, dense: bool):
-    of_labels = "labels" if options.squared else "class weights"
-    mean = "channels" if options.activation == "sigmoid" else "voxels" if dense else of_labels
-    return (
-        class_parameters,
-        options.alpha,
-        options.beta,
-        options.gamma,
-        options.smooth_nr,
-        options.smooth_dr,
-        options.include_background,
-        options.batch,
-        ABSENT[options.absent],
-        REDUCTIONS[options.reduction],
-        options.tversky_weight,
-        options.ce_weight,
-        options.label_smoothing,
-        CE_MEANS[mean],
-    )
-
-
 def _result_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _loss_of_counts(counts, options: Options, table, process_group, backend, dtype):
+def _loss_of_counts(counts, plan: Plan, class_parameters, process_group, backend, dtype):
     # The loss and its coefficients, from counts that may be a part of a batch's or of a volume's.
-    if options.batch:
+    if plan.options.batch:
         counts = counts.sum(0, keepdim=True)
     if process_group is not None:
         counts = sum_over_group(counts, process_group)
-    loss, coefficients = OPERATORS[backend].table(counts, *table)
+    loss, coefficients = OPERATORS[backend].table(counts, class_parameters, *plan.of_table)
     return loss.to(dtype), coefficients
 
 
-def _gradient_arguments(upstream, coefficients, options: Options):
-    # Upstream gradient, coefficients (dL/dp where g = 0 and where g = 1) and the pass's options. Without coefficients
-    # upstream is the gradient of tp, fp and fn (N, C, 3), which gives them.
-    if coefficients is None:
-        tp, fp, fn = upstream.double().unbind(-1)
-        upstream, coefficients = upstream.new_ones(()), torch.stack((fp, tp - fn), -1)
-    return upstream, coefficients, _pass_arguments(options)
+def _coefficients_of_counts(upstream):
+    # From the gradient of tp, fp and fn (N, C, 3): dL/dp where g = 0 and where g = 1, and the upstream gradient left.
+    tp, fp, fn = upstream.double().unbind(-1)
+    return upstream.new_ones(()), torch.stack((fp, tp - fn), -1)
 
 
 @_with_eager_form
@@ -92,19 +58,18 @@ class GradientPass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        upstream, logits, target, voxel_weight, coefficients, class_parameters, options, process_group, backend
-    ):
+    def forward(upstream, logits, target, voxel_weight, coefficients, class_parameters, plan, process_group, backend):
         """dL/dlogits in a fresh tensor."""
-        upstream, coefficients, arguments = _gradient_arguments(upstream, coefficients, options)
-        return OPERATORS[backend].gradient_pass(upstream, coefficients, logits, target, voxel_weight, *arguments)
+        if coefficients is None:
+            upstream, coefficients = _coefficients_of_counts(upstream)
+        return OPERATORS[backend].gradient_pass(upstream, coefficients, logits, target, voxel_weight, *plan.of_pass)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs: the second derivative starts from them."""
-        upstream, logits, target, voxel_weight, coefficients, class_parameters, options, process_group, _ = inputs
+        upstream, logits, target, voxel_weight, coefficients, class_parameters, plan, process_group, _ = inputs
         ctx.save_for_backward(upstream, logits, target, voxel_weight, class_parameters)
-        ctx.options, ctx.process_group, ctx.of_counts = options, process_group, coefficients is None
+        ctx.plan, ctx.process_group, ctx.of_counts = plan, process_group, coefficients is None
 
     @staticmethod
     def backward(ctx, grad_gradient):
@@ -113,14 +78,15 @@ class GradientPass(torch.autograd.Function):
             raise NotImplementedError("process_group: second derivatives over several ranks are not implemented")
         upstream, logits, target, voxel_weight, class_parameters = ctx.saved_tensors
         volumes = Volumes(target, voxel_weight, target.dim() == logits.dim())
+        checked = Checked(volumes, ctx.plan, class_parameters)
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases: where upstream itself depends on the logits, that way is autograd's and not to be counted here.
             z, upstream = (x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (logits, upstream))
             if ctx.of_counts:
-                result = reference.checked_counts(z, volumes, ctx.options, check_target=False)
+                result = reference.checked_counts(z, checked, check_target=False)
             else:
-                result = reference.checked_loss(z, volumes, ctx.options, class_parameters, check_target=False)
+                result = reference.checked_loss(z, checked, check_target=False)
             (gradient,) = torch.autograd.grad(result, z, upstream, create_graph=True)
             to_upstream, to_logits = torch.autograd.grad(
                 gradient, (upstream, z), grad_gradient, create_graph=again, allow_unused=True
@@ -128,21 +94,21 @@ class GradientPass(torch.autograd.Function):
         return to_upstream, to_logits, *(None,) * 7
 
 
-def _gradient(upstream, volume, coefficients, class_parameters, options, inplace, process_group, backend):
+def _gradient(upstream, volume, coefficients, class_parameters, plan: Plan, inplace, process_group, backend):
     # Into a fresh tensor or, where asked and possible, over the logits.
-    logits, target, voxel_weight = volume
-    compiling = torch.compiler.is_compiling()
-    if torch.is_grad_enabled() and not compiling:
-        return apply(GradientPass, upstream, *volume, coefficients, class_parameters, options, process_group, backend)
-    upstream, coefficients, arguments = _gradient_arguments(upstream, coefficients, options)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return apply(GradientPass, upstream, *volume, coefficients, class_parameters, plan, process_group, backend)
+    if coefficients is None:
+        upstream, coefficients = _coefficients_of_counts(upstream)
     ops = OPERATORS[backend]
-    if inplace and not compiling and _may_be_overwritten(logits):
+    logits, target, voxel_weight = volume
+    if inplace and _may_be_overwritten(logits) and not torch.compiler.is_compiling():
         gradient = logits.detach()
-        ops.gradient_pass_(gradient, upstream, coefficients, target, voxel_weight, *arguments)
+        ops.gradient_pass_(gradient, upstream, coefficients, target, voxel_weight, *plan.of_pass)
         # The dispatcher does not do this for us; it makes any later use of the overwritten logits raise.
         torch.autograd.graph.increment_version(logits)
         return gradient
-    return ops.gradient_pass(upstream, coefficients, *volume, *arguments)
+    return ops.gradient_pass(upstream, coefficients, *volume, *plan.of_pass)
 
 
 @_with_eager_form
@@ -155,30 +121,28 @@ class TverskyLoss(torch.autograd.Function):
         target,
         voxel_weight,
         class_parameters,
-        options,
+        plan,
         raise_bad_input,
         inplace_backward,
         process_group,
         backend,
     ):
         """The loss, and the coefficients that the gradient pass needs."""
-        volume = (logits, target, voxel_weight, *_pass_arguments(options), raise_bad_input)
-        table = _table_arguments(options, class_parameters, target.dim() == logits.dim())
-        ops = OPERATORS[backend]
+        ops, volume = OPERATORS[backend], (logits, target, voxel_weight, *plan.of_pass, raise_bad_input)
         if process_group is None:
-            return ops.tversky_loss(*volume, *table)
+            return ops.tversky_loss(*volume, class_parameters, *plan.of_table)
         counts = ops.count_pass(*volume)
-        return _loss_of_counts(counts, options, table, process_group, backend, _result_dtype(logits))
+        return _loss_of_counts(counts, plan, class_parameters, process_group, backend, _result_dtype(logits))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs and the coefficients."""
-        logits, target, voxel_weight, class_parameters, options, _, inplace_backward, process_group, backend = inputs
+        logits, target, voxel_weight, class_parameters, plan, _, inplace_backward, process_group, backend = inputs
         _, coefficients = output
         ctx.mark_non_differentiable(coefficients)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, voxel_weight, coefficients, class_parameters)
-        ctx.options, ctx.inplace_backward, ctx.process_group = options, inplace_backward, process_group
+        ctx.plan, ctx.inplace_backward, ctx.process_group = plan, inplace_backward, process_group
         ctx.backend = backend
 
     @staticmethod
@@ -187,7 +151,7 @@ class TverskyLoss(torch.autograd.Function):
         if grad_loss is None or not ctx.needs_input_grad[0]:
             return (None,) * 9
         *volume, coefficients, class_parameters = ctx.saved_tensors
-        how = (ctx.options, ctx.inplace_backward, ctx.process_group, ctx.backend)
+        how = (ctx.plan, ctx.inplace_backward, ctx.process_group, ctx.backend)
         return _gradient(grad_loss, volume, coefficients, class_parameters, *how), *(None,) * 8
 
 
@@ -203,27 +167,26 @@ class LinearTverskyLoss(torch.autograd.Function):
         target,
         voxel_weight,
         class_parameters,
-        options,
+        plan,
         raise_bad_input,
         inplace_backward,
         process_group,
         backend,
     ):
         """The loss, and the coefficients that the gradient pass needs."""
-        volume = (features, weight, bias, target, voxel_weight, *_pass_arguments(options), raise_bad_input)
-        table = _table_arguments(options, class_parameters, target.dim() == features.dim())
+        volume = (features, weight, bias, target, voxel_weight, *plan.of_pass, raise_bad_input)
         counts = LINEAR_OPERATORS[backend].count_pass(*volume)
-        return _loss_of_counts(counts, options, table, process_group, backend, _result_dtype(features))
+        return _loss_of_counts(counts, plan, class_parameters, process_group, backend, _result_dtype(features))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs and the coefficients."""
-        *tensors, options, _, inplace_backward, process_group, backend = inputs
+        *tensors, plan, _, inplace_backward, process_group, backend = inputs
         _, coefficients = output
         ctx.mark_non_differentiable(coefficients)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, coefficients)
-        ctx.options, ctx.inplace_backward, ctx.process_group = options, inplace_backward, process_group
+        ctx.plan, ctx.inplace_backward, ctx.process_group = plan, inplace_backward, process_group
         ctx.backend = backend
 
     @staticmethod
@@ -236,7 +199,7 @@ class LinearTverskyLoss(torch.autograd.Function):
         if torch.is_grad_enabled() and not compiling:
             return *_differentiable_gradients(ctx, grad_loss, wanted), *(None,) * 8
         features, *volume, _, coefficients = ctx.saved_tensors  # volume: weight, bias, target, voxel_weight
-        ops, arguments = LINEAR_OPERATORS[ctx.backend], (*volume, *_pass_arguments(ctx.options))
+        ops, arguments = LINEAR_OPERATORS[ctx.backend], (*volume, *ctx.plan.of_pass)
         if wanted[0] and ctx.inplace_backward and not compiling and _may_be_overwritten(features):
             of_features = features.detach()
             of_head = ops.gradient_pass_(of_features, grad_loss, coefficients, *arguments)
@@ -256,7 +219,7 @@ def _differentiable_gradients(ctx, grad_loss, wanted):
     head = [x if x is None else x.view_as(x) for x in head]
     volumes = Volumes(target, voxel_weight, target.dim() == head[0].dim())
     logits = reference.linear_logits(*head)
-    loss = reference.checked_loss(logits, volumes, ctx.options, class_parameters, check_target=False)
+    loss = reference.checked_loss(logits, Checked(volumes, ctx.plan, class_parameters), check_target=False)
     inputs = [x for x, is_wanted in zip(head, wanted, strict=True) if is_wanted]
     gradients = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
     return [next(gradients) if is_wanted else None for is_wanted in wanted]
@@ -267,24 +230,24 @@ class OverlapCounts(torch.autograd.Function):
     """Count pass forward, gradient pass backward."""
 
     @staticmethod
-    def forward(logits, target, voxel_weight, options, raise_bad_input, inplace_backward, backend):
+    def forward(logits, target, voxel_weight, plan, raise_bad_input, inplace_backward, backend):
         """tp, fp and fn: (N, C, 3)."""
-        counts = OPERATORS[backend].count_pass(logits, target, voxel_weight, *_pass_arguments(options), raise_bad_input)
+        counts = OPERATORS[backend].count_pass(logits, target, voxel_weight, *plan.of_pass, raise_bad_input)
         return counts.to(_result_dtype(logits))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs."""
-        logits, target, voxel_weight, options, _, inplace_backward, backend = inputs
+        logits, target, voxel_weight, plan, _, inplace_backward, backend = inputs
         ctx.save_for_backward(logits, target, voxel_weight)
-        ctx.options, ctx.inplace_backward, ctx.backend = options, inplace_backward, backend
+        ctx.plan, ctx.inplace_backward, ctx.backend = plan, inplace_backward, backend
 
     @staticmethod
     def backward(ctx, upstream):
         """The gradient pass, its coefficients from the upstream gradient of the counts."""
         if not ctx.needs_input_grad[0]:
             return (None,) * 7
-        how = (ctx.options, ctx.inplace_backward, None, ctx.backend)
+        how = (ctx.plan, ctx.inplace_backward, None, ctx.backend)
         return _gradient(upstream, ctx.saved_tensors, None, None, *how), *(None,) * 6
 
 

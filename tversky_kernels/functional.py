@@ -39,7 +39,7 @@ class OverlapCounts(NamedTuple):
 
 def _on_backend(logits, checked, function, how, check_target, inplace_backward, backend):
     # function(chosen backend, check, logits, checked, inplace_backward, *how), or None: the reference is to compute it.
-    volumes, options, _ = checked
+    volumes, plan, _ = checked
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"inplace_backward: expected True or False, got {inplace_backward!r}")
     differentiable_target = volumes.target.requires_grad and torch.is_grad_enabled()
@@ -50,7 +50,7 @@ def _on_backend(logits, checked, function, how, check_target, inplace_backward, 
     compiling = torch.compiler.is_compiling()
     check = logits.is_cpu if check_target is None else check_target
     if check and chosen != "cpu" and not compiling:  # the CPU kernels check while they read
-        _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
+        _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index)
     if compiling:
         return function(chosen, check, logits, checked, inplace_backward, *how)
     # What cannot be walked is copied here, once for both passes.
@@ -66,35 +66,35 @@ def _on_backend(logits, checked, function, how, check_target, inplace_backward, 
         return function(chosen, check, walked, checked, inplace_backward, *how)
     except RuntimeError:
         # The kernel found a bad label or weight. Say it as an error of the argument; anything else is passed on.
-        _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
+        _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index)
         raise
 
 
 def _apply_loss(chosen, check, logits, checked, inplace_backward, process_group):
-    (target, voxel_weight, _), options, class_parameters = checked
+    (target, voxel_weight, _), plan, class_parameters = checked
     volumes = (logits, target, voxel_weight, class_parameters)
-    return autograd.apply(autograd.TverskyLoss, *volumes, options, check, inplace_backward, process_group, chosen)[0]
+    return autograd.apply(autograd.TverskyLoss, *volumes, plan, check, inplace_backward, process_group, chosen)[0]
 
 
 def _loss(logits, checked, check_target, inplace_backward, process_group, backend):
     loss = _on_backend(logits, checked, _apply_loss, (process_group,), check_target, inplace_backward, backend)
-    return reference.checked_loss(logits, *checked, process_group, check_target) if loss is None else loss
+    return reference.checked_loss(logits, checked, process_group, check_target) if loss is None else loss
 
 
 def _apply_linear(chosen, check, logits, checked, inplace_backward, head, process_group):
-    (target, voxel_weight, _), options, class_parameters = checked
+    (target, voxel_weight, _), plan, class_parameters = checked
     features, weight, bias = head
     if not torch.compiler.is_compiling():
         features = walkable(features, 2)
     volumes = (features, weight, bias, target, voxel_weight, class_parameters)
-    how = (options, check, inplace_backward, process_group, chosen)
+    how = (plan, check, inplace_backward, process_group, chosen)
     return autograd.apply(autograd.LinearTverskyLoss, *volumes, *how)[0]
 
 
 def _apply_counts(chosen, check, logits, checked, inplace_backward):
-    (target, voxel_weight, _), options, _ = checked
+    (target, voxel_weight, _), plan, _ = checked
     volumes = (logits, target, voxel_weight)
-    return autograd.apply(autograd.OverlapCounts, *volumes, options, check, inplace_backward, chosen)
+    return autograd.apply(autograd.OverlapCounts, *volumes, plan, check, inplace_backward, chosen)
 
 
 def tversky_loss(
@@ -334,7 +334,7 @@ def overlap_counts(
     )
     counts = _on_backend(logits, checked, _apply_counts, (), check_target, inplace_backward, backend)
     if counts is None:
-        counts = reference.checked_counts(logits, *checked[:2], check_target)
+        counts = reference.checked_counts(logits, checked, check_target)
     if process_group is not None:
         counts = sum_over_group(counts, process_group)
     return OverlapCounts(*counts.unbind(-1))
@@ -496,7 +496,7 @@ def linear_tversky_loss(
     how = (head, process_group)
     result = _on_backend(logits, checked, _apply_linear, how, check_target, inplace_backward, backend)
     if result is None:
-        return reference.checked_loss(reference.linear_logits(*head), *checked, process_group, check_target)
+        return reference.checked_loss(reference.linear_logits(*head), checked, process_group, check_target)
     return result
 
 

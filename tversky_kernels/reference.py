@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 
 from . import _arguments
-from ._arguments import Options, Volumes
+from ._arguments import Checked, Options, Volumes
 from .distributed import sum_over_group
 
 __all__ = ["linear_tversky_loss", "tversky_ce_loss", "tversky_loss"]
@@ -66,7 +66,7 @@ def tversky_loss(
     """
     options = _arguments.with_defaults("tversky_loss", _arguments.TVERSKY_DEFAULTS, options)
     checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
-    return checked_loss(logits, *checked, process_group, check_target)
+    return checked_loss(logits, checked, process_group, check_target)
 
 
 def tversky_ce_loss(
@@ -76,7 +76,7 @@ def tversky_ce_loss(
     defaults = {**_arguments.TVERSKY_DEFAULTS, **_arguments.CE_DEFAULTS}
     options = _arguments.with_defaults("tversky_ce_loss", defaults, options)
     checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
-    return checked_loss(logits, *checked, process_group, check_target)
+    return checked_loss(logits, checked, process_group, check_target)
 
 
 def linear_tversky_loss(
@@ -100,14 +100,10 @@ def linear_logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def checked_loss(
-    logits: torch.Tensor,
-    volumes: Volumes,
-    options: Options,
-    class_parameters: torch.Tensor | None = None,
-    process_group=None,
-    check_target: bool | None = None,
+    logits: torch.Tensor, checked: Checked, process_group=None, check_target: bool | None = None
 ) -> torch.Tensor:
     """The loss of arguments that have been checked, but for the labels' range."""
+    volumes, options, class_parameters = checked.volumes, checked.plan.options, checked.class_parameters
     _check_values(logits, volumes, options, check_target)
     counts = _counts(logits, volumes, options)
     if options.batch:
@@ -118,10 +114,9 @@ def checked_loss(
     return loss_of_counts(counts, options, class_parameters, volumes.dense)
 
 
-def checked_counts(
-    logits: torch.Tensor, volumes: Volumes, options: Options, check_target: bool | None = None
-) -> torch.Tensor:
+def checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | None = None) -> torch.Tensor:
     """tp, fp and fn, (N, C, 3), of arguments that have been checked, but for the labels' range."""
+    volumes, options = checked.volumes, checked.plan.options
     _check_values(logits, volumes, options, check_target)
     return torch.stack(_counts(logits, volumes, options)[:3], -1)
 
