@@ -168,15 +168,13 @@ TK_MATH Overlap<V> overlap_of(const Probability<V>& p, V g, OverlapForm form) {
   return {p.p < g ? p.p : g, d > 0 ? d : V{}, d < 0 ? -d : V{}};
 }
 
-// dL/dp.
+// dL/dp. u_foreground: see foreground_coefficient. Neither coefficient may lose digits to the other, which can be far
+// larger: dL/dFP is where beta = 0, or of squares, and hardly a voxel is wrong.
 template <typename V>
 TK_MATH V overlap_slope(const Probability<V>& p, V g, V u_background, V u_foreground, OverlapForm form) {
-  if (form == OverlapForm::kProduct) return u_background + g * (u_foreground - u_background);
+  if (form == OverlapForm::kProduct) return u_background * (1 - g) + u_foreground * g;
   const V d = difference_of(p, g);
-  if (form == OverlapForm::kSquared) {
-    // dL/dFP = dL/dFN, for alpha = beta, so that u_foreground + u_background is dL/dTP.
-    return g * (u_foreground + u_background) + (2 * d) * u_background;
-  }
+  if (form == OverlapForm::kSquared) return u_foreground * g + (2 * d) * u_background;
   const V middle = (u_background + u_foreground) * 0.5f;
   const V lower = d < 0 ? u_foreground : middle;
   return d > 0 ? u_background : lower;
@@ -221,6 +219,11 @@ struct TverskyRow {
   double u_background;  // dL/dp where g = 0: dL/dFP
   double u_foreground;  // dL/dp where g = 1: dL/dTP - dL/dFN
 };
+
+// What overlap_slope takes where g = 1: dL/dp or, of squares, dL/dTP, for dL/dFN is dL/dFP then. u: in double.
+TK_MATH double foreground_coefficient(const double* u, OverlapForm form) {
+  return form == OverlapForm::kSquared ? u[kForeground] + u[kBackground] : u[kForeground];
+}
 
 // A coefficient in the type in which is computed, finite where it is a number: gamma < 1 can make the slope at g = 1 of
 // a class that is nearly right, or absent, larger than a float, and times g = 0 it must be 0.

@@ -80,3 +80,31 @@ def check_against_truth(
         assert (
             relative(gradient, true_gradient, least_norm) <= {torch.float32: 1e-6, torch.float64: 1e-13}[logits.dtype]
         )
+
+
+#: Where dL/dFP and what there is at a voxel of the class differ by a thousand times and more.
+FORMS = {
+    "Dice": {"alpha": 0.5, "beta": 0.5},
+    "L1": {"alpha": 0.5, "beta": 0.5, "soft_label": True},
+    "squared": {"alpha": 0.5, "beta": 0.5, "squared": True},
+    "false positives alone": {"alpha": 1.0, "beta": 0.0},
+    "false negatives alone": {"alpha": 0.0, "beta": 1.0},
+}
+
+
+def nearly_right(classes, activation, dense):
+    """Logits that are right everywhere, and a target."""
+    logits, target = inputs(2, classes, (7, 8, 9), scale=1.0)
+    one_hot = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).float()
+    logits = logits + (16 * one_hot - 8 if activation == "sigmoid" else 8 * one_hot)
+    return logits, one_hot if dense or activation == "sigmoid" else target
+
+
+def check_nearly_right(function, form, activation, dense):
+    """Also of a class that all voxels are of, whose gradient is nothing but what smoothing leaves."""
+    options = {"activation": activation, **FORMS[form]}
+    check_against_truth(function, *nearly_right(3, activation, dense), loss_tolerance=3e-6, **options)
+    if dense:
+        alike = torch.zeros(1, 2, 5, 8)
+        alike[:, 1] = 1
+        check_against_truth(function, *inputs(1, 2, (5, 8), scale=0.1)[:1], alike, **{**options, "smooth_nr": 0.0})

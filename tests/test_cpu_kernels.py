@@ -7,7 +7,17 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from combinations import cases, check_case, check_second_derivatives
-from common import CPU_CAPABILITIES, INDEX_DTYPES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient, truth
+from common import (
+    CPU_CAPABILITIES,
+    FORMS,
+    INDEX_DTYPES,
+    LOGITS_DTYPES,
+    check_against_truth,
+    check_nearly_right,
+    inputs,
+    loss_and_gradient,
+    truth,
+)
 
 import tversky_kernels as tk
 from tversky_kernels._ops import ops
@@ -236,6 +246,13 @@ def test_nearly_perfect_prediction(capability, classes, dtype):
     expected, _ = truth(logits, target, **options)
     assert 1e-7 < expected.item() < 2e-5
     check_against_truth(cpu, logits, target, upstream=upstream, **options)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_small_coefficients_beside_large_ones(capability, form, activation, dense):
+    check_nearly_right(cpu, form, activation, dense)
 
 
 def test_float16_of_the_issues_size(capability):

@@ -78,9 +78,10 @@ def expected(logits, volumes, options, u):
     z.requires_grad_()
     counts = reference._counts(z, volumes, options)
     counts = [x for x in counts if x is not None]
-    # u_background is dL/dFP and u_foreground dL/dTP - dL/dFN; for products dL/dFN does not count, for tp + fn is fixed.
+    # u_background is dL/dFP and u_foreground dL/dTP - dL/dFN, where dL/dFN does not count, for tp + fn is fixed; of
+    # squares, where it is dL/dFP, u_foreground is dL/dTP.
     tp, fp, fn = counts[:3]
-    value = u[:, 0] * fp + u[:, 1] * tp + (u[:, 0] * (fn + tp) if options.squared else 0)
+    value = u[:, 0] * fp + u[:, 1] * tp + (u[:, 0] * fn if options.squared else 0)
     if options.ce_weight:
         value = value + u[:, 2] * counts[3] + u[:, 3] * counts[4]
     (gradient,) = torch.autograd.grad(value.sum(), z)

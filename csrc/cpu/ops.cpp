@@ -185,16 +185,16 @@ void evaluate_table(const Table& t, const double* counts, double* loss, double* 
   }
 }
 
-// coefficients[rows][C][columns] times the upstream gradient, in the type in which is computed.
+// coefficients[rows][C][columns] times the upstream gradient, as the pass takes them.
 template <typename A>
-std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coefficients) {
+std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coefficients, OverlapForm form) {
   const int64_t rows = coefficients.size(0), classes = coefficients.size(1), columns = coefficients.size(2);
   const int64_t kept = grad_loss.dim() == 0 ? 1 : grad_loss.size(grad_loss.dim() - 1);
   const auto upstream = [&](int64_t i) -> double {
     return grad_loss.scalar_type() == ScalarType::Double ? grad_loss.const_data_ptr<double>()[i]
                                                          : grad_loss.const_data_ptr<float>()[i];
   };
-  const double* u = coefficients.const_data_ptr<double>();
+  const double* all = coefficients.const_data_ptr<double>();
   std::vector<A> scaled(rows * classes * columns);
   for (int64_t r = 0; r < rows; ++r) {
     double of_row = 0;  // of the cross-entropy, which every value of the row contains
@@ -202,10 +202,11 @@ std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coeffi
     for (int64_t c = 0; c < classes; ++c) {
       const int64_t of_class = c - (classes - kept);
       const double g = grad_loss.dim() == 0 ? of_row : of_class < 0 ? 0.0 : upstream(r * kept + of_class);
-      for (int64_t q = 0; q < columns; ++q) {
-        const int64_t i = (r * classes + c) * columns + q;
-        scaled[i] = finite_coefficient<A>((q < kOverlapCoefficients ? g : of_row) * u[i]);
-      }
+      const int64_t at = (r * classes + c) * columns;
+      const double* u = all + at;
+      scaled[at + kBackground] = finite_coefficient<A>(g * u[kBackground]);
+      scaled[at + kForeground] = finite_coefficient<A>(g * foreground_coefficient(u, form));
+      for (int64_t q = kOverlapCoefficients; q < columns; ++q) scaled[at + q] = finite_coefficient<A>(of_row * u[q]);
     }
   }
   return scaled;
@@ -245,9 +246,9 @@ struct Cpu {
     std::vector<float> u_float;
     std::vector<double> u_double;
     if (v.logits.type == ElementType::kDouble) {
-      u_double = scaled_coefficients<double>(grad_loss, coefficients);
+      u_double = scaled_coefficients<double>(grad_loss, coefficients, v.overlap);
     } else {
-      u_float = scaled_coefficients<float>(grad_loss, coefficients);
+      u_float = scaled_coefficients<float>(grad_loss, coefficients, v.overlap);
     }
     const int64_t row = coefficients.size(0) == 1 ? 0 : v.classes * v.coefficient_columns();
     const Kernels& k = kernels();

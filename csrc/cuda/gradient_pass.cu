@@ -12,14 +12,14 @@ __device__ __forceinline__ double upstream_gradient(const GradientArguments& a, 
 
 // Times the upstream gradient, in double.
 template <typename A, bool kCrossEntropy>
-__device__ Coefficients<A> coefficients_of(const GradientArguments& a, int64_t sample, int64_t c, int64_t classes) {
-  const int64_t row = sample * a.row_stride, dropped = classes - a.grad_classes;
+__device__ Coefficients<A> coefficients_of(const Volume& v, const GradientArguments& a, int64_t sample, int64_t c) {
+  const int64_t classes = v.classes, row = sample * a.row_stride, dropped = classes - a.grad_classes;
   const double* u = a.coefficients + (row * classes + c) * (kCrossEntropy ? kAllCoefficients : kOverlapCoefficients);
   Coefficients<A> result{A(0), A(0), A(0), A(0)};
   if (a.grad_classes == 0 || c >= dropped) {
     const double upstream = upstream_gradient(a, a.grad_classes > 0 ? row * a.grad_classes + c - dropped : 0);
     result.background = finite_coefficient<A>(u[kBackground] * upstream);
-    result.foreground = finite_coefficient<A>(u[kForeground] * upstream);
+    result.foreground = finite_coefficient<A>(foreground_coefficient(u, v.overlap) * upstream);
   }
   if (kCrossEntropy) {  // every value of the row contains the cross-entropy
     double of_row = a.grad_classes == 0 ? upstream_gradient(a, 0) : 0.0;
@@ -33,11 +33,11 @@ __device__ Coefficients<A> coefficients_of(const GradientArguments& a, int64_t s
 // The same of all classes in shared memory, of_class[C], once a block. All threads must call, and synchronise before
 // they read.
 template <bool kCrossEntropy, typename A>
-__device__ __forceinline__ void fill_coefficients(const GradientArguments& a, int64_t sample, int classes,
+__device__ __forceinline__ void fill_coefficients(const Volume& v, const GradientArguments& a, int64_t sample,
                                                   Coefficients<A>* of_class) {
 #pragma unroll 1
-  for (int c = threadIdx.x; c < classes; c += Plan::kThreads) {
-    of_class[c] = coefficients_of<A, kCrossEntropy>(a, sample, c, classes);
+  for (int c = threadIdx.x; c < v.classes; c += Plan::kThreads) {
+    of_class[c] = coefficients_of<A, kCrossEntropy>(v, a, sample, c);
   }
 }
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
   TK_SHARED(memory);
   Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
-  fill_coefficients<kCrossEntropy>(a, share.sample, kClasses, of_class);
+  fill_coefficients<kCrossEntropy>(v, a, share.sample, of_class);
   __syncthreads();
   Coefficients<A> u[kClasses];
 #pragma unroll
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   TK_SHARED(memory);
   Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
   const Share share = share_of_block(programs);
-  fill_coefficients<kCrossEntropy>(a, share.sample, classes, of_class);
+  fill_coefficients<kCrossEntropy>(v, a, share.sample, of_class);
   __syncthreads();
 
   const SplitLane lane(log_lanes, classes);
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   TK_SHARED(memory);
   Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
   const Share share = share_of_block(programs);
-  fill_coefficients<kCrossEntropy>(a, share.sample, classes, of_class);
+  fill_coefficients<kCrossEntropy>(v, a, share.sample, of_class);
   __syncthreads();
 
   const SplitLane lane(log_lanes, classes);
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
-  fill_coefficients<kCrossEntropy>(a, share.sample, classes, of_class);
+  fill_coefficients<kCrossEntropy>(v, a, share.sample, of_class);
 
   for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
-  fill_coefficients<kCrossEntropy>(a, share.sample, classes, u);
+  fill_coefficients<kCrossEntropy>(v, a, share.sample, u);
 
   for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     // Bad labels and weights: the count pass has told of them, and the coefficients are NaN then.
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
   const T* row = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride +
                  share.channel * v.logits.class_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + share.channel * a.out.class_stride;
-  const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(a, share.sample, share.channel, classes);
+  const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(v, a, share.sample, share.channel);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {

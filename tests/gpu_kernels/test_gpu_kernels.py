@@ -13,7 +13,16 @@ import hypothesis
 import pytest
 import torch
 from combinations import cases, check_case
-from common import INDEX_DTYPES, LOGITS_DTYPES, check_against_truth, inputs, loss_and_gradient, relative
+from common import (
+    FORMS,
+    INDEX_DTYPES,
+    LOGITS_DTYPES,
+    check_against_truth,
+    check_nearly_right,
+    inputs,
+    loss_and_gradient,
+    relative,
+)
 
 import tversky_kernels as tk
 from tversky_kernels import _linear, _ops
@@ -199,6 +208,13 @@ def test_nearly_perfect_prediction(classes):
     logits, target = inputs(1, classes, (12, 16), torch.float64, scale=0.5)
     logits = (logits + 14 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1)).float()
     check(logits, target, upstream=torch.tensor(2.0**20), smooth_nr=0.0, smooth_dr=0.0)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_small_coefficients_beside_large_ones(form, activation, dense):
+    check_nearly_right(kernel_loss, form, activation, dense)
 
 
 # The gradient has few values here; that the interpreter cuts them off to bfloat16 is many times the error of rounding.

@@ -307,9 +307,9 @@ def _overlap_slope(p, complement, g, background, foreground, OVERLAP: tl.constex
         d = _difference(p, complement, g)
         slope = tl.where(d > 0, background, tl.where(d < 0, foreground, (background + foreground) * 0.5))
     elif OVERLAP == 2:
-        slope = g * (foreground + background) + 2.0 * _difference(p, complement, g) * background
-    else:
-        slope = background + g * (foreground - background)
+        slope = foreground * g + 2.0 * _difference(p, complement, g) * background
+    else:  # neither loses digits to the other, which can be far larger
+        slope = background * (1.0 - g) + foreground * g
     return slope
 
 
@@ -915,9 +915,9 @@ def _finite(x, REAL: tl.constexpr):
 
 @triton.jit
 def _coefficients(coefficients, grad_loss, c, row, C: tl.constexpr, GRAD_CLASSES: tl.constexpr,
-                  KEPT: tl.constexpr, CE: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+                  KEPT: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # dL/dp where g = 0 and where g = 1, dL/dCE and dL/dsmoothing, times the upstream gradient. GRAD_CLASSES: 0 for a
-    # scalar loss, else C'; KEPT: a power of two that holds it.
+    # scalar loss, else C'; KEPT: a power of two that holds it. Of squares dL/dTP where g = 1, for dL/dFN is dL/dFP.
     at = coefficients + (row * C + c) * (4 if CE > 0 else 2)
     there = c < C
     if GRAD_CLASSES == 0:
@@ -934,6 +934,8 @@ def _coefficients(coefficients, grad_loss, c, row, C: tl.constexpr, GRAD_CLASSES
             of_row = tl.sum(values.to(tl.float64), 0)
     background = tl.load(at, mask=there, other=0.0) * upstream
     foreground = tl.load(at + 1, mask=there, other=0.0) * upstream
+    if OVERLAP == 2:
+        foreground += background
     ce, smoothing = background * 0.0, background * 0.0
     if CE > 0:
         ce = tl.load(at + 2, mask=there, other=0.0) * of_row
@@ -1040,7 +1042,7 @@ def all_classes_gradient_kernel(
     for i in tl.static_range(TILES):
         coefficients_of += (
             _coefficients(coefficients, grad_loss, _classes(i * MAIN, MAIN if i == 0 else TAIL), n * row_stride, C,
-                          GRAD_CLASSES, KEPT, CE, REAL),
+                          GRAD_CLASSES, KEPT, OVERLAP, CE, REAL),
         )  # fmt: skip
     step = programs.to(tl.int64) * BLOCK
     for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
@@ -1129,7 +1131,7 @@ def two_classes_gradient_kernel(
     program = tl.program_id(0) % programs
     rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
     background, foreground, ce, _no_smoothing = _coefficients(
-        coefficients, grad_loss, tl.arange(0, 2), n * row_stride, 2, GRAD_CLASSES, KEPT, CE, REAL
+        coefficients, grad_loss, tl.arange(0, 2), n * row_stride, 2, GRAD_CLASSES, KEPT, OVERLAP, CE, REAL
     )
     sign = tl.where(tl.arange(0, 2) == 1, 1.0, -1.0).to(REAL)[:, None]
     # u_1 - u_0 where the label is 1: foreground_1 - background_0; where it is 0: background_1 - foreground_0
@@ -1165,7 +1167,7 @@ def _gradient_chunk(rows, out, target, first, start, voxels, ls_c, ls_v, gs_c, g
     c = _classes(first, CLASSES)
     z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, WHOLE, CLEAR, BLOCK, PACK, REAL)
     background, foreground, ce, smoothing = _coefficients(
-        coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, CE, REAL
+        coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, OVERLAP, CE, REAL
     )
     if GENERAL:
         dense = label
@@ -1198,7 +1200,7 @@ def _online_gradient(rows, first, start, voxels, ls_c, ls_v, label, counts, top,
                      REAL: tl.constexpr):  # fmt: skip
     c = _classes(first, CLASSES)
     z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, WHOLE, CLEAR, BLOCK, PACK, REAL)
-    background, foreground, ce, _ = _coefficients(coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, CE, REAL)
+    background, foreground, ce, _ = _coefficients(coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, 0, CE, REAL)
     top, sum_target, sum_others, others, rescale = _online(z, c, label, top, sum_target, sum_others)
     weighted_others = weighted_others * rescale + tl.sum(others * background, 0)
     u_target += tl.sum(_of_target(foreground, c, label), 0)
@@ -1217,7 +1219,7 @@ def _general_sums_of_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c,
     c = _classes(first, CLASSES)
     z = _logits(rows, first, start, voxels, ls_c, ls_v, counts, C, CLASSES, WHOLE, CLEAR, BLOCK, PACK, REAL)
     background, foreground, ce, smoothing = _coefficients(
-        coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, CE, REAL
+        coefficients, grad_loss, c, row, C, GRAD_CLASSES, KEPT, OVERLAP, CE, REAL
     )
     dense = label
     if DENSE:
