@@ -65,6 +65,10 @@ def torch_directory():
     return pathlib.Path(spec.origin).parent
 
 
+def jobs():
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
 def compiler():
     asked = os.environ.get("CXX")
     for name in [asked] if asked else ["g++", "c++", "clang++"]:
@@ -117,6 +121,7 @@ class BuildExt(build_ext):
         stable_abi = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", torch / "include"]
         if ext.name.endswith("_cuda"):
             host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", compiler()[0]]
+            host.append(f"--threads={max(1, jobs() // len(ext.sources))}")  # its architectures side by side
             for source in ext.sources:
                 out = objects / f"{pathlib.Path(source).stem}.o"
                 yield out, [find_nvcc(), *NVCC_FLAGS, *stable_abi, *host, *gencode_flags(), "-c", source, "-o", out]
@@ -143,8 +148,7 @@ class BuildExt(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         objects.mkdir(parents=True, exist_ok=True)
         commands = list(self.compile_commands(ext, objects))
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        with concurrent.futures.ThreadPoolExecutor(jobs()) as pool:
             list(pool.map(run, (command for _, command in commands)))
         # Without --no-as-needed the loader does not find the shims of a torch that splits its libraries otherwise.
         linker, flags = (
