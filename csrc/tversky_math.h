@@ -236,9 +236,10 @@ TK_MATH A finite_coefficient(double x) {
 // pow is the caller's, for it is spelled differently in CUDA.
 template <typename Pow>
 TK_MATH TverskyRow tversky_row(double tp, double fp, double fn, const TverskyParameters& a, Pow pow) {
-  const double error = a.alpha * fp + a.beta * fn + (a.smooth_dr - a.smooth_nr);
+  const double wrong = a.alpha * fp + a.beta * fn;
+  const double error = wrong + (a.smooth_dr - a.smooth_nr);
   const double numerator = tp + a.smooth_nr;
-  const double denominator = numerator + error;
+  const double denominator = tp + (wrong + a.smooth_dr);
   if (denominator == 0.0) return {0.0, 0.0, 0.0};  // no voxel, no smoothing: nothing is wrong
   double x = error / denominator;                  // 1 - TI, without forming TI
   double slope = 1.0;                              // d x^gamma / dx

@@ -836,9 +836,10 @@ def table_kernel(
         fp = _column(counts, r * together, together, c, there, 1, C, COLUMNS, CLASSES)
         fn = _column(counts, r * together, together, c, there, 2, C, COLUMNS, CLASSES)
         is_absent = tp + fn == 0
-        error = a * fp + b * fn + (smooth_dr - smooth_nr)
+        wrong = a * fp + b * fn
+        error = wrong + (smooth_dr - smooth_nr)
         numerator = tp + smooth_nr
-        denominator = numerator + error
+        denominator = tp + (wrong + smooth_dr)
         empty = denominator == 0
         denominator = tl.where(empty, 1.0, denominator)
         x = tl.where(empty, 0.0, error / denominator)
