@@ -85,6 +85,7 @@ bench-all: $(BENCH_READY)
 	$(PY) -m benchmarks.training_step --out $(OUT)
 	$(PY) -m benchmarks.variants --out $(OUT)
 	$(PY) -m benchmarks.head --out $(OUT)
+	$(PY) -m benchmarks.accuracy --out $(OUT)
 	$(PY) -m benchmarks.plot --results $(OUT)
 
 bench-report:

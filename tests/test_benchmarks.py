@@ -13,7 +13,7 @@ for _module in ("matplotlib", "pandas", "tqdm", "monai"):
 
 import pandas
 
-from benchmarks import growth, head, memory, plot, run, training_step
+from benchmarks import accuracy, growth, head, memory, plot, run, training_step
 from benchmarks.cases import SETS, Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.results_table import ResultsTable
@@ -155,3 +155,13 @@ def test_head_compares_the_same_loss_and_gradient(monkeypatch):
         assert row["gradient_error"] < 1e-5
         assert row["milliseconds"] > 0
     assert rows["ours"]["peak_mib"] - rows[head.IN_ONE]["peak_mib"] > rows["ours"]["logits_mib"]
+
+
+def test_accuracy_late_in_a_training():
+    """Ours keeps its digits, what goes through 1 - p does not."""
+    rows = {r["provider"]: r for r in accuracy.measure(Case(16, 4), 16, ["ours", "lean eager, mask"])}
+    assert 0.9999 < rows["ours"]["mean_probability"] < 1
+    assert rows["ours"]["gradient_error"] <= 1e-6
+    assert rows["lean eager, mask"]["gradient_error"] > 1e-3
+    early = {r["provider"]: r for r in accuracy.measure(Case(16, 4), 0, ["ours", "lean eager, mask"])}
+    assert all(r["gradient_error"] <= 1e-6 for r in early.values())
