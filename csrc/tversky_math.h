@@ -226,10 +226,11 @@ TK_MATH double foreground_coefficient(const double* u, OverlapForm form) {
 }
 
 // A coefficient in the type in which is computed, finite where it is a number: gamma < 1 can make the slope at g = 1 of
-// a class that is nearly right, or absent, larger than a float, and times g = 0 it must be 0.
+// a class that is nearly right, or absent, larger than a float, and times g = 0 it must be 0. So must a sum of such
+// over a thousand classes be, times a weight of 0.
 template <typename A>
 TK_MATH A finite_coefficient(double x) {
-  constexpr double kMost = sizeof(A) == 8 ? 4e307 : 8e37;
+  constexpr double kMost = sizeof(A) == 8 ? 1e304 : 1e35;
   return static_cast<A>(x > kMost ? kMost : x < -kMost ? -kMost : x);
 }
 

@@ -108,3 +108,14 @@ def check_nearly_right(function, form, activation, dense):
         alike = torch.zeros(1, 2, 5, 8)
         alike[:, 1] = 1
         check_against_truth(function, *inputs(1, 2, (5, 8), scale=0.1)[:1], alike, **{**options, "smooth_nr": 0.0})
+
+
+def check_immense_coefficients(gradient_pass, overlap, device="cpu"):
+    """Of all classes at once: the gradient is finite, and 0 where a voxel does not count."""
+    logits, target = inputs(1, 20, (64,))
+    dense = torch.nn.functional.one_hot(target, 20).movedim(-1, 1).float()
+    dense[..., 2] = 0
+    arguments = (torch.ones(()), torch.full((1, 20, 2), 1e80, dtype=torch.float64), logits, dense)
+    gradient = gradient_pass(*(x.to(device) for x in arguments), None, 0, 0, overlap, 0, 0.0).cpu()
+    assert torch.isfinite(gradient).all()
+    assert torch.equal(gradient[..., 2], torch.zeros(1, 20))

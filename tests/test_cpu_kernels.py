@@ -13,6 +13,7 @@ from common import (
     INDEX_DTYPES,
     LOGITS_DTYPES,
     check_against_truth,
+    check_immense_coefficients,
     check_nearly_right,
     inputs,
     loss_and_gradient,
@@ -253,6 +254,11 @@ def test_nearly_perfect_prediction(capability, classes, dtype):
 @pytest.mark.parametrize("form", list(FORMS))
 def test_small_coefficients_beside_large_ones(capability, form, activation, dense):
     check_nearly_right(cpu, form, activation, dense)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_immense_coefficients(capability, overlap):
+    check_immense_coefficients(ops.gradient_pass, overlap)
 
 
 def test_float16_of_the_issues_size(capability):

@@ -18,6 +18,7 @@ from common import (
     INDEX_DTYPES,
     LOGITS_DTYPES,
     check_against_truth,
+    check_immense_coefficients,
     check_nearly_right,
     inputs,
     loss_and_gradient,
@@ -215,6 +216,11 @@ def test_nearly_perfect_prediction(classes):
 @pytest.mark.parametrize("form", list(FORMS))
 def test_small_coefficients_beside_large_ones(form, activation, dense):
     check_nearly_right(kernel_loss, form, activation, dense)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_immense_coefficients(overlap):
+    check_immense_coefficients(OPERATORS.gradient_pass, overlap, DEVICE)
 
 
 # The gradient has few values here; that the interpreter cuts them off to bfloat16 is many times the error of rounding.

@@ -909,8 +909,8 @@ def table_kernel(
 
 @triton.jit
 def _finite(x, REAL: tl.constexpr):
-    # In the type in which is computed, and a number of it where x is one
-    most = 4e307 if tl.float64 == REAL else 8e37
+    # In the type in which is computed, and a number of it where x is one, sums over classes included
+    most = 1e304 if tl.float64 == REAL else 1e35
     return tl.where(x > most, most, tl.where(x < -most, -most, x)).to(REAL)
 
 
