@@ -82,7 +82,7 @@ def check_against_truth(
         )
 
 
-#: Where dL/dFP and what there is at a voxel of the class differ by a thousand times and more.
+#: Losses whose coefficients of a class are alike or, where hardly a voxel is wrong, a thousand times apart and more.
 FORMS = {
     "Dice": {"alpha": 0.5, "beta": 0.5},
     "L1": {"alpha": 0.5, "beta": 0.5, "soft_label": True},
@@ -107,7 +107,8 @@ def check_nearly_right(function, form, activation, dense):
     if dense:
         alike = torch.zeros(1, 2, 5, 8)
         alike[:, 1] = 1
-        check_against_truth(function, *inputs(1, 2, (5, 8), scale=0.1)[:1], alike, **{**options, "smooth_nr": 0.0})
+        logits, _ = inputs(1, 2, (5, 8), scale=0.1)
+        check_against_truth(function, logits, alike, **{**options, "smooth_nr": 0.0})
 
 
 def check_immense_coefficients(gradient_pass, overlap, device="cpu"):

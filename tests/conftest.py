@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """torch.empty gives NaN, so that what a kernel does not write shows. Random numbers are those of the test alone."""
+def _poisoned_memory_and_own_random_numbers():
+    """torch.empty gives NaN, so that what a kernel does not write shows; no test's numbers depend on another's."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

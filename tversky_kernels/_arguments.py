@@ -227,7 +227,7 @@ def check_arguments(
         and isinstance(alpha, (int, float))
         and isinstance(beta, (int, float))
     )
-    if not (isinstance(logits, torch.Tensor) and isinstance(target, torch.Tensor)):
+    if not (isinstance(logits, torch.Tensor) and isinstance(target, torch.Tensor)):  # one of these raises
         _facts("logits", logits)
         _facts("target", target)
     what = (
@@ -383,7 +383,7 @@ def _class_parameters(alpha, beta, class_weight, ce_class_weight, logits: torch.
         ("ce_class_weight", 1.0 if ce_class_weight is None else ce_class_weight),
     )
     rows = _rows
-    if not _makes_other_tensors(logits):
+    if not _tensors_are_for_now(logits):
         rows, given = _remembered_rows, [(name, _on_host(name, value, classes, device)) for name, value in given]
     if not any(isinstance(value, torch.Tensor) for _, value in given):
         return rows(given, classes, device)
@@ -426,7 +426,7 @@ def _rows_once(given: tuple, types: tuple, classes: int, device: torch.device) -
         return _rows(given, classes, device)
 
 
-def _makes_other_tensors(logits: torch.Tensor) -> bool:
+def _tensors_are_for_now(logits: torch.Tensor) -> bool:
     # Whether a tensor that is made now may be of use only for now: traced, without data, or of a transform.
     return (
         torch.compiler.is_compiling()
