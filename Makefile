@@ -17,7 +17,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f) setup.py
 OUT ?= benchmarks/results
 
-.PHONY: demo test lint format bench bench-peers bench-all bench-report gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel clean
+.PHONY: demo test lint format bench bench-peers bench-all bench-report gpu gpu-build wheel clean
 SHELL := /bin/bash -o pipefail
 
 $(VENV)/.python: Makefile
@@ -91,35 +91,63 @@ bench-all: $(BENCH_READY)
 bench-report:
 	$(MAKE) bench-all VENV=$(PEERS) TORCH='torch==2.14.1 torchvision==0.29.1' BENCH_EXTRAS=bench,peers
 
-# No set-up: the card's machine has its own torch and no network. Each part can be called by itself.
-gpu: gpu-build gpu-test gpu-sanitize gpu-bench
+# No set-up: the card's machine has its own torch and no network. Each part can be called by itself, and none that fails
+# keeps the others from running; every one has a time limit, so that the whole ends within ten minutes.
+gpu: gpu-build
+	@status=0; for part in '-j8 gpu-check' '-j1 gpu-bench' gpu-report; do $(MAKE) -k $$part || status=$$?; done; exit $$status
 
 gpu-build:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -c 'import tversky_kernels as tk; b = tk.available_backends(); print(b); assert b["cuda"] is True, b["cuda"]'
 	mkdir -p $(OUT)
 
-# Where pytest-xdist is there: Triton compiles some 600 kernels for these tests, each on one core.
-GPU_JOBS = $(shell $(PYTHON) -c 'import xdist; print("-n 4")' 2>/dev/null)
-gpu-test:
-	TK_GPU_KERNELS=cuda $(PYTHON) -m pytest -q tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
-	TK_GPU_KERNELS=triton $(PYTHON) -m pytest -q $(GPU_JOBS) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
-	$(PYTHON) -m pytest -q -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
+# Side by side: hardly any of them fills a card or a processor. With pytest-xdist, where it is there, Triton's some 600
+# kernels are compiled on several.
+GPU_CHECKS := cuda triton card memcheck racecheck
+GPU_JOBS = $(shell $(PYTHON) -c 'import xdist; print("-n 6")' 2>/dev/null)
+GPU_PYTEST = OMP_NUM_THREADS=2 timeout -k 5 150 $(PYTHON) -m pytest -q
+# Memory of each tensor's own, or the tool sees what lies beyond a tensor as torch's.
+GPU_SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 TK_GPU_KERNELS=cuda OMP_NUM_THREADS=2 timeout -k 5 150 \
+  compute-sanitizer --error-exitcode 9 --tool $(1) $(PYTHON) -m pytest -q -x tests/gpu_kernels \
+  -k 'test_softmax and spatial0 and float32 or test_dense_targets' 2>&1 | tee $(OUT)/sanitizer_$(1).log
+.PHONY: gpu-check $(addprefix gpu-check-,$(GPU_CHECKS))
+gpu-check: $(addprefix gpu-check-,$(GPU_CHECKS))
+gpu-check-cuda:
+	TK_GPU_KERNELS=cuda $(GPU_PYTEST) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
+gpu-check-triton:
+	TK_GPU_KERNELS=triton $(GPU_PYTEST) $(GPU_JOBS) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
+gpu-check-card:
+	$(GPU_PYTEST) -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
+gpu-check-memcheck:
+	$(call GPU_SANITIZE,memcheck)
+gpu-check-racecheck:
+	$(call GPU_SANITIZE,racecheck)
 
-gpu-sanitize:
-	for tool in memcheck racecheck; do \
-	  TK_GPU_KERNELS=cuda compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -q -x tests/gpu_kernels \
-	    -k 'test_softmax and spatial0 and float32 or test_dense_targets' 2>&1 | tee $(OUT)/sanitizer_$$tool.log; done
-
-gpu-bench:
-	$(PYTHON) -m benchmarks.run --device cuda --out $(OUT)
-	$(PYTHON) -m benchmarks.run --device cuda --task dice_ce --out $(OUT)
-	$(PYTHON) -m benchmarks.run --device cuda --set half --no-memory --out $(OUT)
-	$(PYTHON) -m benchmarks.growth --device cuda --no-memory --out $(OUT)
-	$(PYTHON) -m benchmarks.variants --device cuda --out $(OUT)
-	$(PYTHON) -m benchmarks.head --device cuda --dtype bfloat16 --out $(OUT)
-	$(PYTHON) -m benchmarks.training_step --device cuda --network 'demo FCN' --out $(OUT)
-	$(PYTHON) -m benchmarks.plot --device cuda --results $(OUT)
+# First ours and exacta on all shapes, then all losses on some.
+GPU_BENCHES := core peers dice-ce head variants step growth
+GPU_RUN = timeout -k 5 $(1) $(PYTHON) -m benchmarks.$(2) --device cuda --out $(OUT)
+.PHONY: gpu-bench gpu-report $(addprefix gpu-bench-,$(GPU_BENCHES))
+gpu-bench: $(addprefix gpu-bench-,$(GPU_BENCHES))
+gpu-bench-core:
+	$(call GPU_RUN,100,run) --set core --repeats 9 --provider ours --provider 'ours, in place' --provider 'ours, cuda' \
+	  --provider 'ours, triton' --provider 'exacta TverskyLoss'
+gpu-bench-peers:
+	$(call GPU_RUN,110,run) --set plain --repeats 9
+gpu-bench-dice-ce:
+	$(call GPU_RUN,50,run) --set plain --task dice_ce --repeats 9
+gpu-bench-head:
+	$(call GPU_RUN,30,head) --dtype bfloat16
+gpu-bench-variants:
+	$(call GPU_RUN,30,variants) --repeats 9
+gpu-bench-step:
+	$(call GPU_RUN,30,training_step) --network 'demo FCN'
+gpu-bench-growth:
+	$(call GPU_RUN,30,growth) --no-memory --provider ours --provider 'MONAI TverskyLoss'
+# What was found, last: pictures, the tests' last lines, a line for each shape.
+gpu-report:
+	-$(PYTHON) -m benchmarks.plot --device cuda --results $(OUT)
+	tail -n 3 $(OUT)/*.log
+	$(PYTHON) -m benchmarks.summary --device cuda --results $(OUT)
 
 wheel: $(TORCH_STAMP)
 	$(PIP) wheel --no-build-isolation --no-deps -w dist .

@@ -85,51 +85,69 @@ class Case:
         """Logits and a target (N, 1 or C, D, H, W): random balls of every class on background, as organs in a scan."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.samples, self.classes, *(self.side,) * 3)
-        logits = torch.randn(shape, generator=generator)
-        grid = torch.stack(torch.meshgrid(*(torch.arange(self.side, dtype=torch.float32),) * 3, indexing="ij"))
-        target = torch.zeros(self.samples, *(self.side,) * 3, dtype=torch.int64)
+        # On the device, so that a card does not wait for the host to draw them.
+        of_device = generator if self.device == "cpu" else torch.Generator(self.device).manual_seed(seed)
+        logits = torch.randn(shape, generator=of_device, device=self.device)
+        axis = torch.arange(self.side, dtype=torch.float32, device=self.device)
+        target = torch.zeros(self.samples, *(self.side,) * 3, dtype=torch.int64, device=self.device)
         for n in range(self.samples):
             for c in range(1, self.classes):
-                centre = torch.rand(3, generator=generator) * self.side
-                radius = self.side * (0.1 + 0.15 * torch.rand((), generator=generator))
-                target[n][((grid - centre[:, None, None, None]) ** 2).sum(0) < radius**2] = c
+                z, y, x = (torch.rand(3, generator=generator) * self.side).tolist()
+                radius = self.side * (0.1 + 0.15 * torch.rand((), generator=generator).item())
+                squares = ((axis - z) ** 2)[:, None, None] + ((axis - y) ** 2)[:, None] + (axis - x) ** 2
+                target[n].masked_fill_(squares < radius**2, c)
         target = target.unsqueeze(1)
         if self.form == "dense":
-            target = torch.zeros(shape, dtype=torch.uint8).scatter_(1, target, 1)
+            target = torch.zeros(shape, dtype=torch.uint8, device=self.device).scatter_(1, target, 1)
         layout = torch.channels_last_3d if self.layout == "channels_last" else torch.contiguous_format
         return (
-            logits.to(DTYPES[self.dtype]).to(self.device, memory_format=layout),
-            target.to({**LABELS, **DTYPES}[self.label]).to(self.device, memory_format=layout),
+            logits.to(DTYPES[self.dtype]).to(memory_format=layout),
+            target.to({**LABELS, **DTYPES}[self.label]).to(memory_format=layout),
         )
 
 
-SHAPES = ((128, 2), (128, 4), (96, 14), (64, 32), (64, 118))
+#: Sides, classes and samples. Those of a card are far larger than its caches.
+SHAPES = {
+    "cpu": ((128, 2, 1), (128, 4, 1), (96, 14, 1), (64, 32, 1), (64, 118, 1)),
+    "cuda": ((128, 2, 2), (128, 4, 2), (128, 14, 2), (128, 32, 2), (128, 33, 1), (128, 118, 1)),
+}
+LARGER = ((192, 2, 2), (192, 4, 2), (192, 14, 2), (192, 32, 2))
+
+
+def _cases(shapes, device: str, dtypes=("float32",), labels=("uint8",)) -> list[Case]:
+    return [
+        Case(side, classes, samples, dtype, label, device)
+        for label in labels
+        for side, classes, samples in shapes
+        for dtype in dtypes
+    ]
 
 
 def core(device: str) -> list[Case]:
     """The cases by which the project is judged."""
-    return [Case(side, classes, label=label, device=device) for label in ("uint8", "int64") for side, classes in SHAPES]
+    if device == "cuda":
+        return _cases((*SHAPES["cuda"], *LARGER), device, ("float32", "bfloat16"), ("uint8", "int64"))
+    return _cases(SHAPES[device], device, labels=("uint8", "int64"))
 
 
 def plain(device: str) -> list[Case]:
-    """The core cases with uint8 labels."""
-    return [Case(side, classes, device=device) for side, classes in SHAPES]
+    """Each shape once: float32, on a card bfloat16 too, uint8 labels."""
+    return _cases(SHAPES[device], device, ("float32", "bfloat16") if device == "cuda" else ("float32",))
 
 
 def half(device: str) -> list[Case]:
     """The same in both half precisions, float32 beside them."""
-    dtypes = ("float32", "float16", "bfloat16")
-    return [Case(side, classes, dtype=dtype, device=device) for side, classes in SHAPES for dtype in dtypes]
+    return _cases(SHAPES[device], device, ("float32", "float16", "bfloat16"))
 
 
 def small(device: str) -> list[Case]:
     """Volumes so small that it is the calls that cost."""
-    return [Case(side, classes, device=device) for side in (16, 32) for classes in (2, 4, 14)]
+    return _cases([(side, classes, 1) for side in (16, 32) for classes in (2, 4, 14)], device)
 
 
 def quick(device: str) -> list[Case]:
     """A few, for a look."""
-    return [Case(64, 2, device=device), Case(64, 4, device=device), Case(48, 14, device=device)]
+    return _cases(((64, 2, 1), (64, 4, 1), (48, 14, 1)), device)
 
 
 SETS = {function.__name__: function for function in (core, plain, half, small, quick)}

@@ -22,7 +22,8 @@ import tversky_kernels as tk
 from benchmarks.cases import DTYPES, Case
 from benchmarks.providers import ALPHA, BETA, PROVIDERS
 from benchmarks.results_table import ResultsTable
-from benchmarks.run import describe_run, seconds, spread
+from benchmarks.run import describe_run
+from benchmarks.timing import spread, timed
 from examples.loss_cost import peak_bytes
 
 IN_ONE = "linear_tversky_loss"
@@ -94,8 +95,10 @@ def measure(case: Case, channels: int, repeats: int) -> list[dict]:
         }
     for _ in range(repeats):
         for name in random.sample(list(there), len(there)):
-            features = source.clone().requires_grad_()
-            times[name].append(seconds(lambda n=name, x=features: step(there[n], x), case.device))
+            taken = timed(
+                lambda x, loss=there[name]: step(loss, x), lambda: (source.clone().requires_grad_(),), case.device
+            )
+            times[name].append(taken.work)
     in_one = statistics.median(times[IN_ONE])
     rows = []
     for name, loss in losses.items():
@@ -139,7 +142,7 @@ def main() -> int:
                 tqdm.write(f"  {r['loss']:38} {r['status']}")
                 continue
             tqdm.write(
-                f"  {r['loss']:38} {r['milliseconds']:8.1f} ms +-{100 * r['spread']:3.0f}%  {r['of_one']:5.2f} x, peak "
+                f"  {r['loss']:38} {r['milliseconds']:8.2f} ms +-{100 * r['spread']:3.0f}%  {r['of_one']:5.2f} x, peak "
                 f"{r['peak_mib']:6.0f} MiB, errors {r['loss_error']:.1e}, {r['gradient_error']:.1e}"
             )
     print(f"\nAppended to {table.path}")

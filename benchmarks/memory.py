@@ -41,10 +41,9 @@ def process_peak_bytes(function) -> int | None:
     return _status("VmHWM") - before
 
 
-def measure(case, provider) -> dict[str, float | None]:
-    """MiB beyond the inputs: of forward alone, and of forward and backward."""
+def measure(case, loss) -> dict[str, float | None]:
+    """MiB beyond the inputs: of the loss's forward alone, and of forward and backward."""
     logits, target = case.inputs(seed=0)
-    loss = provider.make(case)
 
     def forward():
         with torch.no_grad():
@@ -64,10 +63,10 @@ def measure(case, provider) -> dict[str, float | None]:
     return found
 
 
-def measure_in_own_process(case, provider) -> dict[str, float | None]:
-    """`measure`, in a process that has run nothing else."""
+def measure_in_own_process(case, provider: str) -> dict[str, float | None]:
+    """`measure` of a provider's loss, in a process that has run nothing else."""
     environment = {**os.environ, **GIVE_BACK_AT_ONCE}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", case.name, provider.name]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", case.name, provider]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"exit {run.returncode}")
@@ -78,4 +77,5 @@ if __name__ == "__main__":
     from benchmarks.cases import Case
     from benchmarks.providers import PROVIDERS
 
-    print(json.dumps(measure(Case.parse(sys.argv[1]), PROVIDERS[sys.argv[2]])))
+    asked = Case.parse(sys.argv[1])
+    print(json.dumps(measure(asked, PROVIDERS[sys.argv[2]].make(asked))))

@@ -184,9 +184,18 @@ PROVIDERS = {
         Provider("smp TverskyLoss", _smp, {"batch": True, "absent": "zero"}),
         Provider("kornia tversky_loss", _kornia, {"absent": "skip"}),
         Provider("exacta TverskyLoss", _exacta("TverskyLoss", alpha=ALPHA, beta=BETA)),
-        Provider("exacta TverskyLoss, compiled", _exacta("TverskyLoss", compiled=True, alpha=ALPHA, beta=BETA)),
+        # On a card it has kernels of its own, which there is nothing to compile of.
+        Provider(
+            "exacta TverskyLoss, compiled",
+            _exacta("TverskyLoss", compiled=True, alpha=ALPHA, beta=BETA),
+            device="cpu",
+        ),
         Provider("our Dice + CE", _our_dice_ce("auto"), DICE | WITH_CE, DICE_CE),
         Provider("our Dice + CE, in place", _our_dice_ce("auto", inplace=True), DICE | WITH_CE, DICE_CE),
+        *(
+            Provider(f"our Dice + CE, {backend}", _our_dice_ce(backend), DICE | WITH_CE, DICE_CE, device="cuda")
+            for backend in ("cuda", "triton")
+        ),
         Provider("our Dice alone", _our_dice_ce("auto", ce_weight=0.0), DICE, DICE_CE),
         Provider("our Dice alone, in place", _our_dice_ce("auto", inplace=True, ce_weight=0.0), DICE, DICE_CE),
         Provider("our reference, Dice + CE", _our_dice_ce("reference"), DICE | WITH_CE, DICE_CE),

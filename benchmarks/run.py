@@ -4,12 +4,14 @@ Every case measures, in one run and taking turns in random order: each provider 
 logits (what the machine can move), and the first touch of a fresh buffer of their size (what a fresh gradient costs by
 itself). Before each timing the logits are written anew, as a network would have, so that nobody finds them warmer than
 another. The figure "x floor" is in multiples of 3U + 2T bytes, the fewest that forward and backward can move, at the
-copy's speed.
+copy's speed. On a card (--device cuda) times are its own, from the first kernel to the last (benchmarks/timing.py), the
+host's until the call returns stand beside them, and the copy is of a buffer far larger than the caches.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import os
@@ -19,23 +21,29 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
 from tqdm import tqdm
 
 import tversky_kernels as tk
 from benchmarks.cases import SETS, Case
-from benchmarks.memory import measure_in_own_process
+from benchmarks.memory import measure, measure_in_own_process
 from benchmarks.providers import DICE_CE, PROVIDERS, SQUARED, TASKS, TVERSKY, Provider
 from benchmarks.results_table import ResultsTable
+from benchmarks.timing import Timing, spread, timed
 
 FIELDS = [
     *("date", "commit", "machine", "cores", "threads", "torch", "task", "case", "provider", "version", "status"),
     *("milliseconds", "spread", "times_floor", "copy_ms", "first_touch_ms", "loss_error", "gradient_error"),
     *("forward_allocator_mib", "forward_process_mib", "both_allocator_mib", "both_process_mib"),
 ]
+#: Of a card's table, besides: the median time until forward and backward have returned.
+CARD_FIELDS = [*FIELDS, "host_milliseconds"]
 LOSS_SCALE = 2.0**15
+#: What a card reads and writes to show its speed.
+CARD_COPY_BYTES = 2**31
+#: Copies of the logits in float64 that our reference holds at its peak.
+REFERENCE_COPIES = 15
 OURS = {TVERSKY: "ours", DICE_CE: "our Dice + CE", SQUARED: "our squared Dice"}
 
 
@@ -69,22 +77,6 @@ def describe_run() -> dict:
     }
 
 
-def seconds(function, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def spread(times: list[float]) -> float:
-    """Half the distance of the quartiles, as a fraction of the median."""
-    low, _, high = statistics.quantiles(times, n=4)
-    return (high - low) / 2 / statistics.median(times)
-
-
 def errors(case: Case, provider: Provider, loss, logits, target) -> tuple[float, float]:
     """Relative errors of the loss and of the gradient (L2) against the provider's own definition in float64."""
     z = logits.double().requires_grad_()
@@ -102,12 +94,24 @@ def errors(case: Case, provider: Provider, loss, logits, target) -> tuple[float,
     )
 
 
+def checked_inputs(case: Case, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """These, or a smaller volume of the kind where our reference in float64 would not fit on the card."""
+    if case.device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        while source.numel() * 8 * REFERENCE_COPIES > free / 2:
+            case = dataclasses.replace(case, side=case.side // 2)
+            source, target = case.inputs(seed=0)
+    return source, target
+
+
 def run_case(
     case: Case, names: list[str], repeats: int, memory: bool, bar: tqdm | None = None, check: bool = True
 ) -> list[dict]:
     """A row for each provider. check: hold each to its definition in float64, which takes some 30 copies of memory."""
+    if case.device == "cuda":
+        torch.cuda.empty_cache()  # the blocks of the case before have other sizes
     source, target = case.inputs(seed=0)
-    logits, other = torch.empty_like(source), torch.empty_like(source)
+    to_check = checked_inputs(case, source, target) if check else ()
     limits = {"float64": (1e-9, 1e-9), "float32": (1e-4, 1e-4)}.get(case.dtype, (2e-2, 2e-2))
     rows, runners = {}, {}
     for name in names:
@@ -118,7 +122,7 @@ def run_case(
         try:
             loss = provider.make(case)
             if check:
-                row["loss_error"], row["gradient_error"] = errors(case, provider, loss, source, target)
+                row["loss_error"], row["gradient_error"] = errors(case, provider, loss, *to_check)
                 if not (row["loss_error"] <= limits[0] and row["gradient_error"] <= limits[1]):
                     row["status"] = "wrong"
                     continue
@@ -128,48 +132,69 @@ def run_case(
         except Exception as error:  # a peer's failure is a result, not ours to die of
             row["status"] = f"failed: {type(error).__name__}"
 
-    timed = {name: lambda z, loss=loss: loss(z, target).backward() for name, loss in runners.items()}
-    timed["copy"] = lambda z: other.copy_(z)
-    timed["touch"] = lambda z: torch.empty_like(z).fill_(1.0)
-    times: dict[str, list[float]] = {name: [] for name in timed}
+    del to_check
+    logits, block = torch.empty_like(source), None
+    if case.device == "cuda":  # what no cache helps is copied instead of the logits, and its time scaled to them
+        block = torch.empty(CARD_COPY_BYTES // 2, dtype=torch.uint8, device=source.device).random_()
+    other = torch.empty_like(source if block is None else block)
+
+    def fresh(requires_grad: bool = False) -> tuple[torch.Tensor]:
+        nonlocal logits
+        logits = logits.detach().copy_(source).requires_grad_(requires_grad)
+        return (logits,)
+
+    functions = {name: lambda z, loss=loss: loss(z, target).backward() for name, loss in runners.items()}
+    functions["copy"] = lambda z: other.copy_(z if block is None else block)
+    functions["touch"] = lambda z: torch.empty_like(z).fill_(1.0)
+    found: dict[str, list[Timing]] = {name: [] for name in functions}
     for repeat in range(repeats + 2):  # two to warm up
-        for name, function in random.sample(list(timed.items()), len(timed)):  # nobody always follows the same one
-            logits = logits.detach().copy_(source)
-            if name in runners:
-                logits.requires_grad_()
-            taken = seconds(functools.partial(function, logits), case.device)
-            logits.grad = None
+        for name in random.sample(list(functions), len(functions)):  # nobody always follows the same one
+            try:
+                taken = timed(functions[name], functools.partial(fresh, name in runners), case.device)
+            except Exception as error:
+                if name not in runners:
+                    raise
+                rows[name]["status"] = f"failed: {type(error).__name__}"
+                del functions[name], runners[name], found[name]
+                continue
+            finally:
+                logits.grad = None
             if repeat >= 2:
-                times[name].append(taken)
+                found[name].append(taken)
         if bar is not None:
             bar.update()
-    copy = statistics.median(times["copy"])
+    copy, touch = (statistics.median(t.work for t in found[name]) for name in ("copy", "touch"))
+    copy *= source.nbytes / other.nbytes
     for name in runners:
-        row = rows[name]
-        row["milliseconds"] = 1e3 * statistics.median(times[name])
-        row["spread"] = spread(times[name])
-        row["times_floor"] = statistics.median(times[name]) / (copy * case.floor_copies)
+        row, times = rows[name], [t.work for t in found[name]]
+        row["milliseconds"] = 1e3 * statistics.median(times)
+        row["spread"] = spread(times)
+        row["times_floor"] = statistics.median(times) / (copy * case.floor_copies)
+        if case.device == "cuda":
+            row["host_milliseconds"] = 1e3 * statistics.median(t.host for t in found[name])
     if memory:
         for name in runners:
             try:
-                rows[name].update(measure_in_own_process(case, PROVIDERS[name]))
+                # A card's allocator tells by itself; a process a provider would take longer than everything else.
+                of_card = case.device == "cuda"
+                rows[name].update(measure(case, runners[name]) if of_card else measure_in_own_process(case, name))
             except RuntimeError as error:
                 tqdm.write(f"{case.name}, {name}: memory not measured: {error}")
     for row in rows.values():
-        row.update(copy_ms=1e3 * copy, first_touch_ms=1e3 * statistics.median(times["touch"]))
+        row.update(copy_ms=1e3 * copy, first_touch_ms=1e3 * touch)
     return list(rows.values())
 
 
 def print_case(case: Case, rows: list[dict]) -> None:
     first = rows[0]
     print(
-        f"\n{case.name}: a copy takes {first['copy_ms']:.2f} ms, so the floor is "
-        f"{first['copy_ms'] * case.floor_copies:.2f} ms; "
-        f"first touch of a fresh gradient {first['first_touch_ms']:.2f} ms"
+        f"\n{case.name}: a copy takes {first['copy_ms']:.3f} ms, so the floor is "
+        f"{first['copy_ms'] * case.floor_copies:.3f} ms; "
+        f"first touch of a fresh gradient {first['first_touch_ms']:.3f} ms"
     )
     ours = next((r["milliseconds"] for r in rows if r["provider"] in OURS.values() and "milliseconds" in r), None)
     header = f"  {'provider':32} {'ms':>9} {'+-':>5} {'x floor':>8} {'x ours':>7} {'loss err':>9} {'grad err':>9}"
-    print(header + f" {'fwd MiB':>8} {'MiB':>8} {'copies':>7}")
+    print(header + f" {'fwd MiB':>8} {'MiB':>8} {'copies':>7}" + f" {'host ms':>8}" * (case.device == "cuda"))
     for r in sorted(rows, key=lambda r: r.get("milliseconds", float("inf"))):
         line = f"  {r['provider']:32} "
         if "milliseconds" not in r:
@@ -179,7 +204,7 @@ def print_case(case: Case, rows: list[dict]) -> None:
                 + (f": errors {r['loss_error']:.1e}, {r['gradient_error']:.1e}" if r["status"] == "wrong" else "")
             )
             continue
-        line += f"{r['milliseconds']:9.2f} {100 * r['spread']:4.0f}% {r['times_floor']:8.2f} "
+        line += f"{r['milliseconds']:9.3f} {100 * r['spread']:4.0f}% {r['times_floor']:8.2f} "
         line += f"{r['milliseconds'] / ours:7.2f} " if ours else " " * 8
         if "loss_error" in r:
             line += f"{r['loss_error']:9.1e} {r['gradient_error']:9.1e}"
@@ -187,6 +212,8 @@ def print_case(case: Case, rows: list[dict]) -> None:
             forward = max(r["forward_allocator_mib"], r["forward_process_mib"] or 0)
             both = max(r["both_allocator_mib"], r["both_process_mib"] or 0)
             line += f" {forward:8.2f} {both:8.2f} {both * 2**20 / case.logits_bytes:7.2f}"
+        if "host_milliseconds" in r:
+            line = f"{line:120} {r['host_milliseconds']:8.3f}"
         print(line)
 
 
@@ -230,7 +257,8 @@ def main() -> int:
     memory = not arguments.no_memory and not arguments.quick
     run = describe_run()
     print(f"{run['machine']}, {run['cores']} cores, {run['threads']} threads, torch {run['torch']}, {run['commit']}")
-    table = ResultsTable(arguments.out / f"{arguments.device}.csv", FIELDS)
+    fields = CARD_FIELDS if arguments.device == "cuda" else FIELDS
+    table = ResultsTable(arguments.out / f"{arguments.device}.csv", fields)
     with tqdm(total=len(cases) * (repeats + 2), unit="round", disable=None) as bar:
         for case in cases:
             bar.set_description(case.name)

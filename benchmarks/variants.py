@@ -14,10 +14,11 @@ import statistics
 
 import torch
 
-from benchmarks.cases import SHAPES, Case
+from benchmarks.cases import Case, plain
 from benchmarks.providers import PROVIDERS
 from benchmarks.results_table import ResultsTable
-from benchmarks.run import OURS, describe_run, seconds, spread
+from benchmarks.run import OURS, describe_run
+from benchmarks.timing import spread, timed
 
 VARIANTS = {
     "plain": {},
@@ -52,14 +53,16 @@ def measure(shape: Case, repeats: int) -> list[dict]:
             runs[name, gradient] = (case, source, target, torch.empty_like(source), loss, [])
     copies, other = [], torch.empty_like(runs["plain", "fresh"][1])
     for repeat in range(repeats + 2):  # two to warm up
-        plain = runs["plain", "fresh"][1]
-        taken = seconds(lambda plain=plain: other.copy_(plain), shape.device)
+        source = runs["plain", "fresh"][1]
+        taken = timed(other.copy_, lambda source=source: (source,), shape.device).work
         if repeat >= 2:
             copies.append(taken)
         for _, source, target, memory, loss, times in runs.values():
-            logits = memory.detach().copy_(source).requires_grad_()
-            taken = seconds(lambda z=logits, t=target, loss=loss: loss(z, t).backward(), shape.device)
-            logits.grad = None
+            taken = timed(
+                lambda z, t=target, loss=loss: loss(z, t).backward(),
+                lambda memory=memory, source=source: (memory.detach().copy_(source).requires_grad_(),),
+                shape.device,
+            ).work
             if repeat >= 2:
                 times.append(taken)
     copy = statistics.median(copies)
@@ -87,13 +90,13 @@ def main() -> None:
     arguments = parser.parse_args()
     run = describe_run()
     table = ResultsTable(arguments.out / "variants.csv", [*run, *FIELDS])
-    for side, classes in SHAPES:
-        rows = measure(Case(side, classes, device=arguments.device), arguments.repeats)
+    for shape in (c for c in plain(arguments.device) if c.dtype == "float32"):
+        rows = measure(shape, arguments.repeats)
         table.append([{**run, **row} for row in rows])
-        print(f"\n{side}^3, C = {classes}: a copy takes {rows[0]['copy_ms']:.2f} ms")
+        print(f"\n{shape.name}: a copy takes {rows[0]['copy_ms']:.3f} ms")
         for r in rows:
             print(
-                f"  {r['gradient']:9} {r['variant']:15} {r['milliseconds']:7.2f} ms +-{100 * r['spread']:3.0f}%  "
+                f"  {r['gradient']:9} {r['variant']:15} {r['milliseconds']:8.3f} ms +-{100 * r['spread']:3.0f}%  "
                 f"{r['times_floor']:5.2f} x floor   {r['of_plain']:5.2f} x plain   "
                 f"{r['of_plain_floor']:5.2f} x its floor ratio"
             )

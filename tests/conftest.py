@@ -9,6 +9,9 @@ from common import CPU_CAPABILITIES
 import tversky_kernels as tk
 from tversky_kernels._ops import ops
 
+# For the head's matrix products on a card: deterministic algorithms, below, refuse cuBLAS without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Its tests may replace a backend for the whole process, so they run in processes of their own.
 collect_ignore = [] if "TK_GPU_KERNELS" in os.environ else ["gpu_kernels"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ for _module in ("matplotlib", "pandas", "tqdm", "monai"):
 
 import pandas
 
-from benchmarks import accuracy, growth, head, memory, plot, run, training_step
+from benchmarks import accuracy, growth, head, memory, plot, run, summary, timing, training_step
 from benchmarks.cases import SETS, Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.results_table import ResultsTable
@@ -59,6 +60,101 @@ def test_a_wrong_loss_and_a_missing_package_get_no_time(monkeypatch):
     assert all("milliseconds" not in rows[name] for name in ("wrong", "missing", "none"))
 
 
+class FakeCard:
+    """What benchmarks ask of torch.cuda, for tensors on the CPU: events tell milliseconds of a clock of calls."""
+
+    def __init__(self):
+        self.now, self.slept, self.calls = 0.0, [], []
+
+    def synchronize(self):
+        self.calls.append("synchronize")
+
+    def empty_cache(self):
+        pass
+
+    def mem_get_info(self):
+        return 100 * 2**20, 100 * 2**20
+
+    def _sleep(self, cycles):
+        self.calls.append("sleep")
+        self.slept.append(cycles)
+
+    def Event(self, enable_timing):
+        card = self
+
+        class Recorded:
+            def record(self):
+                card.calls.append("record")
+                self.at = card.now
+                card.now += 1.0  # a copy of nothing takes time too
+
+            def elapsed_time(self, later):
+                return later.at - self.at
+
+        return Recorded()
+
+
+@pytest.fixture
+def fake_card(monkeypatch):
+    card = FakeCard()
+    for name in ("synchronize", "empty_cache", "mem_get_info", "_sleep", "Event"):
+        monkeypatch.setattr(torch.cuda, name, getattr(card, name), raising=False)
+    return card
+
+
+def test_a_card_is_timed_by_its_own_clock_behind_a_head_start(fake_card):
+    def function(what):
+        fake_card.calls.append(what)
+        time.sleep(0.004)
+        fake_card.now += 1.5
+
+    found = timing.timed(function, lambda: (fake_card.calls.append("prepare") or "call",), "cuda")
+    assert found.work == pytest.approx(2.5e-3)
+    assert found.host >= 0.004
+    assert fake_card.slept[0] >= 2 * found.host * timing.MOST_CYCLES_A_SECOND - 1
+    once = ["prepare", "synchronize"]
+    assert fake_card.calls == [*once, "call", "synchronize", *once, "sleep", "record", "call", "record", "synchronize"]
+
+
+def test_a_case_on_a_card(fake_card, monkeypatch, capsys):
+    """The branches for a card, with the CPU in its place; a peer that has no memory left is a row."""
+
+    def no_memory(case):
+        def loss(z, target):
+            if z.size(2) == 16:  # the check is of a smaller volume
+                raise torch.OutOfMemoryError
+            return right.make(case)(z, target)
+
+        return loss
+
+    def inputs(case, seed, of_cpu=Case.inputs):
+        return of_cpu(dataclasses.replace(case, device="cpu"), seed)
+
+    right = PROVIDERS["ours"]
+    monkeypatch.setitem(PROVIDERS, "greedy", dataclasses.replace(right, name="greedy", make=no_memory))
+    monkeypatch.setattr(Case, "inputs", inputs)
+    monkeypatch.setattr(fake_card, "mem_get_info", lambda: (2**21, 2**21))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fake_card.mem_get_info)
+    monkeypatch.setattr(run, "CARD_COPY_BYTES", 2**20)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: fake_card.__dict__.update(now=fake_card.now + 3.0))
+    case = Case(16, 3, device="cuda")
+    ours, greedy = run.run_case(case, ["ours", "greedy"], 2, memory=True)
+    assert ours["status"] == "ok"
+    assert ours["milliseconds"] == pytest.approx(4.0)
+    assert ours["host_milliseconds"] > 0
+    assert ours["forward_allocator_mib"] < 0.1
+    assert set(ours) <= set(run.CARD_FIELDS)
+    assert greedy["status"] == "failed: OutOfMemoryError"
+    assert "milliseconds" not in greedy
+    assert greedy["gradient_error"] < 1e-6
+    run.print_case(case, [ours, greedy])
+    _, header, first, last = capsys.readouterr().out.strip().splitlines()
+    assert header.endswith("host ms")
+    assert first.split()[:2] == ["ours", "4.000"]
+    assert first.endswith(f" {ours['host_milliseconds']:.3f}")
+    assert last.split() == ["greedy", "failed:", "OutOfMemoryError"]
+
+
 def test_monai_dice_of_float16_is_found_wrong():
     """Its sums overflow: the loss is 1 and the gradient 0, or NaN."""
     case = Case(64, 2, dtype="float16")
@@ -68,11 +164,12 @@ def test_monai_dice_of_float16_is_found_wrong():
 
 
 def test_peak_memory_is_of_the_loss_alone():
-    found = memory.measure(Case(64, 4), PROVIDERS["ours"])
-    gradient = Case(64, 4).logits_bytes / 2**20
+    case = Case(64, 4)
+    found = memory.measure(case, PROVIDERS["ours"].make(case))
+    gradient = case.logits_bytes / 2**20
     assert found["forward_allocator_mib"] < 0.1
     assert gradient <= found["both_allocator_mib"] < 1.1 * gradient
-    assert memory.measure(Case(64, 4), PROVIDERS["MONAI TverskyLoss"])["both_allocator_mib"] > 3 * gradient
+    assert memory.measure(case, PROVIDERS["MONAI TverskyLoss"].make(case))["both_allocator_mib"] > 3 * gradient
 
 
 def test_exponent_of_a_power_law():
@@ -137,6 +234,25 @@ def test_the_distance_to_the_floor_is_of_one_run():
     table = pandas.DataFrame(rows, columns=["date", "case", "provider", "times_floor"]).assign(commit="1")
     chosen = plot.of_one_run(table)
     assert sorted(chosen["times_floor"]) == [3, 4, 6]
+
+
+def test_summary_of_a_card():
+    """A line a case, of one run; multiples of ours; what nobody measured has no column."""
+    usual = {"date": "monday", "commit": "1", "task": "tversky", "case": Case(64, 2, 2, device="cuda").name}
+    rows = [
+        {"provider": "ours", "milliseconds": 0.05, "times_floor": 1.25, "host_milliseconds": 0.1},
+        {"provider": "ours, in place", "milliseconds": 0.04},
+        {"provider": "ours, triton", "milliseconds": 0.06},
+        {"provider": "lean compiled, mask", "milliseconds": 0.2},
+        {"provider": "lean compiled, gather", "milliseconds": 0.1},
+        {"provider": "MONAI TverskyLoss", "status": "failed: OutOfMemoryError"},
+    ]
+    rows[0]["both_allocator_mib"] = 1.5 * 2 * 2 * 64**3 * 4 / 2**20
+    lines = summary.table(pandas.DataFrame([{**usual, **row} for row in rows]), "tversky").splitlines()
+    assert lines[0] == (
+        "| case | ours, ms | in place, ms | of the copy | triton, ms | host, ms | gradients held | lean compiled |"
+    )
+    assert lines[2:] == ["| 2x2x64^3,float32,uint8 | 0.05 | 0.04 | 80 % | 0.06 | 0.100 | 1.50 | 2x |"]
 
 
 def test_head_compares_the_same_loss_and_gradient(monkeypatch):

@@ -1,6 +1,6 @@
 """The GPU kernels against the float64 reference.
 
-TK_GPU_KERNELS says where they run: "cuda" or "triton" on a card (make gpu-test), "interpreter" for Triton's (with
+TK_GPU_KERNELS says where they run: "cuda" or "triton" on a card (make gpu-check), "interpreter" for Triton's (with
 TRITON_INTERPRET=1), or the path of the host build's library. tests/test_triton_without_gpu.py and
 tests/test_cuda_on_host.py run the last two, in processes of their own.
 """
