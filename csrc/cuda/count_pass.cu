@@ -162,7 +162,7 @@ template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int log_lanes) {
   using A = Compute<T>;
-  constexpr int kVoxels = kSplitVoxels;
+  constexpr int kVoxels = kSplitVoxels, kPackVoxels = kSplitPack<T>;
   constexpr int kOfLabel = kCrossEntropy ? 3 : 2, kValues = (1 + kOfLabel) * kClasses + (kCrossEntropy ? 1 : 0);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
@@ -175,35 +175,42 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   A fp[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
-  for_each_pack(v, share, programs, lane, [&](int64_t at) {
-    Packed<T, kVoxels> z[kClasses];
-    load_split(v, rows, lane, at, z);
-    int labels[kVoxels];
-    A weights[kVoxels];
-    load_split_voxels<Reads::kSameSize>(v, share.sample, at, labels, weights, bad);
-    A others[kClasses][kVoxels], sum_others[kVoxels], below_top[kVoxels];
-    SoftmaxSums<A> sums[kVoxels];
-    softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
+  for_each_pack<kPackVoxels>(v, share, programs, lane, [&](int64_t at) {
+    Packed<T, kPackVoxels> pack[kClasses];
+    load_split(v, rows, lane, at, pack);
+    int labels_of_pack[kPackVoxels];
+    A weights_of_pack[kPackVoxels];
+    load_split_voxels<Reads::kSameSize>(v, share.sample, at, labels_of_pack, weights_of_pack, bad);
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) sum_others[k] = sums[k].others;
-    sum_over_lanes(sum_others, lane);
+    for (int first = 0; first < kPackVoxels; first += kVoxels) {
+      Packed<T, kVoxels> z[kClasses];
+      take_part(pack, first, z);
+      const int(&labels)[kVoxels] = reinterpret_cast<const int(&)[kVoxels]>(labels_of_pack[first]);
+      const A* weights = weights_of_pack + first;
+      A others[kClasses][kVoxels], sum_others[kVoxels], below_top[kVoxels];
+      SoftmaxSums<A> sums[kVoxels];
+      softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-      sums[k].others = sum_others[k];
-      const bool counts = labels[k] != kUncounted;
-      const A weight = counts ? weights[k] : A(0);
-      const A inverse = counts ? weight * reciprocal(sums[k].target + sums[k].others) : A(0);
+      for (int k = 0; k < kVoxels; ++k) sum_others[k] = sums[k].others;
+      sum_over_lanes(sum_others, lane);
 #pragma unroll
-      for (int j = 0; j < kClasses; ++j) fp[j] += others[j][k] * inverse;
-      if (kCrossEntropy) weight_sum += weight;
-      const int target = recomputed(lane.index_of(labels[k]));
-      if (target >= 0) {
-        A* of_label = mine + target * Plan::kThreads;
-        of_label[0] += sums[k].target * inverse;
-        of_label[kClasses * Plan::kThreads] += sums[k].others * inverse;
-        if constexpr (kCrossEntropy) {
-          of_label[2 * kClasses * Plan::kThreads] +=
-              (below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
+      for (int k = 0; k < kVoxels; ++k) {
+        sums[k].others = sum_others[k];
+        const bool counts = labels[k] != kUncounted;
+        const A weight = counts ? weights[k] : A(0);
+        const A inverse = counts ? weight * reciprocal(sums[k].target + sums[k].others) : A(0);
+#pragma unroll
+        for (int j = 0; j < kClasses; ++j) fp[j] += others[j][k] * inverse;
+        if (kCrossEntropy) weight_sum += weight;
+        const int target = recomputed(lane.index_of(labels[k]));
+        if (target >= 0) {
+          A* of_label = mine + target * Plan::kThreads;
+          of_label[0] += sums[k].target * inverse;
+          of_label[kClasses * Plan::kThreads] += sums[k].others * inverse;
+          if constexpr (kCrossEntropy) {
+            of_label[2 * kClasses * Plan::kThreads] +=
+                (below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
+          }
         }
       }
     }
@@ -241,7 +248,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   GeneralSums<A> counts[kClasses];
   bool bad = false;
-  for_each_pack(v, share, programs, lane, [&](int64_t at) {
+  for_each_pack<kVoxels>(v, share, programs, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];

@@ -124,7 +124,7 @@ template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int log_lanes) {
   using A = Compute<T>;
-  constexpr int kVoxels = kSplitVoxels;
+  constexpr int kVoxels = kSplitVoxels, kPackVoxels = kSplitPack<T>;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
   Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
@@ -140,40 +140,48 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     u_background[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
-  for_each_pack(v, share, programs, lane, [&](int64_t at) {
-    Packed<T, kVoxels> z[kClasses];
-    load_split(v, rows, lane, at, z);
-    int labels[kVoxels];
-    A weights[kVoxels];
-    load_split_voxels<Reads::kSameSize>(v, share.sample, at, labels, weights, bad);
-    A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
-    SoftmaxSums<A> sums[kVoxels];
-    softmax_of_split<false>(z, labels, lane, others, sums, below_top);
+  for_each_pack<kPackVoxels>(v, share, programs, lane, [&](int64_t at) {
+    Packed<T, kPackVoxels> pack[kClasses];
+    load_split(v, rows, lane, at, pack);
+    int labels_of_pack[kPackVoxels];
+    A weights_of_pack[kPackVoxels];
+    load_split_voxels<Reads::kSameSize>(v, share.sample, at, labels_of_pack, weights_of_pack, bad);
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-      totals[k] = sums[k].others;
-      totals[kVoxels + k] = A(0);
+    for (int first = 0; first < kPackVoxels; first += kVoxels) {
+      Packed<T, kVoxels> z[kClasses];
+      take_part(pack, first, z);
+      const int(&labels)[kVoxels] = reinterpret_cast<const int(&)[kVoxels]>(labels_of_pack[first]);
+      const A* weights = weights_of_pack + first;
+      A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
+      SoftmaxSums<A> sums[kVoxels];
+      softmax_of_split<false>(z, labels, lane, others, sums, below_top);
 #pragma unroll
-      for (int j = 0; j < kClasses; ++j) totals[kVoxels + k] += others[j][k] * u_background[j];
-    }
-    sum_over_lanes(totals, lane);
+      for (int k = 0; k < kVoxels; ++k) {
+        totals[k] = sums[k].others;
+        totals[kVoxels + k] = A(0);
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-      sums[k].others = totals[k];
-      const int label = labels[k], target = recomputed(lane.index_of(label));
-      const bool counts = label != kUncounted;
-      const A inverse = counts ? reciprocal(sums[k].target + sums[k].others) : A(0);
-      const A weight = counts ? weights[k] : A(0), u_target = counts ? of_class[label].foreground : A(0);
-      const A weighted_others = counts ? totals[kVoxels + k] : A(0);
-      SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
-      if (kCrossEntropy) gradient.add_cross_entropy(sums[k], counts ? of_class[label].ce : A(0));
-#pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        const A other = gradient.other(others[j][k], u_background[j]);
-        z[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
+        for (int j = 0; j < kClasses; ++j) totals[kVoxels + k] += others[j][k] * u_background[j];
       }
+      sum_over_lanes(totals, lane);
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) {
+        sums[k].others = totals[k];
+        const int label = labels[k], target = recomputed(lane.index_of(label));
+        const bool counts = label != kUncounted;
+        const A inverse = counts ? reciprocal(sums[k].target + sums[k].others) : A(0);
+        const A weight = counts ? weights[k] : A(0), u_target = counts ? of_class[label].foreground : A(0);
+        const A weighted_others = counts ? totals[kVoxels + k] : A(0);
+        SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
+        if (kCrossEntropy) gradient.add_cross_entropy(sums[k], counts ? of_class[label].ce : A(0));
+#pragma unroll
+        for (int j = 0; j < kClasses; ++j) {
+          const A other = gradient.other(others[j][k], u_background[j]);
+          z[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
+        }
+      }
+      put_part(z, first, pack);
     }
-    store_split(v, a.out, share.sample, lane, at, z);
+    store_split(v, a.out, share.sample, lane, at, pack);
   });
 }
 
@@ -199,7 +207,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const bool focal = kCrossEntropy && v.focal_gamma != 0;
-  for_each_pack(v, share, programs, lane, [&](int64_t at) {
+  for_each_pack<kVoxels>(v, share, programs, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];

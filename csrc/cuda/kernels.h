@@ -94,9 +94,12 @@ void with_few_classes(int64_t classes, F&& f) {
 }
 
 // Where the classes of a voxel are split over the lanes of a warp: blocks of a multiprocessor, which bounds the
-// registers, and the voxels of a lane; the most lanes and the most classes of one, where a label is the target and
-// where every class has a target of its own.
+// registers, and the voxels that a lane works on at a time; the most lanes and the most classes of one, where a label is
+// the target and where every class has a target of its own.
 constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
+// The voxels that a lane loads and stores at once where a label is the target: 16 bytes of each class.
+template <typename T>
+constexpr int kSplitPack = sizeof(T) == 2 ? 2 * kSplitVoxels : kSplitVoxels;
 constexpr int kMostLanes = 16, kMostOfLane = 8, kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 
 // Lanes that share a voxel: as few as possible. 0: there are too many classes.

@@ -156,8 +156,9 @@ bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
   if (v.activation != Activation::kSoftmax || classes < 2) return false;
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   int64_t values = 0;  // of Compute<T>, in shared memory
-  plan.voxels = kSplitVoxels;
   plan.general = v.is_general() || is_resampled(v);
+  if (classes > kMostInRegisters<T> && !can_be_read(v, sizeof(T), kSplitPack<T>)) plan.general = true;
+  plan.voxels = plan.general ? kSplitVoxels : kSplitPack<T>;
   plan.split = plan.general || classes > kMostInRegisters<T>;
   if (plan.general) {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, kMostOfLaneGeneral) : 0;

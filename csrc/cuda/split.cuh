@@ -1,7 +1,7 @@
 // The classes of a voxel split over lanes of a warp, each with up to kClasses of them in its registers.
 //
-// Lane l works on classes l / slots + j * lanes, j = 0, 1, ..., of the kVoxels voxels of slot l % slots: neighbouring
-// lanes take neighbouring voxels, so that a warp reads pieces of `slots * kVoxels` voxels of `lanes` classes at once.
+// Lane l works on classes l / slots + j * lanes, j = 0, 1, ..., of the voxels of slot l % slots, a pack of them at once:
+// neighbouring lanes take neighbouring packs, so that a warp reads `slots` packs of `lanes` classes at once.
 #pragma once
 
 #include "general.cuh"
@@ -94,15 +94,35 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
   }
 }
 
-// Calls f(at) for the voxels of each lane in the block's share, kSplitVoxels from `at` on; the lanes of a warp
-// together, also where some are beyond the last voxel.
-template <typename F>
+// Calls f(at) for the packs of each lane in the block's share, kPackVoxels from `at` on; the lanes of a warp together,
+// also where some are beyond the last voxel.
+template <int kPackVoxels, typename F>
 __device__ __forceinline__ void for_each_pack(const Volume& v, const Share& share, int programs, const SplitLane& lane,
                                               F&& f) {
   constexpr int kWarps = Plan::kThreads / kWarp;
-  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kSplitVoxels, step = programs * kWarps * of_warp;
+  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kPackVoxels, step = programs * kWarps * of_warp;
   for (int64_t first = (share.first * kWarps + threadIdx.x / kWarp) * of_warp; first < v.voxels; first += step) {
-    f(first + lane.slot * kSplitVoxels);
+    f(first + lane.slot * kPackVoxels);
+  }
+}
+
+// Voxels first to first + kVoxels of a pack, and the same put back; without instructions where `first` is a constant.
+template <int kVoxels, typename T, int kClasses, int kPackVoxels>
+__device__ __forceinline__ void take_part(const Packed<T, kPackVoxels> (&z)[kClasses], int first,
+                                          Packed<T, kVoxels> (&part)[kClasses]) {
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) part[j].values[k] = z[j].values[first + k];
+  }
+}
+template <int kVoxels, typename T, int kClasses, int kPackVoxels>
+__device__ __forceinline__ void put_part(const Packed<T, kVoxels> (&part)[kClasses], int first,
+                                         Packed<T, kPackVoxels> (&z)[kClasses]) {
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) z[j].values[first + k] = part[j].values[k];
   }
 }
 
