@@ -52,10 +52,9 @@ struct Probability {
 };
 
 // Softmax over two classes is the sigmoid of z_1 - z_0; but +inf gives NaN, as any softmax does, so that an overflow of
-// half precision is seen.
+// half precision is seen. top: the larger of the two.
 template <typename V>
-TK_MATH V two_class_logit(V z0, V z1) {
-  const V top = z0 > z1 ? z0 : z1;
+TK_MATH V two_class_logit(V z0, V z1, V top) {
   return (z1 - z0) + top * 0.0f;
 }
 

@@ -67,11 +67,17 @@ PLANTED = {
     "shared memory is not cleared": ("count_pass.cu", "sums[i] = A(0);", ";"),
     "the other class": ("count_pass.cu", "counts[4] = counts[3];", "counts[4] = counts[2];"),
     "shared memory is used again too early": ("count_pass.cu", MEMORY_READ, ""),
-    "a column is not cleared": ("count_pass.cu", "mine[i * Plan::kThreads] = A(0);", ";"),
+    "a label's sums are not cleared": ("voxels.cuh", "mine[i * kOfThreads + j] = A(0);", ";"),
+    "a label's sums are the next one's": (
+        "voxels.cuh",
+        "tp(int c) const { return mine[(c + 1)",
+        "tp(int c) const { return mine[c",
+    ),
+    "the first half of a pack is taken twice": ("split.cuh", "z[j].values[first + k];", "z[j].values[0 * first + k];"),
     "a lane is not asked": ("split.cuh", "distance >= lane.slots", "distance > lane.slots"),
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
     "the wrong channel": ("voxels.cuh", "share.sample % channels", "0"),
-    "a channel's voxels are not told apart": ("general.cuh", "voxel * v.target.voxel_stride", "0"),
+    "a channel's voxels are not told apart": ("general.cuh", "start, voxel, v.target.voxel_stride", "start, 0, 1"),
     "a class too many": ("split.cuh", "j < kClasses - 2 || j < own", "j < kClasses"),
 }
 
@@ -88,7 +94,7 @@ def test_planted_bugs_are_found(bug, host_build, tmp_path):
     path.write_text(text.replace(right, wrong))
     others = [o for o in objects if "count_pass" not in o.name]
     build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O0", only=("count_pass",), objects=others)
-    tests = ("-x", "-k", "test_softmax and float32 or beyond or many_blocks or test_dense")
+    tests = ("-x", "-k", "test_softmax and (float32 or float16) or beyond or many_blocks or test_dense")
     result = run_kernels_of(tmp_path / "bug.so", *tests, environment={"TK_EMULATION_SEED": "3"})
     assert result.returncode == 1, result.stdout[-2000:]
 

@@ -45,7 +45,7 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
     const I label = tile.template label<kLabels>(i);
     V z[2];
     load_classes<2, kInner>(tile, i, z);
-    const V difference = two_class_logit(z[0], z[1]);
+    const V difference = two_class_logit(z[0], z[1], z[0] > z[1] ? z[0] : z[1]);
     const V e = exp_nonpositive<A>(negative_magnitude<A>(difference));
     Probability<V> p = logistic(difference < V{}, e, reciprocal<A>(1 + e));  // of class 1
     const I is1 = label == 1;

@@ -39,7 +39,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
     const I label = tile.template label<kLabels>(i);
     V z[2];
     load_classes<2, kInner>(tile, i, z);
-    const V d = two_class_logit(z[0], z[1]);
+    const V d = two_class_logit(z[0], z[1], z[0] > z[1] ? z[0] : z[1]);
     const V e = exp_nonpositive<A>(negative_magnitude<A>(d));
     const V inverse = reciprocal<A>(1 + e);
     const I is1 = label == 1;

@@ -42,6 +42,14 @@ __device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
   }
 }
 
+// 1 / (1 + e) and the rest, from e between 0 and e^kMostExponent.
+constexpr int kMostExponent = 80;
+template <typename A>
+__device__ __forceinline__ Probability<A> ratio_to_one(A e) {
+  const A p = reciprocal(A(1) + e);
+  return {p, e * p};
+}
+
 // All classes of kVoxels voxels in the registers of one thread: each class one aligned load.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
@@ -49,10 +57,13 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   using A = Compute<T>;
   constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
   const Share share = share_of_block(programs);
-  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   A counts[kCrossEntropy ? kSmoothing * kClasses + 1 : kOverlapCounts * kClasses] = {};  // the last: sum of the weights
+  TK_SHARED(memory);
+  const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses > 2 ? kClasses : -1);
   bool bad = false;
+  const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
     Packed<T, kVoxels> z[kClasses];
@@ -62,8 +73,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     }
     int labels[kVoxels];
     A weights[kVoxels];
-    load_voxels<Reads::kSameSize>(v, share.sample, at, labels, weights, bad);
-    clear_uncounted(z, labels);
+    if (!load_voxels(v, target_row, share.sample, at, labels, weights, bad)) clear_uncounted(z, labels);
     A tops[kVoxels];
     if (kClasses > 2) largest_of_thread(z, tops);
     if (kClasses > 2 && !kCrossEntropy) take_off_huge(z, tops);
@@ -71,22 +81,28 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];
       const int label = labels[k];
-      if (kCrossEntropy) counts[kSmoothing * kClasses] += label == kUncounted ? A(0) : weight;
+      if (kCrossEntropy) counts[kSmoothing * kClasses] += weight;
       if constexpr (kClasses == 2) {
-        const A d = two_class_logit(static_cast<A>(z[0].values[k]), static_cast<A>(z[1].values[k]));
-        const A e = exponential(d < A(0) ? d : -d);
-        const Probability<A> p = logistic(d < A(0), e, reciprocal(A(1) + e));
-        const A p0 = p.complement * weight, p1 = p.p * weight;
-        const A common = kCrossEntropy ? log_one_plus_small(e) : A(0);  // -log of the larger p
-        if (label == 0) {
-          counts[0] += p0;
-          counts[3] += p1;
-          if constexpr (kCrossEntropy) counts[6] += (common + larger(d, A(0))) * weight;
+        const A z0 = static_cast<A>(z[0].values[k]), z1 = static_cast<A>(z[1].values[k]);
+        const A d = two_class_logit(z0, z1, larger(z0, z1)), to_other = label == 1 ? -d : d;
+        Probability<A> p;  // of the label
+        A ce = A(0);
+        if constexpr (kCrossEntropy) {
+          const A e = exponential(-magnitude(d));
+          p = logistic(to_other > A(0), e, reciprocal(A(1) + e));
+          ce = (log_one_plus_small(e) + larger(to_other, A(0))) * weight;
+        } else {  // nothing to select, and both are as accurate
+          p = ratio_to_one(exponential(smaller(to_other, A(kMostExponent))));
         }
+        const A right = p.p * weight, missed = p.complement * weight;
         if (label == 1) {
-          counts[1] += p1;
-          counts[2] += p0;
-          if constexpr (kCrossEntropy) counts[7] += (common + larger(-d, A(0))) * weight;
+          counts[1] += right;
+          counts[2] += missed;
+          if constexpr (kCrossEntropy) counts[7] += ce;
+        } else {
+          counts[0] += right;
+          counts[3] += missed;
+          if constexpr (kCrossEntropy) counts[6] += ce;
         }
       } else {
         const A top = tops[k];
@@ -100,24 +116,26 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
           const A e = kCrossEntropy ? exponential(x - top) : exponential_below(x, scaled_top);
           others[c] = sums.add(label == c, label != c, e);
         }
-        A cross_entropy = A(0);
-        if (kCrossEntropy) cross_entropy = (below_top + log_one_plus(exponentials_beyond_one(sums))) * weight;
-        const A inverse = label == kUncounted ? A(0) : weight * reciprocal(sums.target + sums.others);
-        const A right = sums.target * inverse, missed = sums.others * inverse;
-        const int target = recomputed(label);
+        const A inverse = weight * reciprocal(sums.target + sums.others);
+        A ce = A(0);
+        if (kCrossEntropy) ce = (below_top + log_one_plus(exponentials_beyond_one(sums))) * weight;
+        of_label.add(label, sums.target * inverse, sums.others * inverse, ce);
 #pragma unroll
-        for (int c = 0; c < kClasses; ++c) {
-          counts[c] += target == c ? right : A(0);
-          counts[kClasses + c] += others[c] * inverse;
-          counts[2 * kClasses + c] += target == c ? missed : A(0);
-          if (kCrossEntropy) counts[3 * kClasses + c] += target == c ? cross_entropy : A(0);
-        }
+        for (int c = 0; c < kClasses; ++c) counts[kClasses + c] += others[c] * inverse;
       }
     }
   }
   if constexpr (kClasses == 2) {  // the other class's false positives
     counts[4] = counts[3];
     counts[5] = counts[2];
+  } else {
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+      counts[c] = of_label.tp(c);
+      counts[2 * kClasses + c] = of_label.fn(c);
+      if constexpr (kCrossEntropy) counts[3 * kClasses + c] = of_label.ce(c);
+    }
+    __syncthreads();  // the memory has been read
   }
   A* out = partial + (share.sample * programs + share.first) * kColumns * kClasses;
   store_block_sums<A, kClasses, kCrossEntropy>(counts, bad, out);
@@ -156,37 +174,36 @@ struct SplitBlockSums {
   }
 };
 
-// More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh. A voxel's tp, fn and
-// cross-entropy belong to its label's class alone: each lane adds them to its own column of shared memory.
+// More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int log_lanes) {
   using A = Compute<T>;
-  constexpr int kVoxels = kSplitVoxels, kPackVoxels = kSplitPack<T>;
-  constexpr int kOfLabel = kCrossEntropy ? 3 : 2, kValues = (1 + kOfLabel) * kClasses + (kCrossEntropy ? 1 : 0);
+  constexpr int kVoxels = kSplitPart<T, kCrossEntropy>, kPackVoxels = kSplitPack<T>;
+  constexpr int kValues = kCrossEntropy ? kSmoothing * kClasses + 1 : kOverlapCounts * kClasses;
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
-  A* mine = reinterpret_cast<A*>(memory) + threadIdx.x;  // [tp, fn, ce][kClasses][threads]
-#pragma unroll
-  for (int i = 0; i < kOfLabel * kClasses; ++i) mine[i * Plan::kThreads] = A(0);
-
+  const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses);
   const SplitLane lane(log_lanes, static_cast<int>(v.classes));
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
   A fp[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
   for_each_pack<kPackVoxels>(v, share, programs, lane, [&](int64_t at) {
     Packed<T, kPackVoxels> pack[kClasses];
     load_split(v, rows, lane, at, pack);
     int labels_of_pack[kPackVoxels];
-    A weights_of_pack[kPackVoxels];
-    load_split_voxels<Reads::kSameSize>(v, share.sample, at, labels_of_pack, weights_of_pack, bad);
+    const bool all_known = load_split_labels(v, target_row, at, labels_of_pack, bad);
 #pragma unroll
     for (int first = 0; first < kPackVoxels; first += kVoxels) {
       Packed<T, kVoxels> z[kClasses];
       take_part(pack, first, z);
-      const int(&labels)[kVoxels] = reinterpret_cast<const int(&)[kVoxels]>(labels_of_pack[first]);
-      const A* weights = weights_of_pack + first;
+      int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
+      A weights[kVoxels];
+      if (!weigh_split<Reads::kSameSize>(v, share.sample, at + first, labels, weights, all_known, bad)) {
+        clear_uncounted(z, labels);
+      }
       A others[kClasses][kVoxels], sum_others[kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
@@ -196,22 +213,14 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
         sums[k].others = sum_others[k];
-        const bool counts = labels[k] != kUncounted;
-        const A weight = counts ? weights[k] : A(0);
-        const A inverse = counts ? weight * reciprocal(sums[k].target + sums[k].others) : A(0);
+        const A weight = weights[k];
+        const A inverse = weight * reciprocal(sums[k].target + sums[k].others);
 #pragma unroll
         for (int j = 0; j < kClasses; ++j) fp[j] += others[j][k] * inverse;
         if (kCrossEntropy) weight_sum += weight;
-        const int target = recomputed(lane.index_of(labels[k]));
-        if (target >= 0) {
-          A* of_label = mine + target * Plan::kThreads;
-          of_label[0] += sums[k].target * inverse;
-          of_label[kClasses * Plan::kThreads] += sums[k].others * inverse;
-          if constexpr (kCrossEntropy) {
-            of_label[2 * kClasses * Plan::kThreads] +=
-                (below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
-          }
-        }
+        A ce = A(0);
+        if (kCrossEntropy) ce = (below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
+        of_label.add(recomputed(lane.index_of(labels[k])), sums[k].target * inverse, sums[k].others * inverse, ce);
       }
     }
   });
@@ -219,10 +228,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   A values[kValues];
 #pragma unroll
   for (int j = 0; j < kClasses; ++j) {
-    values[kTp * kClasses + j] = mine[j * Plan::kThreads];
+    values[kTp * kClasses + j] = of_label.tp(j);
     values[kFp * kClasses + j] = fp[j];
-    values[kFn * kClasses + j] = mine[(kClasses + j) * Plan::kThreads];
-    if constexpr (kCrossEntropy) values[kCe * kClasses + j] = mine[(2 * kClasses + j) * Plan::kThreads];
+    values[kFn * kClasses + j] = of_label.fn(j);
+    if constexpr (kCrossEntropy) values[kCe * kClasses + j] = of_label.ce(j);
   }
   if constexpr (kCrossEntropy) values[kSmoothing * kClasses] = weight_sum;
   const SplitBlockSums<A, kValues> sums{reinterpret_cast<A*>(memory), lane};

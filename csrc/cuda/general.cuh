@@ -117,16 +117,16 @@ __device__ __forceinline__ void load_channel(const Volume& v, int64_t sample, in
     if (v.target.resampling.active) {
       int64_t at[kVoxels];
       source_offsets<Reads::kResampled>(v.target.resampling, voxel, at);
-#pragma unroll
-      for (int k = 0; k < kVoxels; ++k) g[k] = load_value<A>(v.target, start + at[k]);
+      load_values_at(v.target, start, at, g);
     } else {
-      load_values<true>(v.target, start + voxel * v.target.voxel_stride, v.target.voxel_stride, g);
+      load_values<true>(v.target, start, voxel, v.target.voxel_stride, g);
     }
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) labels[k] = 0;
-    weigh<Reads::kResampled>(v, sample, voxel, labels, weights, bad);
+    weigh<Reads::kResampled>(v, sample, voxel, labels, weights, true, bad);
   } else {
-    load_voxels<Reads::kResampled>(v, sample, voxel, labels, weights, bad);
+    load_voxels(v, LabelRow<Reads::kResampled, kVoxels>(v, sample * v.target.sample_stride), sample, voxel, labels,
+                weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) g[k] = labels[k] == c + v.first_label ? A(1) : A(0);
   }

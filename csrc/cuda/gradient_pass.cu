@@ -30,15 +30,19 @@ __device__ Coefficients<A> coefficients_of(const Volume& v, const GradientArgume
   return result;
 }
 
-// The same of all classes in shared memory, of_class[C], once a block. All threads must call, and synchronise before
-// they read.
+// The same of all classes in shared memory, memory[C + 1], once a block; the first are 0, those of a label that is
+// kUncounted. Returns those of class 0. All threads must call, and synchronise before they read.
 template <bool kCrossEntropy, typename A>
-__device__ __forceinline__ void fill_coefficients(const Volume& v, const GradientArguments& a, int64_t sample,
-                                                  Coefficients<A>* of_class) {
+[[nodiscard]] __device__ __forceinline__ const Coefficients<A>* fill_coefficients(const Volume& v,
+                                                                                  const GradientArguments& a,
+                                                                                  int64_t sample,
+                                                                                  Coefficients<A>* memory) {
+  if (threadIdx.x == 0) memory[0] = {A(0), A(0), A(0), A(0)};
 #pragma unroll 1
   for (int c = threadIdx.x; c < v.classes; c += Plan::kThreads) {
-    of_class[c] = coefficients_of<A, kCrossEntropy>(v, a, sample, c);
+    memory[c + 1] = coefficients_of<A, kCrossEntropy>(v, a, sample, c);
   }
+  return memory + 1;
 }
 
 template <typename T, int kClasses, bool kCrossEntropy>
@@ -47,16 +51,17 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   using A = Compute<T>;
   constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
   const Share share = share_of_block(programs);
-  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
-  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
+  const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
+  T* out = static_cast<T*>(a.out.data) + kept(share.sample * a.out.sample_stride);
   TK_SHARED(memory);
-  Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
-  fill_coefficients<kCrossEntropy>(v, a, share.sample, of_class);
+  const Coefficients<A>* of_class =
+      fill_coefficients<kCrossEntropy>(v, a, share.sample, reinterpret_cast<Coefficients<A>*>(memory));
   __syncthreads();
   Coefficients<A> u[kClasses];
 #pragma unroll
   for (int c = 0; c < kClasses; ++c) u[c] = of_class[c];
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
     Packed<T, kVoxels> z[kClasses];
@@ -66,8 +71,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     }
     int labels[kVoxels];
     A weights[kVoxels];
-    load_voxels<Reads::kSameSize>(v, share.sample, at, labels, weights, bad);
-    clear_uncounted(z, labels);
+    if (!load_voxels(v, target_row, share.sample, at, labels, weights, bad)) clear_uncounted(z, labels);
     A tops[kVoxels];
     if (kClasses > 2) {
       largest_of_thread(z, tops);
@@ -75,12 +79,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     }
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
-      const A weight = weights[k];
+      const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
       const int label = labels[k];
-      const bool counts = label != kUncounted;
       if constexpr (kClasses == 2) {
-        const A d = two_class_logit(static_cast<A>(z[0].values[k]), static_cast<A>(z[1].values[k]));
-        const A e = exponential(d < A(0) ? d : -d);
+        const A z0 = static_cast<A>(z[0].values[k]), z1 = static_cast<A>(z[1].values[k]);
+        const A d = two_class_logit(z0, z1, larger(z0, z1));
+        const A e = exponential(-magnitude(d));
         const A difference = label == 1 ? u[1].foreground - u[0].background : u[1].background - u[0].foreground;
         const A inverse = reciprocal(A(1) + e);
         A dz = logistic_gradient(e, inverse, difference);
@@ -88,27 +92,27 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
           const Probability<A> p = logistic(d < A(0), e, inverse);
           dz += label == 1 ? -u[1].ce * p.complement : u[0].ce * p.p;
         }
-        dz = counts ? dz * weight : A(0);
+        dz *= weight;
         z[0].values[k] = static_cast<T>(-dz);
         z[1].values[k] = static_cast<T>(dz);
       } else {
         SoftmaxSums<A> sums;
-        A others[kClasses], weighted_others = 0, u_target = 0, k_target = 0;
+        A others[kClasses], weighted_others = 0;
         const A scaled_top = scale_top(tops[k]);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
           others[c] = sums.add(label == c, label != c, exponential_below(static_cast<A>(z[c].values[k]), scaled_top));
           weighted_others += others[c] * u[c].background;
-          u_target = label == c ? u[c].foreground : u_target;
-          if (kCrossEntropy) k_target = label == c ? u[c].ce : k_target;
         }
-        const A inverse = counts ? reciprocal(sums.target + sums.others) : A(0);
-        if (!counts) weighted_others = A(0);
-        SoftmaxGradient<A> gradient = softmax_gradient(sums, weighted_others, u_target, inverse, weight);
-        if (kCrossEntropy) gradient.add_cross_entropy(sums, k_target);
+        const A inverse = reciprocal(sums.target + sums.others);
+        SoftmaxGradient<A> gradient =
+            softmax_gradient(sums, weighted_others, of_class[label].foreground, inverse, weight);
+        if (kCrossEntropy) gradient.add_cross_entropy(sums, of_class[label].ce);
+        const int target = recomputed(label);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          z[c].values[k] = static_cast<T>(label == c ? gradient.at_target : gradient.other(others[c], u[c].background));
+          z[c].values[k] =
+              static_cast<T>(target == c ? gradient.at_target : gradient.other(others[c], u[c].background));
         }
       }
     }
@@ -127,9 +131,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   constexpr int kVoxels = kSplitVoxels, kPackVoxels = kSplitPack<T>;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
   const Share share = share_of_block(programs);
-  fill_coefficients<kCrossEntropy>(v, a, share.sample, of_class);
+  const Coefficients<A>* of_class =
+      fill_coefficients<kCrossEntropy>(v, a, share.sample, reinterpret_cast<Coefficients<A>*>(memory));
   __syncthreads();
 
   const SplitLane lane(log_lanes, classes);
@@ -140,18 +144,21 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     u_background[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
   for_each_pack<kPackVoxels>(v, share, programs, lane, [&](int64_t at) {
     Packed<T, kPackVoxels> pack[kClasses];
     load_split(v, rows, lane, at, pack);
     int labels_of_pack[kPackVoxels];
-    A weights_of_pack[kPackVoxels];
-    load_split_voxels<Reads::kSameSize>(v, share.sample, at, labels_of_pack, weights_of_pack, bad);
+    const bool all_known = load_split_labels(v, target_row, at, labels_of_pack, bad);
 #pragma unroll
     for (int first = 0; first < kPackVoxels; first += kVoxels) {
       Packed<T, kVoxels> z[kClasses];
       take_part(pack, first, z);
-      const int(&labels)[kVoxels] = reinterpret_cast<const int(&)[kVoxels]>(labels_of_pack[first]);
-      const A* weights = weights_of_pack + first;
+      int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
+      A weights[kVoxels];
+      if (!weigh_split<Reads::kSameSize>(v, share.sample, at + first, labels, weights, all_known, bad)) {
+        clear_uncounted(z, labels);
+      }
       A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<false>(z, labels, lane, others, sums, below_top);
@@ -167,12 +174,11 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       for (int k = 0; k < kVoxels; ++k) {
         sums[k].others = totals[k];
         const int label = labels[k], target = recomputed(lane.index_of(label));
-        const bool counts = label != kUncounted;
-        const A inverse = counts ? reciprocal(sums[k].target + sums[k].others) : A(0);
-        const A weight = counts ? weights[k] : A(0), u_target = counts ? of_class[label].foreground : A(0);
-        const A weighted_others = counts ? totals[kVoxels + k] : A(0);
-        SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
-        if (kCrossEntropy) gradient.add_cross_entropy(sums[k], counts ? of_class[label].ce : A(0));
+        const A inverse = reciprocal(sums[k].target + sums[k].others);
+        const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
+        SoftmaxGradient<A> gradient =
+            softmax_gradient(sums[k], totals[kVoxels + k], of_class[label].foreground, inverse, weight);
+        if (kCrossEntropy) gradient.add_cross_entropy(sums[k], of_class[label].ce);
 #pragma unroll
         for (int j = 0; j < kClasses; ++j) {
           const A other = gradient.other(others[j][k], u_background[j]);
@@ -193,9 +199,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   constexpr int kVoxels = kSplitVoxels;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(memory);  // [C]
   const Share share = share_of_block(programs);
-  fill_coefficients<kCrossEntropy>(v, a, share.sample, of_class);
+  const Coefficients<A>* of_class =
+      fill_coefficients<kCrossEntropy>(v, a, share.sample, reinterpret_cast<Coefficients<A>*>(memory));
   __syncthreads();
 
   const SplitLane lane(log_lanes, classes);
@@ -266,15 +272,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   A* scale = reduction + 2 * layout.groups * tile_voxels;  // [tile_voxels], and so on
   A* offset = scale + tile_voxels;
   A* at_target = offset + tile_voxels;
-  Coefficients<A>* of_class = reinterpret_cast<Coefficients<A>*>(at_target + tile_voxels);  // [C]
-  int* labels = reinterpret_cast<int*>(of_class + classes);                                 // [tile_voxels]
+  Coefficients<A>* coefficients = reinterpret_cast<Coefficients<A>*>(at_target + tile_voxels);  // [C + 1]
+  int* labels = reinterpret_cast<int*>(coefficients + classes + 1);                             // [tile_voxels]
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
-  fill_coefficients<kCrossEntropy>(v, a, share.sample, of_class);
+  const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(v, a, share.sample, coefficients);
 
   for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
@@ -292,10 +298,10 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       sum_over_groups(weighted_others, layout, reduction, tile_voxels, t);
       if (t.group == 0) {
         const int label = labels[t.voxel];
-        const A u_target = label == kUncounted ? A(0) : of_class[label].foreground;
+        const A u_target = of_class[label].foreground;
         const A inverse = label == kUncounted ? A(0) : reciprocal(total.target + total.others);
         SoftmaxGradient<A> gradient = softmax_gradient(total, weighted_others[0], u_target, inverse, scale[t.voxel]);
-        if (kCrossEntropy) gradient.add_cross_entropy(total, label == kUncounted ? A(0) : of_class[label].ce);
+        if (kCrossEntropy) gradient.add_cross_entropy(total, of_class[label].ce);
         scale[t.voxel] = gradient.scale;
         offset[t.voxel] = gradient.offset;
         at_target[t.voxel] = gradient.at_target;
@@ -355,15 +361,15 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   A* shift = log_sum + tile_voxels;
   A* excess = shift + tile_voxels;
   A* b_all = excess + tile_voxels;
-  Coefficients<A>* u = reinterpret_cast<Coefficients<A>*>(b_all + tile_voxels);  // [C]
-  int* labels = reinterpret_cast<int*>(u + classes);                             // [tile_voxels]
+  Coefficients<A>* coefficients = reinterpret_cast<Coefficients<A>*>(b_all + tile_voxels);  // [C + 1]
+  int* labels = reinterpret_cast<int*>(coefficients + classes + 1);                         // [tile_voxels]
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
   const Share share = share_of_block(programs);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
-  fill_coefficients<kCrossEntropy>(v, a, share.sample, u);
+  const Coefficients<A>* u = fill_coefficients<kCrossEntropy>(v, a, share.sample, coefficients);
 
   for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
     // Bad labels and weights: the count pass has told of them, and the coefficients are NaN then.
@@ -434,6 +440,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + share.channel * a.out.class_stride;
   const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(v, a, share.sample, share.channel);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
     Packed<T, kPack<T>> z[kPacks];

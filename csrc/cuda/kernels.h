@@ -94,12 +94,15 @@ void with_few_classes(int64_t classes, F&& f) {
 }
 
 // Where the classes of a voxel are split over the lanes of a warp: blocks of a multiprocessor, which bounds the
-// registers, and the voxels that a lane works on at a time; the most lanes and the most classes of one, where a label is
-// the target and where every class has a target of its own.
+// registers, and the voxels that a lane works on at a time; the most lanes and the most classes of one, where a label
+// is the target and where every class has a target of its own.
 constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
-// The voxels that a lane loads and stores at once where a label is the target: 16 bytes of each class.
+// Where a label is the target: the voxels that a lane loads and stores at once, 16 bytes of each class, and those that
+// the count pass works on at a time, for which it has registers.
 template <typename T>
 constexpr int kSplitPack = sizeof(T) == 2 ? 2 * kSplitVoxels : kSplitVoxels;
+template <typename T, bool kCrossEntropy>
+constexpr int kSplitPart = sizeof(T) == 2 && kCrossEntropy ? kSplitVoxels / 2 : kSplitVoxels;
 constexpr int kMostLanes = 16, kMostOfLane = 8, kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 
 // Lanes that share a voxel: as few as possible. 0: there are too many classes.
@@ -107,6 +110,15 @@ inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {
   int lanes = 1;
   while (lanes <= most_lanes && classes > lanes * most_of_lane) lanes *= 2;
   return lanes <= most_lanes ? lanes : 0;
+}
+
+// What LabelSums (voxels.cuh) keeps of each class, in whole words: tp, fn and with a cross-entropy ce and nothing; and
+// the values of a block whose threads have so many classes.
+template <bool kCrossEntropy>
+constexpr int kLabelColumns = kCrossEntropy ? 4 : 2;
+template <bool kCrossEntropy>
+constexpr int label_sums(int classes) {
+  return (classes + 1) * kLabelColumns<kCrossEntropy> * Plan::kThreads;
 }
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.

@@ -149,36 +149,46 @@ bool can_be_read(const Volume& v, int64_t element_size, int voxels) {
          !(is_resampled(v) && v.voxels >= int64_t{1} << 31);
 }
 
+// Voxels that a thread of the kernels for one label a voxel takes at once.
+template <typename T>
+int voxels_at_once(int64_t classes, bool cross_entropy) {
+  int voxels = kSplitPack<T>;
+  if (classes <= kMostInRegisters<T>) {
+    with_few_classes<T>(classes, [&](auto c) {
+      constexpr int kClasses = decltype(c)::value;
+      voxels = cross_entropy ? kVoxelsOf<T, kClasses, true> : kVoxelsOf<T, kClasses, false>;
+    });
+  }
+  return voxels;
+}
+
 // What follows returns false, and may leave the plan half made, where the kernels are not for this volume.
 template <typename T>
 bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
   const int64_t classes = v.classes;
   if (v.activation != Activation::kSoftmax || classes < 2) return false;
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+  const auto label_values = [&](int n) { return cross_entropy ? label_sums<true>(n) : label_sums<false>(n); };
   int64_t values = 0;  // of Compute<T>, in shared memory
-  plan.general = v.is_general() || is_resampled(v);
-  if (classes > kMostInRegisters<T> && !can_be_read(v, sizeof(T), kSplitPack<T>)) plan.general = true;
-  plan.voxels = plan.general ? kSplitVoxels : kSplitPack<T>;
+  plan.voxels = voxels_at_once<T>(classes, cross_entropy);
+  // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
+  plan.general = v.is_general() || is_resampled(v) || !can_be_read(v, sizeof(T), plan.voxels);
   plan.split = plan.general || classes > kMostInRegisters<T>;
   if (plan.general) {
+    plan.voxels = kSplitVoxels;
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, kMostOfLaneGeneral) : 0;
     with_general_split_classes(classes, [&](auto of_lane) {
       values = Plan::kThreads / kWarp * plan.lanes * v.count_columns() * decltype(of_lane)::value;
     });
   } else if (!plan.split) {
     plan.lanes = 1;
-    with_few_classes<T>(classes, [&](auto c) {
-      constexpr int kClasses = decltype(c)::value;
-      plan.voxels = cross_entropy ? kVoxelsOf<T, kClasses, true> : kVoxelsOf<T, kClasses, false>;
-    });
     values = Plan::kThreads / kWarp * (cross_entropy ? kSmoothing * classes + 1 : kOverlapCounts * classes);
+    if (classes > 2) values = std::max<int64_t>(values, label_values(static_cast<int>(classes)));
   } else {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanes, kMostOfLane) : 0;
-    with_split_classes(classes, plan.lanes, [&](auto of_lane) {
-      values = (cross_entropy ? 3 : 2) * decltype(of_lane)::value * Plan::kThreads;
-    });
+    with_split_classes(classes, plan.lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
   }
-  if (backward) values = kAllCoefficients * classes;
+  if (backward) values = kAllCoefficients * (classes + 1);
   plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>));
   return plan.lanes > 0 && can_be_read(v, sizeof(T), plan.voxels);
 }
@@ -200,7 +210,7 @@ void plan_tiled(const Volume& v, bool backward, Plan& plan) {
     const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
     // The most that any of the tiled kernels keeps, see there.
     const int64_t tiles = v.is_general() ? 2 : 1;
-    const int64_t table = backward ? kAllCoefficients * classes : v.count_columns() * classes * layout.halves;
+    const int64_t table = backward ? kAllCoefficients * (classes + 1) : v.count_columns() * classes * layout.halves;
     const int64_t reals = tiles * classes * layout.tile_stride + table + 3 * layout.groups * voxels + 6 * voxels;
     return reals * static_cast<int64_t>(sizeof(Compute<T>)) + (voxels + 2) * static_cast<int64_t>(sizeof(int));
   };

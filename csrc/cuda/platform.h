@@ -79,6 +79,27 @@ __device__ __forceinline__ double larger(double a, double b) {
   return fmax(a, b);
 }
 
+__device__ __forceinline__ float magnitude(float x) {
+  return fabsf(x);
+}
+__device__ __forceinline__ double magnitude(double x) {
+  return fabs(x);
+}
+
+// The smaller one; NaN where either is.
+__device__ __forceinline__ float smaller(float a, float b) {
+#if defined(TK_CUDA_ON_HOST)
+  return a != a ? a : b < a ? b : a;
+#else
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#endif
+}
+__device__ __forceinline__ double smaller(double a, double b) {
+  return a != a ? a : b < a ? b : a;
+}
+
 // Two numbers of half precision at once, as they lie in memory.
 __device__ __forceinline__ uint32_t larger_pair(Half, uint32_t a, uint32_t b) {
 #if defined(TK_CUDA_ON_HOST)
@@ -160,11 +181,34 @@ __device__ __forceinline__ int recomputed(int x) {
   asm("" : "+r"(x));
   return x;
 }
+__device__ __forceinline__ int64_t recomputed(int64_t x) {
+#if !defined(TK_CUDA_ON_HOST)
+  asm("" : "+l"(x));
+#endif
+  return x;
+}
 __device__ __forceinline__ float recomputed(float x) {
 #if !defined(TK_CUDA_ON_HOST)
   asm("" : "+f"(x));
 #endif
   return x;
+}
+
+// The opposite: x stays in its register instead of being made again.
+__device__ __forceinline__ int64_t kept(int64_t x) {
+#if !defined(TK_CUDA_ON_HOST)
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
+// Byte i of four, by one instruction.
+__device__ __forceinline__ int byte_of(uint32_t bytes, int i) {
+#if defined(TK_CUDA_ON_HOST)
+  return static_cast<int>(bytes >> (8 * i) & 0xff);
+#else
+  return static_cast<int>(__byte_perm(bytes, 0, 0x4440 | i));
+#endif
 }
 
 constexpr int kWarp = 32;

@@ -1,7 +1,7 @@
 // The classes of a voxel split over lanes of a warp, each with up to kClasses of them in its registers.
 //
-// Lane l works on classes l / slots + j * lanes, j = 0, 1, ..., of the voxels of slot l % slots, a pack of them at once:
-// neighbouring lanes take neighbouring packs, so that a warp reads `slots` packs of `lanes` classes at once.
+// Lane l works on classes l / slots + j * lanes, j = 0, 1, ..., of the voxels of slot l % slots, a pack of them at
+// once: neighbouring lanes take neighbouring packs, so that a warp reads `slots` packs of `lanes` classes at once.
 #pragma once
 
 #include "general.cuh"
@@ -126,27 +126,32 @@ __device__ __forceinline__ void put_part(const Packed<T, kVoxels> (&part)[kClass
   }
 }
 
-// The labels of a lane's voxels and their weights; nothing beyond the last voxel counts.
-template <Reads kReads, typename A, int kVoxels>
-__device__ __forceinline__ void load_split_voxels(const Volume& v, int64_t sample, int64_t at, int (&labels)[kVoxels],
-                                                  A (&weights)[kVoxels], bool& bad) {
+// The labels of a lane's voxels, kUncounted beyond the last one. True: all are of classes.
+template <Reads kReads, int kVoxels>
+__device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRow<kReads, kVoxels>& row, int64_t at,
+                                                  int (&labels)[kVoxels], bool& bad) {
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) {
-    labels[k] = kUncounted;
-    weights[k] = A(0);
-  }
-  if (at < v.voxels) load_voxels<kReads>(v, sample, at, labels, weights, bad);
+  for (int k = 0; k < kVoxels; ++k) labels[k] = kUncounted;
+  return at < v.voxels && row.load(at, labels, bad);
+}
+
+// As weigh, also of voxels beyond the last one.
+template <Reads kReads, typename A, int kVoxels>
+__device__ __forceinline__ bool weigh_split(const Volume& v, int64_t sample, int64_t at, int (&labels)[kVoxels],
+                                            A (&weights)[kVoxels], bool all_count, bool& bad) {
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) weights[k] = A(0);
+  return at < v.voxels && weigh<kReads>(v, sample, at, labels, weights, all_count, bad);
 }
 
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
-// over all lanes, but `others` only over this one's classes. Where a voxel does not count, its logits are taken for 0.
+// over all lanes, but `others` only over this one's classes.
 // kExact: the largest exponential is 1, not only nearly, and below_top is z_top - z_target in the lane that has the
 // target.
 template <bool kExact, typename A, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
                                                  const SplitLane& lane, A (&others)[kClasses][kVoxels],
                                                  SoftmaxSums<A> (&sums)[kVoxels], A (&below_top)[kVoxels]) {
-  clear_uncounted(z, labels);
   A top[kVoxels];
   largest_of_thread(z, top);
   max_over_lanes(top, lane);
@@ -189,7 +194,7 @@ __device__ __forceinline__ void load_dense_of(const Volume& v, const SplitLane& 
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) set(k, row[offsets[k]]);
     } else {
-      load_row<X, kVoxels>(row + at * stride, stride, set);
+      load_row<X, kVoxels>(row, at, stride, set);
     }
   }
 }
@@ -201,7 +206,9 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
                                                    A (&g)[kClasses][kVoxels], int (&labels)[kVoxels],
                                                    A (&weights)[kVoxels], bool& bad) {
   if (!v.dense) {
-    load_split_voxels<Reads::kResampled>(v, sample, at, labels, weights, bad);
+    const LabelRow<Reads::kResampled, kVoxels> row(v, sample * v.target.sample_stride);
+    const bool all_known = load_split_labels(v, row, at, labels, bad);
+    weigh_split<Reads::kResampled>(v, sample, at, labels, weights, all_known, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const int target = lane.index_of(labels[k]);
@@ -214,10 +221,7 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
   with_element_type(v.target.type,
                     [&](auto element) { load_dense_of<decltype(element)>(v, lane, sample, inside ? at : 0, g); });
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) {
-    labels[k] = inside ? 0 : kUncounted;
-    weights[k] = A(0);
-  }
+  for (int k = 0; k < kVoxels; ++k) labels[k] = inside ? 0 : kUncounted;
   if (v.has_ignore_index) {  // a voxel that holds it in every class does not count
     A differs[kVoxels];
 #pragma unroll
@@ -232,7 +236,7 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) labels[k] = differs[k] == A(0) ? kUncounted : labels[k];
   }
-  if (inside) weigh<Reads::kResampled>(v, sample, at, labels, weights, bad);
+  weigh_split<Reads::kResampled>(v, sample, at, labels, weights, false, bad);
 }
 
 // Softmax of a lane's classes: z_top - z, inf where there is no such class, and the voxel's sums over all lanes.

@@ -101,7 +101,9 @@ __device__ bool load_tile_labels(const Volume& v, int64_t sample, int64_t begin,
   int label[1] = {kUncounted};
   A weight[1] = {A(0)};
   bool bad = false;
-  if (thread < count) load_voxels<Reads::kAny>(v, sample, begin + thread, label, weight, bad);
+  if (thread < count)
+    load_voxels(v, LabelRow<Reads::kAny, 1>(v, sample * v.target.sample_stride), sample, begin + thread, label, weight,
+                bad);
   labels[thread] = label[0];
   weights[thread] = weight[0];
   return bad;
@@ -189,12 +191,12 @@ __device__ bool load_general_tile(const Volume& v, const T* rows, int64_t sample
     for (int i = thread; i < total; i += Plan::kThreads) {
       const int c = class_is_inner ? i % classes : i / tile_voxels;
       const int k = class_is_inner ? i / classes : i % tile_voxels;
-      A g = A(0);
+      A g[1] = {A(0)};
       if (k < count) {
-        g = load_value<A>(v.target,
-                          sample * v.target.sample_stride + c * v.target.class_stride + v.target.offset(begin + k));
+        const int64_t at[1] = {c * v.target.class_stride + v.target.offset(begin + k)};
+        load_values_at(v.target, sample * v.target.sample_stride, at, g);
       }
-      targets[c * tile_stride + k] = g;
+      targets[c * tile_stride + k] = g[0];
     }
     __syncthreads();
     if (thread < tile_voxels) {
@@ -205,7 +207,7 @@ __device__ bool load_general_tile(const Volume& v, const T* rows, int64_t sample
         for (int c = 0; c < classes; ++c) all &= targets[c * tile_stride + thread] == static_cast<A>(v.ignore_index);
         if (all) label[0] = kUncounted;
       }
-      if (thread < count) weigh<Reads::kAny>(v, sample, begin + thread, label, weight, bad);
+      if (thread < count) weigh<Reads::kAny>(v, sample, begin + thread, label, weight, label[0] != kUncounted, bad);
       labels[thread] = label[0];
       weights[thread] = weight[0];
     }

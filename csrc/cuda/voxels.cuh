@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../views.h"
+#include "kernels.h"
 #include "platform.h"
 
 namespace tversky_kernels {
@@ -27,19 +28,34 @@ template <>
 struct Word<8> {
   using Type = uint2;
 };
+template <>
+struct Word<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Word<2> {
+  using Type = uint16_t;
+};
+template <>
+struct Word<1> {
+  using Type = uint8_t;
+};
 
 // Voxels of one class that 16 bytes hold, the widest access there is.
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);
 
-// One access as wide as the values are together. The store is an intrinsic (streaming: the gradient is not read again
-// soon), for a plain one the compiler takes apart into its members.
+// Accesses as wide as the values are together, 16 bytes at most. The store is an intrinsic (streaming: the gradient is
+// not read again soon), for a plain one the compiler takes apart into its members.
 template <typename T, int kCount>
 __device__ __forceinline__ Packed<T, kCount> load_packed(const T* p) {
-  using W = typename Word<sizeof(T) * kCount>::Type;
-  const W word = *reinterpret_cast<const W*>(p);
+  constexpr int kBytes = sizeof(T) * kCount, kWords = kBytes > 16 ? kBytes / 16 : 1;
+  using W = typename Word<kBytes / kWords>::Type;
+  W words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const W*>(p)[i];
   Packed<T, kCount> values;
-  memcpy(&values, &word, sizeof word);
+  memcpy(&values, words, sizeof words);
   return values;
 }
 template <typename T, int kCount>
@@ -48,6 +64,14 @@ __device__ __forceinline__ void store_packed(T* p, const Packed<T, kCount>& valu
   W word;
   memcpy(&word, &values, sizeof word);
   __stcs(reinterpret_cast<W*>(p), word);
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void put_packed(T* p, const Packed<T, kCount>& values) {  // to shared memory
+  using W = typename Word<sizeof(T) * kCount>::Type;
+  W word;
+  memcpy(&word, &values, sizeof word);
+  *reinterpret_cast<W*>(p) = word;
 }
 
 // One label as a class index, kUncounted where the voxel does not count; sets bad where it is out of range.
@@ -61,22 +85,51 @@ __device__ __forceinline__ int checked_label(const Volume& v, L label, bool& bad
   return known ? static_cast<int>(label) : kUncounted;
 }
 
-// Calls f(k, value) for the kCount values one stride apart, in as few loads as they allow.
+// The same of neighbouring voxels, kUncounted where one does not count; sets bad where one is out of range. True: all
+// are of classes, for which a comparison or two a label are enough; the rest is rare.
+template <typename L, int kVoxels>
+__device__ __forceinline__ bool checked_labels(const Volume& v, const L (&values)[kVoxels], int (&labels)[kVoxels],
+                                               bool& bad) {
+  if constexpr (kVoxels == 1) {
+    labels[0] = checked_label(v, values[0], bad);
+    return labels[0] != kUncounted;
+  }
+  using Number = std::conditional_t<sizeof(L) == 8, uint64_t, uint32_t>;
+  const Number most = static_cast<Number>(v.classes + v.first_label);
+  const bool ignores_one = v.has_ignore_index && static_cast<uint64_t>(v.ignore_index) < most;
+  const int ignored = ignores_one ? static_cast<int>(v.ignore_index) : -1;
+  bool all_known = true;
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    labels[k] = static_cast<int>(values[k]);
+    all_known &= (static_cast<Number>(values[k]) < most) & (labels[k] != ignored);
+  }
+  if (all_known) return true;
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    using Wide = std::conditional_t<sizeof(L) == 8, int64_t, int>;
+    labels[k] = checked_label(v, static_cast<L>(recomputed(static_cast<Wide>(values[k]))), bad);
+  }
+  return false;
+}
+
+// Calls f(k, value) for kCount values one stride apart, from number `first` of p on, in as few loads as they allow.
 template <typename X, int kCount, typename F>
-__device__ __forceinline__ void load_row(const X* p, int64_t stride, F&& f) {
-  if (kCount > 1 && stride == 1 && reinterpret_cast<uintptr_t>(p) % (sizeof(X) * kCount) == 0) {
+__device__ __forceinline__ void load_row(const X* p, int64_t first, int64_t stride, F&& f) {
+  const X* here = p + first;
+  if (kCount > 1 && stride == 1 && reinterpret_cast<uintptr_t>(here) % (sizeof(X) * kCount) == 0) {
     // In pieces of 16 bytes at most, the widest load there is.
     constexpr int kPiece = sizeof(X) * kCount > 16 ? 16 / sizeof(X) : kCount;
 #pragma unroll
-    for (int first = 0; first < kCount; first += kPiece) {
-      const auto piece = *reinterpret_cast<const Packed<X, kPiece>*>(p + first);
+    for (int i = 0; i < kCount; i += kPiece) {
+      const auto piece = *reinterpret_cast<const Packed<X, kPiece>*>(here + i);
 #pragma unroll
-      for (int k = 0; k < kPiece; ++k) f(first + k, piece.values[k]);
+      for (int k = 0; k < kPiece; ++k) f(i + k, piece.values[k]);
     }
     return;
   }
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) f(k, p[k * stride]);
+  for (int k = 0; k < kCount; ++k) f(k, p[(first + k) * stride]);
 }
 
 // The targets and weights that a kernel reads: of the logits' size only; or resampled as well, below 2^31 voxels; or
@@ -108,34 +161,71 @@ __device__ __forceinline__ void source_offsets(const Resampling& r, int64_t voxe
   }
 }
 
-template <Reads kReads, typename L, int kVoxels>
-__device__ __forceinline__ void load_labels_of(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
-                                               bool& bad) {
-  const L* p = static_cast<const L*>(v.target.data) + sample * v.target.sample_stride;
-  if (kReads != Reads::kSameSize && v.target.resampling.active) {
-    int64_t at[kVoxels];
-    source_offsets<kReads>(v.target.resampling, voxel, at);
-#pragma unroll
-    for (int k = 0; k < kVoxels; ++k) labels[k] = checked_label(v, p[at[k]], bad);
-    return;
+// Calls f with a value of the type of labels; a bool is read as uint8. The type is one for the whole launch, so the
+// branch costs nothing beside the load.
+template <typename F>
+__device__ __forceinline__ auto with_label_type(ElementType type, F&& f) {
+  switch (type) {
+    case ElementType::kBool:
+    case ElementType::kUint8: return f(uint8_t{});
+    case ElementType::kInt8: return f(int8_t{});
+    case ElementType::kInt16: return f(int16_t{});
+    case ElementType::kInt32: return f(int32_t{});
+    default: return f(int64_t{});
   }
-  load_row<L, kVoxels>(p + voxel * v.target.voxel_stride, v.target.voxel_stride,
-                       [&](int k, L value) { labels[k] = checked_label(v, value, bad); });
 }
 
-// The type is one for the whole launch, so the branch costs nothing beside the load.
+// The labels of a sample as a thread reads them, kVoxels neighbouring ones at once.
 template <Reads kReads, int kVoxels>
-__device__ __forceinline__ void load_labels(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
-                                            bool& bad) {
-  switch (v.target.type) {
-    case ElementType::kBool:
-    case ElementType::kUint8: return load_labels_of<kReads, uint8_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt8: return load_labels_of<kReads, int8_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt16: return load_labels_of<kReads, int16_t>(v, sample, voxel, labels, bad);
-    case ElementType::kInt32: return load_labels_of<kReads, int32_t>(v, sample, voxel, labels, bad);
-    default: return load_labels_of<kReads, int64_t>(v, sample, voxel, labels, bad);
+struct LabelRow {
+  const Volume& v;
+  int64_t start;  // of the sample
+  bool whole;     // in whole loads
+
+  __device__ __forceinline__ LabelRow(const Volume& volume, int64_t start_of_sample)
+      : v(volume), start(start_of_sample), whole(false) {
+    if (kVoxels == 1 || v.target.voxel_stride != 1 || (kReads != Reads::kSameSize && v.target.resampling.active))
+      return;
+    whole = with_label_type(v.target.type, [&](auto element) {
+      using L = decltype(element);
+      constexpr int kBytes = sizeof(L) * kVoxels < 16 ? sizeof(L) * kVoxels : 16;
+      return reinterpret_cast<uintptr_t>(static_cast<const L*>(v.target.data) + start) % kBytes == 0;
+    });
   }
-}
+  // From a multiple of kVoxels on. As checked_labels.
+  __device__ __forceinline__ bool load(int64_t voxel, int (&labels)[kVoxels], bool& bad) const {
+    if (whole) {
+      return with_label_type(v.target.type, [&](auto element) {
+        using L = decltype(element);
+        const Packed<L, kVoxels> values = load_packed<L, kVoxels>(static_cast<const L*>(v.target.data) + start + voxel);
+        if constexpr (std::is_same_v<L, uint8_t> && kVoxels % 4 == 0) {
+          uint32_t words[kVoxels / 4];
+          memcpy(words, &values, sizeof words);
+          int bytes[kVoxels];
+#pragma unroll
+          for (int k = 0; k < kVoxels; ++k) bytes[k] = byte_of(words[k / 4], k % 4);
+          return checked_labels(v, bytes, labels, bad);
+        } else {
+          return checked_labels(v, values.values, labels, bad);
+        }
+      });
+    }
+    int64_t at[kVoxels];
+    if (kReads != Reads::kSameSize && v.target.resampling.active) {
+      source_offsets<kReads>(v.target.resampling, voxel, at);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) at[k] = (voxel + k) * v.target.voxel_stride;
+    }
+    return with_label_type(v.target.type, [&](auto element) {
+      using L = decltype(element);
+      L values[kVoxels];
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) values[k] = (static_cast<const L*>(v.target.data) + start)[at[k]];
+      return checked_labels(v, values, labels, bad);
+    });
+  }
+};
 
 // Calls f with a value of a weight's or dense target's type; a bool is read as uint8.
 template <typename F>
@@ -163,72 +253,98 @@ __device__ __forceinline__ A to_compute(X x) {
   }
 }
 
-// Values of a weight or dense target, one stride apart from `at` on. kWide: in as few loads as they allow, which takes
-// registers in every kernel that may do so.
+// Values of a weight or dense target, one stride apart: from number `first` of x.data + start on. kWide: in as few
+// loads as they allow, which takes registers in every kernel that may do so.
 template <typename X, bool kWide, typename A, int kCount>
-__device__ __forceinline__ void load_values_of(const VoxelView& x, int64_t at, int64_t stride, A (&values)[kCount]) {
-  const X* p = static_cast<const X*>(x.data) + at;
+__device__ __forceinline__ void load_values_of(const VoxelView& x, int64_t start, int64_t first, int64_t stride,
+                                               A (&values)[kCount]) {
+  const X* p = static_cast<const X*>(x.data) + start;
   if constexpr (kWide) {
-    load_row<X, kCount>(p, stride, [&](int k, X value) { values[k] = to_compute<A>(value); });
+    load_row<X, kCount>(p, first, stride, [&](int k, X value) { values[k] = to_compute<A>(value); });
   } else {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) values[k] = to_compute<A>(p[k * stride]);
+    for (int k = 0; k < kCount; ++k) values[k] = to_compute<A>(p[(first + k) * stride]);
   }
 }
 template <bool kWide, typename A, int kCount>
-__device__ __forceinline__ void load_values(const VoxelView& x, int64_t at, int64_t stride, A (&values)[kCount]) {
-  with_element_type(x.type, [&](auto element) { load_values_of<decltype(element), kWide>(x, at, stride, values); });
+__device__ __forceinline__ void load_values(const VoxelView& x, int64_t start, int64_t first, int64_t stride,
+                                            A (&values)[kCount]) {
+  with_element_type(x.type,
+                    [&](auto element) { load_values_of<decltype(element), kWide>(x, start, first, stride, values); });
 }
-template <typename A>
-__device__ __forceinline__ A load_value(const VoxelView& x, int64_t at) {
-  A value[1];
-  load_values<false>(x, at, 1, value);
-  return value[0];
+// The same from anywhere.
+template <typename A, int kCount>
+__device__ __forceinline__ void load_values_at(const VoxelView& x, int64_t start, const int64_t (&at)[kCount],
+                                               A (&values)[kCount]) {
+  with_element_type(x.type, [&](auto element) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      values[k] = to_compute<A>((static_cast<const decltype(element)*>(x.data) + start)[at[k]]);
+    }
+  });
 }
 
-// The weights of neighbouring voxels, 1 where none are given; a voxel of weight 0 does not count, one below 0 or NaN is
-// bad.
+// The weights of neighbouring voxels, 1 where none are given, and 0 where one does not count; a voxel of weight 0 does
+// not, and one below 0 or NaN is bad. all_count: no label is kUncounted so far. True: all voxels count.
 template <Reads kReads, typename A, int kVoxels>
-__device__ __forceinline__ void weigh(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
-                                      A (&weights)[kVoxels], bool& bad) {
+__device__ __forceinline__ bool weigh(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
+                                      A (&weights)[kVoxels], bool all_count, bool& bad) {
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) weights[k] = A(1);
-  if (v.weight.data == nullptr) return;
-  const int64_t start = sample * v.weight.sample_stride, stride = v.weight.voxel_stride;
-  if (kReads != Reads::kSameSize && v.weight.resampling.active) {
-    int64_t at[kVoxels];
-    source_offsets<kReads>(v.weight.resampling, voxel, at);
+  if (v.weight.data != nullptr) {
+    const int64_t start = sample * v.weight.sample_stride;
+    if (kReads != Reads::kSameSize && v.weight.resampling.active) {
+      int64_t at[kVoxels];
+      source_offsets<kReads>(v.weight.resampling, voxel, at);
+      load_values_at(v.weight, start, at, weights);
+    } else {
+      load_values<false>(v.weight, start, voxel, v.weight.voxel_stride, weights);
+    }
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) weights[k] = load_value<A>(v.weight, start + at[k]);
-  } else {
-    load_values<false>(v.weight, start + voxel * stride, stride, weights);
+    for (int k = 0; k < kVoxels; ++k) {
+      bad |= !(weights[k] >= A(0));
+      if (weights[k] == A(0)) labels[k] = kUncounted;
+      all_count &= labels[k] != kUncounted;
+    }
   }
+  if (all_count) return true;
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) {
-    bad |= !(weights[k] >= A(0));
-    if (weights[k] == A(0)) labels[k] = kUncounted;
-  }
+  for (int k = 0; k < kVoxels; ++k) weights[k] = labels[k] == kUncounted ? A(0) : weights[k];
+  return false;
 }
 
-// The labels, kUncounted where a voxel does not count, and weights of neighbouring voxels.
+// The labels, kUncounted where a voxel does not count, and weights, 0 there, of neighbouring voxels. True: all count.
 template <Reads kReads, typename A, int kVoxels>
-__device__ __forceinline__ void load_voxels(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
-                                            A (&weights)[kVoxels], bool& bad) {
-  load_labels<kReads>(v, sample, voxel, labels, bad);
-  weigh<kReads>(v, sample, voxel, labels, weights, bad);
+__device__ __forceinline__ bool load_voxels(const Volume& v, const LabelRow<kReads, kVoxels>& row, int64_t sample,
+                                            int64_t voxel, int (&labels)[kVoxels], A (&weights)[kVoxels], bool& bad) {
+  const bool all_known = row.load(voxel, labels, bad);
+  return weigh<kReads>(v, sample, voxel, labels, weights, all_known, bad);
 }
 
-// The logits of voxels that do not count, which may be anything, as 0. Few have any, so that a branch is the cheapest.
+// The logits of voxels that do not count, which may be anything, as 0; those of half precision in pairs, for to put
+// single ones back would take instructions also where all count.
 template <typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void clear_uncounted(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels]) {
-  bool all_count = true;
+  if constexpr (sizeof(T) == 2) {
+    uint32_t masks[kVoxels / 2];
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) all_count &= labels[k] != kUncounted;
-  if (all_count) return;
+    for (int i = 0; i < kVoxels / 2; ++i) {
+      masks[i] = (labels[2 * i] == kUncounted ? 0u : 0xffffu) | (labels[2 * i + 1] == kUncounted ? 0u : 0xffff0000u);
+    }
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) {
+    for (int c = 0; c < kClasses; ++c) {
+      uint32_t pairs[kVoxels / 2];
+      memcpy(pairs, &z[c], sizeof pairs);
 #pragma unroll
-    for (int c = 0; c < kClasses; ++c) z[c].values[k] = labels[k] == kUncounted ? T(0) : z[c].values[k];
+      for (int i = 0; i < kVoxels / 2; ++i) pairs[i] &= masks[i];
+      memcpy(&z[c], pairs, sizeof pairs);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+#pragma unroll
+      for (int c = 0; c < kClasses; ++c) z[c].values[k] = labels[k] == kUncounted ? T(0) : z[c].values[k];
+    }
   }
 }
 
@@ -267,7 +383,7 @@ __device__ __forceinline__ void take_off_huge(Packed<T, kVoxels> (&z)[kClasses],
     constexpr A kHuge = 1 << 20;
     bool any = false;
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) any |= top[k] > kHuge || top[k] < -kHuge;
+    for (int k = 0; k < kVoxels; ++k) any |= magnitude(top[k]) > kHuge;
     if (!any) return;
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
@@ -277,6 +393,40 @@ __device__ __forceinline__ void take_off_huge(Packed<T, kVoxels> (&z)[kClasses],
     }
   }
 }
+
+// ---- What belongs to the label of a voxel alone: each thread sums it in columns of its own in shared memory, one for
+// every class that it has and one for labels that are none of them. To find a label's sum in registers would take a
+// comparison and a selection of every class.
+template <typename A, bool kCrossEntropy>
+struct LabelSums {
+  static constexpr int kColumns = kLabelColumns<kCrossEntropy>, kOfThreads = kColumns * Plan::kThreads;
+
+  A* mine;
+
+  // memory: [classes + 1][threads][kColumns], used by no other thread.
+  __device__ __forceinline__ LabelSums(A* memory, int classes) : mine(memory + threadIdx.x * kColumns) {
+    for (int i = 0; i <= classes; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) mine[i * kOfThreads + j] = A(0);
+    }
+  }
+  // c: which of the thread's classes the label is, -1 where none.
+  __device__ __forceinline__ void add(int c, A tp, A fn, A ce) const {
+    constexpr int kWord = 16 / sizeof(A) < kColumns ? 16 / sizeof(A) : kColumns;
+    const A more[] = {tp, fn, ce};
+    A* sums = mine + (c + 1) * kOfThreads;
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kWord) {
+      Packed<A, kWord> word = load_packed<A, kWord>(sums + first);
+#pragma unroll
+      for (int j = 0; j < kWord && first + j < 3; ++j) word.values[j] += more[first + j];
+      put_packed(sums + first, word);
+    }
+  }
+  __device__ __forceinline__ A tp(int c) const { return mine[(c + 1) * kOfThreads]; }
+  __device__ __forceinline__ A fn(int c) const { return mine[(c + 1) * kOfThreads + 1]; }
+  __device__ __forceinline__ A ce(int c) const { return mine[(c + 1) * kOfThreads + 2]; }
+};
 
 // A program's share of the work: every `programs`-th piece of one sample.
 struct Share {

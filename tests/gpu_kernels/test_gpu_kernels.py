@@ -62,8 +62,8 @@ def check(logits, target, function=kernel_loss, **options):
     check_against_truth(function, logits, target, rounding=rounding, reference=reference, **options)
 
 
-#: Sizes of which whole 16-byte loads are made, and of which they are not.
-SIZES = [(4, 5, 8), (5, 7, 3)]
+#: Sizes of which whole 16-byte loads are made of every type, of single precision, and of none.
+SIZES = [(4, 5, 8), (5, 4, 3), (5, 7, 3)]
 
 
 @pytest.mark.parametrize("dtype", LOGITS_DTYPES, ids=str)
@@ -74,7 +74,7 @@ def test_softmax(classes, dtype, spatial):
 
 
 @pytest.mark.parametrize("function", [kernel_loss, kernel_ce_loss])
-@pytest.mark.parametrize("spatial", [(7, 11), (6, 10)])
+@pytest.mark.parametrize("spatial", [(7, 11), (6, 10), (8, 10)])
 @pytest.mark.parametrize(
     ("classes", "dtype"),
     [(118, torch.float32), (118, torch.bfloat16), (1000, torch.float32)]
@@ -191,9 +191,10 @@ def test_a_bad_label_gives_nan(classes, bad):
     assert torch.isnan(OPERATORS.gradient_pass(loss, coefficients, logits, target, *PLAIN)[1]).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [2, 3, 20])
-def test_what_does_not_count_may_be_nan(classes):
-    logits, target = inputs(1, classes, (96,))
+def test_what_does_not_count_may_be_nan(classes, dtype):
+    logits, target = inputs(1, classes, (96,), dtype)
     target[:, 7:60] = 99
     expected = loss_and_gradient(kernel_loss, logits, target, ignore_index=99)
     logits[:, :, 7:60] = torch.nan
