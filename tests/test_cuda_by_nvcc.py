@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
-import shutil
 
 import pytest
 import torch
+from cuda_instructions import LIBRARY, counts, cuda_tool
 from processes import run
 
 import tversky_kernels as tk
 from tversky_kernels import _ops
 
-LIBRARY = pathlib.Path(tk.__file__).parent / "_C_cuda.so"
 KERNELS = 150
 #: Two blocks of 256 threads a multiprocessor, and more.
 MOST_REGISTERS = 128
@@ -21,18 +19,13 @@ MOST_REGISTERS = 128
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="this build of the package has no CUDA code")
 
 
-def cuda_tool(name):
-    """A tool of the CUDA toolkit, or Triton's copy of it."""
-    found = shutil.which(name)
-    if found is None:
-        triton = pytest.importorskip("triton", reason=f"{name} is neither on the PATH nor, without triton, in Triton")
-        found = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return found
+def tool(name):
+    return cuda_tool(name) or pytest.skip(f"{name} is neither on the PATH nor, without triton, in Triton")
 
 
 def assemblies():
     """For each architecture that the library has code for: registers and bytes of local memory of every kernel."""
-    result = run([cuda_tool("cuobjdump"), "-res-usage", LIBRARY])
+    result = run([tool("cuobjdump"), "-res-usage", LIBRARY])
     assert result.returncode == 0, result.stderr
     found = {}
     for part in result.stdout.split("Fatbin elf code:")[1:]:
@@ -44,7 +37,7 @@ def assemblies():
 
 def portable_code(where):
     """The library's PTX, which newer cards compile for themselves, a file for each source."""
-    result = run([cuda_tool("cuobjdump"), "-xptx", "all", LIBRARY], where=where)
+    result = run([tool("cuobjdump"), "-xptx", "all", LIBRARY], where=where)
     assert result.returncode == 0, result.stderr
     files = [path for path in where.glob("*.ptx") if ".entry" in path.read_text()]
     if not files:
@@ -67,7 +60,7 @@ def test_kernels_stay_in_registers_on_a_newer_card(tmp_path):
     """What the driver makes of the PTX there."""
     kernels = 0
     for path in portable_code(tmp_path):
-        result = run([cuda_tool("ptxas"), "-v", "-arch=sm_100", path, "-o", path.with_suffix(".cubin")])
+        result = run([tool("ptxas"), "-v", "-arch=sm_100", path, "-o", path.with_suffix(".cubin")])
         assert result.returncode == 0, result.stderr
         for report in re.split(r"Compiling entry function ", result.stderr)[1:]:
             kernels += 1
@@ -81,11 +74,24 @@ def test_fast_paths_read_and_write_16_bytes_at_once(tmp_path):
     for kernel, stores in (
         ("20gradient_pass_kernelIfLi4ELb0E", 4),  # four classes in registers
         ("26split_gradient_pass_kernelIfLi8ELb0E", 8),  # many, eight in the registers of each lane
+        ("26split_gradient_pass_kernelIN3c108BFloat16ELi8ELb0E", 8),
         ("26tiled_gradient_pass_kernelIfL\\w*ActivationE0ELb0E", 1),  # any number through shared memory
     ):
         (body,) = re.findall(rf"\.entry \w*{kernel}\w*\((.*?)\n}}", text, re.S)
         assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.(?:f32|b32|u32)", body)) >= max(4, stores)
         assert len(re.findall(r"st\.global\.cs\.v4\.(?:f32|b32|u32)", body)) >= stores
+
+
+def test_instructions_that_bytes_leave_time_for():
+    """A multiprocessor of an H100 issues 39 a logit while 3.0 TB/s bring 4 bytes each: see docs/performance.md."""
+    if "90" not in assemblies():
+        pytest.skip("this build of the package has no code for sm_90")
+    found = counts(arch="90")
+    assert len(found) == 60  # kernels, types, classes, with a cross-entropy and without
+    for (kernel, dtype, classes, ce), a_logit in found.items():
+        bytes_moved = (4 if dtype == "float32" else 2) * (2 if "gradient" in kernel else 1)
+        most = 39 / 4 * bytes_moved * (1.35 if ce else 1.0)
+        assert a_logit <= most, (kernel, dtype, classes, ce, a_logit)
 
 
 def test_library_loads_in_this_torch():

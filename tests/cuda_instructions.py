@@ -1,0 +1,118 @@
+"""Instructions a logit of the CUDA kernels for one label a voxel, without a GPU: python tests/cuda_instructions.py.
+
+Counted is the shortest way through a kernel's main loop that reads uint8 labels in whole loads and, in the gradient
+pass, stores: all voxels count, none has a weight, and no logit is huge. A loop over the lanes that share a voxel is
+passed once, as by two lanes. What a multiprocessor can issue while the bytes arrive is in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import tversky_kernels as tk
+
+LIBRARY = pathlib.Path(tk.__file__).parent / "_C_cuda.so"
+KERNEL = re.compile(
+    r"\d(?P<kernel>(?:split_)?(?:count|gradient)_pass_kernel)I(?P<type>f|N3c108BFloat16|N3c104Half)E?"
+    r"Li(?P<classes>\d+)ELb(?P<ce>[01])E"
+)
+TYPES = {"f": ("float32", 4), "N3c108BFloat16": ("bfloat16", 2), "N3c104Half": ("float16", 2)}
+
+
+def cuda_tool(name: str) -> pathlib.Path | str | None:
+    """A tool of the CUDA toolkit, or Triton's copy of it; None: there is neither."""
+    if found := shutil.which(name):
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    return pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def functions(library: pathlib.Path, arch: str) -> dict[str, list[tuple[int, str]]]:
+    """By name, the addresses and instructions of every kernel."""
+    command = [cuda_tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", library]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in text.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        lines = re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", body)
+        found[name.strip()] = [(int(x[1], 16), x[2].strip()) for x in lines]
+    return found
+
+
+def shortest_way(instructions: list[tuple[int, str]], through: list[str]) -> int | None:
+    """Instructions of the shortest way through the longest loop on which each of these patterns is found."""
+    index = {address: i for i, (address, _) in enumerate(instructions)}
+    following: list[list[int]] = []
+    loop = (0, 0)
+    for i, (_, text) in enumerate(instructions):
+        operation = re.sub(r"^@!?U?P\w+\s+", "", text)
+        always = operation == text
+        after = [i + 1] if i + 1 < len(instructions) else []
+        branch = re.match(r"BRA\b(\S*)\s.*?0x([0-9a-f]+)$", operation)
+        if branch and ".DIV" not in branch[1]:
+            target = index[int(branch[2], 16)]
+            conditional = not always or re.match(r"BRA\S*\s+!?U?P\d", operation)
+            following.append([target, *(after if conditional else [])])
+            if i - target > loop[1] - loop[0]:
+                loop = (target, i)
+        else:
+            following.append([] if operation.startswith("EXIT") and always else after)
+    first, last = loop
+
+    def passed(i: int, before: int) -> int:
+        return before | sum(1 << n for n, pattern in enumerate(through) if re.match(pattern, instructions[i][1]))
+
+    start = (first, passed(first, 0))
+    shortest, queue = {start: 1}, [(1, start)]
+    while queue:
+        steps, here = heapq.heappop(queue)
+        if here == (last, (1 << len(through)) - 1):
+            return steps
+        for i in following[here[0]]:
+            there = (i, passed(i, here[1]))
+            if first < i <= last and steps + 1 < shortest.get(there, sys.maxsize):
+                shortest[there] = steps + 1
+                heapq.heappush(queue, (steps + 1, there))
+    return None
+
+
+def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str, str, int, bool], float]:
+    """Instructions a logit by kernel, type, classes (of a lane, where they are split) and cross-entropy."""
+    found = {}
+    for name, instructions in functions(library, arch).items():
+        kernel = KERNEL.search(name)
+        if kernel is None:
+            continue
+        dtype, size = TYPES[kernel["type"]]
+        classes, ce = int(kernel["classes"]), kernel["ce"] == "1"
+        split = kernel["kernel"].startswith("split")
+        # As kVoxelsOf and kSplitPack in csrc/cuda/kernels.h.
+        voxels = 16 // size if split or 16 // size * classes <= (16 if ce else 32) else 8 // size
+        labels = r"(@!?P\d )?LDG\.E(\.CONSTANT)? " if voxels == 4 else r"(@!?P\d )?LDG\.E\.64(\.CONSTANT)? "
+        stores = [r"(@!?P\d )?STG\.E\.EF\.(128|64) "] if "gradient" in kernel["kernel"] else []
+        way = shortest_way(instructions, [labels, *stores])
+        if way is not None:
+            found[kernel["kernel"], dtype, classes, ce] = way / (voxels * classes)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="90", help="default: %(default)s")
+    parser.add_argument("--library", type=pathlib.Path, default=LIBRARY)
+    arguments = parser.parse_args()
+    for (kernel, dtype, classes, ce), a_logit in sorted(counts(arguments.library, arguments.arch).items()):
+        print(f"{kernel:28} {dtype:9} C={classes} {'+ ce' if ce else '':5} {a_logit:5.1f}")
+
+
+if __name__ == "__main__":
+    main()
