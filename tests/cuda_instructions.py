@@ -20,7 +20,7 @@ import tversky_kernels as tk
 LIBRARY = pathlib.Path(tk.__file__).parent / "_C_cuda.so"
 KERNEL = re.compile(
     r"\d(?P<kernel>(?:split_)?(?:count|gradient)_pass_kernel)I(?P<type>f|N3c108BFloat16|N3c104Half)E?"
-    r"Li(?P<classes>\d+)ELb(?P<ce>[01])E"
+    r"Li(?P<classes>\d+)ELb(?P<ce>[01])E(?:Lb(?P<interleaved>[01])E)?"
 )
 TYPES = {"f": ("float32", 4), "N3c108BFloat16": ("bfloat16", 2), "N3c104Half": ("float16", 2)}
 
@@ -90,7 +90,7 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
     found = {}
     for name, instructions in functions(library, arch).items():
         kernel = KERNEL.search(name)
-        if kernel is None:
+        if kernel is None or kernel["interleaved"] == "1":  # channels_last
             continue
         dtype, size = TYPES[kernel["type"]]
         classes, ce = int(kernel["classes"]), kernel["ce"] == "1"

@@ -50,8 +50,8 @@ __device__ __forceinline__ Probability<A> ratio_to_one(A e) {
   return {p, e * p};
 }
 
-// All classes of kVoxels voxels in the registers of one thread: each class one aligned load.
-template <typename T, int kClasses, bool kCrossEntropy>
+// All classes of kVoxels voxels in the registers of one thread, in whole loads.
+template <typename T, int kClasses, bool kCrossEntropy, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
     count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs) {
   using A = Compute<T>;
@@ -67,10 +67,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
     Packed<T, kVoxels> z[kClasses];
-#pragma unroll
-    for (int c = 0; c < kClasses; ++c) {
-      z[c] = load_packed<T, kVoxels>(rows + c * v.logits.class_stride + at);
-    }
+    load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);
     int labels[kVoxels];
     A weights[kVoxels];
     if (!load_voxels(v, target_row, share.sample, at, labels, weights, bad)) clear_uncounted(z, labels);
@@ -505,7 +502,9 @@ struct CountPass {
 
   template <typename T, int kClasses, bool kCrossEntropy>
   void few() const {
-    launch<T>(count_pass_kernel<T, kClasses, kCrossEntropy>);
+    with_bool(v.logits.voxel_stride != 1, [&](auto interleaved) {
+      launch<T>(count_pass_kernel<T, kClasses, kCrossEntropy, decltype(interleaved)::value>);
+    });
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void split() const {

@@ -45,7 +45,7 @@ template <bool kCrossEntropy, typename A>
   return memory + 1;
 }
 
-template <typename T, int kClasses, bool kCrossEntropy>
+template <typename T, int kClasses, bool kCrossEntropy, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
     gradient_pass_kernel(const Volume v, const GradientArguments a, int programs) {
   using A = Compute<T>;
@@ -65,10 +65,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
   for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
     Packed<T, kVoxels> z[kClasses];
-#pragma unroll
-    for (int c = 0; c < kClasses; ++c) {
-      z[c] = load_packed<T, kVoxels>(rows + c * v.logits.class_stride + at);
-    }
+    load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);
     int labels[kVoxels];
     A weights[kVoxels];
     if (!load_voxels(v, target_row, share.sample, at, labels, weights, bad)) clear_uncounted(z, labels);
@@ -116,10 +113,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         }
       }
     }
-#pragma unroll
-    for (int c = 0; c < kClasses; ++c) {
-      store_packed(out + c * a.out.class_stride + at, z[c]);
-    }
+    store_classes<kInterleaved>(out, a.out.class_stride, at, z);
   }
 }
 
@@ -468,7 +462,9 @@ struct GradientPass {
 
   template <typename T, int kClasses, bool kCrossEntropy>
   void few() const {
-    launch(gradient_pass_kernel<T, kClasses, kCrossEntropy>);
+    with_bool(v.logits.voxel_stride != 1, [&](auto interleaved) {
+      launch(gradient_pass_kernel<T, kClasses, kCrossEntropy, decltype(interleaved)::value>);
+    });
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void split() const {

@@ -28,8 +28,8 @@ struct Plan {
   }
 };
 
-// backward: the gradient pass. multiprocessors: of the device.
-Plan make_plan(const Volume& volume, bool backward, int multiprocessors);
+// out: of the gradient pass; null: the count pass. multiprocessors: of the device.
+Plan make_plan(const Volume& volume, const GradientView* out, int multiprocessors);
 
 // partial[sample][program][column][C] for the columns of enum Count, float (double for double logits).
 void launch_count_pass(const Volume& volume, const Plan& plan, void* partial, cudaStream_t stream);

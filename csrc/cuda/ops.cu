@@ -62,7 +62,7 @@ void run_forward(const Tensor& logits, const Volume& v, TableArguments a) {
   Tensor partial;
   a.programs = 1;
   if (v.samples * v.voxels > 0) {
-    const Plan plan = make_plan(v, false, device.multiprocessors);
+    const Plan plan = make_plan(v, nullptr, device.multiprocessors);
     a.programs = plan.programs;
     const std::vector<int64_t> shape{v.samples, plan.programs, v.count_columns(), v.classes};
     partial = torch::stable::new_empty(logits, shape, type);
@@ -127,7 +127,7 @@ struct Cuda {
     a.coefficients = coefficients.const_data_ptr<double>();
     a.row_stride = coefficients.size(0) == 1 ? 0 : 1;
     a.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), *single_stride(out, 2)};
-    launch_gradient_pass(v, make_plan(v, true, device.multiprocessors), a, device.stream);
+    launch_gradient_pass(v, make_plan(v, &a.out, device.multiprocessors), a, device.stream);
     device.check_launch();
   }
 };
@@ -139,6 +139,12 @@ bool aligned(const LogitsView& x, int64_t element_size, int64_t bytes) {
 
 bool is_resampled(const Volume& v) {
   return v.target.resampling.active || v.weight.resampling.active;
+}
+
+// The same where the classes of a voxel lie side by side.
+bool aligned_interleaved(const LogitsView& x, int64_t classes, int64_t element_size) {
+  return x.class_stride == 1 && x.voxel_stride == classes && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+         x.sample_stride * element_size % 16 == 0;
 }
 
 // The kernels whose blocks do not share voxels through memory: whole loads of plan.voxels, and not too many of them
@@ -164,7 +170,7 @@ int voxels_at_once(int64_t classes, bool cross_entropy) {
 
 // What follows returns false, and may leave the plan half made, where the kernels are not for this volume.
 template <typename T>
-bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
+bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   const int64_t classes = v.classes;
   if (v.activation != Activation::kSoftmax || classes < 2) return false;
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
@@ -172,7 +178,10 @@ bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
   int64_t values = 0;  // of Compute<T>, in shared memory
   plan.voxels = voxels_at_once<T>(classes, cross_entropy);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
-  plan.general = v.is_general() || is_resampled(v) || !can_be_read(v, sizeof(T), plan.voxels);
+  const bool interleaved = classes <= kMostInRegisters<T> && v.voxels % plan.voxels == 0 &&
+                           aligned_interleaved(v.logits, classes, sizeof(T)) &&
+                           (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
+  plan.general = v.is_general() || is_resampled(v) || !(interleaved || can_be_read(v, sizeof(T), plan.voxels));
   plan.split = plan.general || classes > kMostInRegisters<T>;
   if (plan.general) {
     plan.voxels = kSplitVoxels;
@@ -188,9 +197,9 @@ bool plan_in_registers(const Volume& v, bool backward, Plan& plan) {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanes, kMostOfLane) : 0;
     with_split_classes(classes, plan.lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
   }
-  if (backward) values = kAllCoefficients * (classes + 1);
+  if (out != nullptr) values = kAllCoefficients * (classes + 1);
   plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>));
-  return plan.lanes > 0 && can_be_read(v, sizeof(T), plan.voxels);
+  return plan.lanes > 0 && ((!plan.split && interleaved) || can_be_read(v, sizeof(T), plan.voxels));
 }
 
 template <typename T>
@@ -203,14 +212,15 @@ bool plan_by_channel(const Volume& v, Plan& plan) {
 }
 
 template <typename T>
-void plan_tiled(const Volume& v, bool backward, Plan& plan) {
+void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
   constexpr int kSharedBytes = 46 * 1024;  // what a block gets without asking for more
   const int64_t classes = v.classes;
   const auto bytes = [&](int voxels) {
     const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
     // The most that any of the tiled kernels keeps, see there.
     const int64_t tiles = v.is_general() ? 2 : 1;
-    const int64_t table = backward ? kAllCoefficients * (classes + 1) : v.count_columns() * classes * layout.halves;
+    const int64_t table =
+        out != nullptr ? kAllCoefficients * (classes + 1) : v.count_columns() * classes * layout.halves;
     const int64_t reals = tiles * classes * layout.tile_stride + table + 3 * layout.groups * voxels + 6 * voxels;
     return reals * static_cast<int64_t>(sizeof(Compute<T>)) + (voxels + 2) * static_cast<int64_t>(sizeof(int));
   };
@@ -223,23 +233,23 @@ void plan_tiled(const Volume& v, bool backward, Plan& plan) {
 
 }  // namespace
 
-Plan make_plan(const Volume& v, bool backward, int multiprocessors) {
+Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
   Plan plan{};
   with_logits_type(v.logits.type, [&](auto element) {
     using T = decltype(element);
-    if (plan_in_registers<T>(v, backward, plan)) return;
+    if (plan_in_registers<T>(v, out, plan)) return;
     if (plan_by_channel<T>(v, plan = {})) return;
-    plan_tiled<T>(v, backward, plan = {});
+    plan_tiled<T>(v, out, plan = {});
   });
   // A multiple of the blocks that a multiprocessor holds at once, which are 2 to 5 where a thread has all it needs, 2
   // where it has not. The count pass leaves a sum for each.
   const bool alone = plan.lanes == 1 || plan.by_channel, tiled = plan.lanes == 0 && !plan.by_channel;
-  const int64_t blocks = static_cast<int64_t>(multiprocessors) * (backward ? 16 : alone ? 12 : 4);
+  const int64_t blocks = static_cast<int64_t>(multiprocessors) * (out != nullptr ? 16 : alone ? 12 : 4);
   const int64_t rows = std::max<int64_t>(1, plan.by_channel ? v.samples * v.classes : v.samples);
   const int64_t of_block = tiled ? plan.voxels : int64_t{plan.voxels} * Plan::kThreads / std::max(1, plan.lanes);
   const int64_t pieces = (v.voxels + of_block - 1) / of_block;
   plan.programs = static_cast<int>(std::max<int64_t>(1, std::min(pieces, blocks / rows)));
-  if (!backward) {
+  if (out == nullptr) {
     // A thread's sums are float, and where all voxels are alike each addition rounds the same way: whole rounds of
     // blocks more, so that none adds up too many.
     constexpr int64_t kMostTurns = 32;

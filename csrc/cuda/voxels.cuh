@@ -45,25 +45,75 @@ struct Word<1> {
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);
 
-// Accesses as wide as the values are together, 16 bytes at most. The store is an intrinsic (streaming: the gradient is
-// not read again soon), for a plain one the compiler takes apart into its members.
+// The widest word that bytes of this number can be moved by.
+constexpr int word_bytes(int bytes) {
+  return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes;
+}
+
+// Accesses as wide as the values are together, 16 bytes at most. The stores are intrinsics (streaming: the gradient is
+// not read again soon), for plain ones the compiler takes apart into their members.
+template <typename T, int kCount>
+__device__ __forceinline__ void load_words(const T* p, T (&values)[kCount]) {
+  constexpr int kBytes = sizeof(T) * kCount, kWord = word_bytes(kBytes);
+  using W = typename Word<kWord>::Type;
+  W words[kBytes / kWord];
+#pragma unroll
+  for (int i = 0; i < kBytes / kWord; ++i) words[i] = reinterpret_cast<const W*>(p)[i];
+  memcpy(values, words, sizeof words);
+}
+template <typename T, int kCount>
+__device__ __forceinline__ void store_words(T* p, const T (&values)[kCount]) {
+  constexpr int kBytes = sizeof(T) * kCount, kWord = word_bytes(kBytes);
+  using W = typename Word<kWord>::Type;
+  W words[kBytes / kWord];
+  memcpy(words, values, sizeof words);
+#pragma unroll
+  for (int i = 0; i < kBytes / kWord; ++i) __stcs(reinterpret_cast<W*>(p) + i, words[i]);
+}
 template <typename T, int kCount>
 __device__ __forceinline__ Packed<T, kCount> load_packed(const T* p) {
-  constexpr int kBytes = sizeof(T) * kCount, kWords = kBytes > 16 ? kBytes / 16 : 1;
-  using W = typename Word<kBytes / kWords>::Type;
-  W words[kWords];
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const W*>(p)[i];
   Packed<T, kCount> values;
-  memcpy(&values, words, sizeof words);
+  load_words(p, values.values);
   return values;
 }
 template <typename T, int kCount>
 __device__ __forceinline__ void store_packed(T* p, const Packed<T, kCount>& values) {
-  using W = typename Word<sizeof(T) * kCount>::Type;
-  W word;
-  memcpy(&word, &values, sizeof word);
-  __stcs(reinterpret_cast<W*>(p), word);
+  store_words(p, values.values);
+}
+
+// All classes of neighbouring voxels from `at` on, z[c].values[k]. kInterleaved: the classes of a voxel lie side by
+// side (channels_last), else the voxels of a class.
+template <bool kInterleaved, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void load_classes(const T* rows, int64_t class_stride, int64_t at,
+                                             Packed<T, kVoxels> (&z)[kClasses]) {
+  if constexpr (kInterleaved) {
+    T all[kVoxels * kClasses];
+    load_words(rows + at * kClasses, all);
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) z[c].values[k] = all[k * kClasses + c];
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) z[c] = load_packed<T, kVoxels>(rows + c * class_stride + at);
+  }
+}
+template <bool kInterleaved, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void store_classes(T* rows, int64_t class_stride, int64_t at,
+                                              const Packed<T, kVoxels> (&z)[kClasses]) {
+  if constexpr (kInterleaved) {
+    T all[kVoxels * kClasses];
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) all[k * kClasses + c] = z[c].values[k];
+    }
+    store_words(rows + at * kClasses, all);
+  } else {
+#pragma unroll
+    for (int c = 0; c < kClasses; ++c) store_packed(rows + c * class_stride + at, z[c]);
+  }
 }
 
 template <typename T, int kCount>
