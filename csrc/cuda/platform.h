@@ -37,8 +37,8 @@ struct Accumulation<double> {
 template <typename T>
 using Compute = typename Accumulation<T>::Type;
 
-// e^x for x <= 0. Its error is 2 + |x| ulp, where e^x has shrunk what it is worth; tests bound what comes of it. What
-// is below the smallest normal number is 0: __expf would take four more instructions for it.
+// e^x for x <= 80, mostly <= 0. Its error is 2 + |x| ulp, where e^x has shrunk what it is worth, or is beside 1; tests
+// bound what comes of it. What is below the smallest normal number is 0: __expf would take four more instructions.
 constexpr float kLog2E = 1.4426950408889634f;
 __device__ __forceinline__ float power_of_two(float x) {
 #if defined(TK_CUDA_ON_HOST)

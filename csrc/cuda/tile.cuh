@@ -101,9 +101,10 @@ __device__ bool load_tile_labels(const Volume& v, int64_t sample, int64_t begin,
   int label[1] = {kUncounted};
   A weight[1] = {A(0)};
   bool bad = false;
-  if (thread < count)
-    load_voxels(v, LabelRow<Reads::kAny, 1>(v, sample * v.target.sample_stride), sample, begin + thread, label, weight,
-                bad);
+  if (thread < count) {
+    const LabelRow<Reads::kAny, 1> row(v, sample * v.target.sample_stride);
+    load_voxels(v, row, sample, begin + thread, label, weight, bad);
+  }
   labels[thread] = label[0];
   weights[thread] = weight[0];
   return bad;

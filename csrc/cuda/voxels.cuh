@@ -234,8 +234,8 @@ struct LabelRow {
 
   __device__ __forceinline__ LabelRow(const Volume& volume, int64_t start_of_sample)
       : v(volume), start(start_of_sample), whole(false) {
-    if (kVoxels == 1 || v.target.voxel_stride != 1 || (kReads != Reads::kSameSize && v.target.resampling.active))
-      return;
+    const bool resampled = kReads != Reads::kSameSize && v.target.resampling.active;
+    if (kVoxels == 1 || v.target.voxel_stride != 1 || resampled) return;
     whole = with_label_type(v.target.type, [&](auto element) {
       using L = decltype(element);
       constexpr int kBytes = sizeof(L) * kVoxels < 16 ? sizeof(L) * kVoxels : 16;
