@@ -12,13 +12,17 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import pytest
+import torch
+
+for _module in ("monai", "nibabel", "pydicom", "skimage", "sklearn", "matplotlib", "pandas", "tqdm"):
+    pytest.importorskip(_module)
+
 import evaluate
 import fetch_lung_ct
 import nibabel
-import numpy as np
 import pandas
-import pytest
-import torch
 import train_fcn
 import volumes
 from fcn import FCN
