@@ -106,7 +106,7 @@ class Case:
         )
 
 
-#: Sides, classes and samples. Those of a card are far larger than its caches.
+#: Sides, classes and samples. Of a card's, those of two classes are within its L2 cache, as a network leaves them.
 SHAPES = {
     "cpu": ((128, 2, 1), (128, 4, 1), (96, 14, 1), (64, 32, 1), (64, 118, 1)),
     "cuda": ((128, 2, 2), (128, 4, 2), (128, 14, 2), (128, 32, 2), (128, 33, 1), (128, 118, 1)),

@@ -184,7 +184,7 @@ PROVIDERS = {
         Provider("smp TverskyLoss", _smp, {"batch": True, "absent": "zero"}),
         Provider("kornia tversky_loss", _kornia, {"absent": "skip"}),
         Provider("exacta TverskyLoss", _exacta("TverskyLoss", alpha=ALPHA, beta=BETA)),
-        # On a card it has kernels of its own, which there is nothing to compile of.
+        # On a card it has kernels of its own, and compiling adds nothing.
         Provider(
             "exacta TverskyLoss, compiled",
             _exacta("TverskyLoss", compiled=True, alpha=ALPHA, beta=BETA),

@@ -12,6 +12,8 @@ import torch
 #: A card turns no faster, so that it sleeps at least as long as it is asked to.
 MOST_CYCLES_A_SECOND = 2e9
 SHORTEST_HEAD_START = 1e-3
+#: Of a call that takes longer on the host something is made once: a compilation, say, in a warm-up.
+LONGEST_HEAD_START = 0.1
 
 
 class Timing(NamedTuple):
@@ -41,7 +43,8 @@ def timed(function: Callable[..., object], prepare: Callable[[], tuple], device:
     arguments = prepare()
     torch.cuda.synchronize()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(max(SHORTEST_HEAD_START, 2 * host) * MOST_CYCLES_A_SECOND))
+    head_start = min(max(SHORTEST_HEAD_START, 2 * host), LONGEST_HEAD_START)
+    torch.cuda._sleep(int(head_start * MOST_CYCLES_A_SECOND))
     begin.record()
     function(*arguments)
     end.record()

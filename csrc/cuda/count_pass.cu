@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   A counts[kCrossEntropy ? kSmoothing * kClasses + 1 : kOverlapCounts * kClasses] = {};  // the last: sum of the weights
   TK_SHARED(memory);
+  // Two classes have theirs in registers.
   const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses > 2 ? kClasses : -1);
   bool bad = false;
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
@@ -194,13 +195,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     const bool all_known = load_split_labels(v, target_row, at, labels_of_pack, bad);
 #pragma unroll
     for (int first = 0; first < kPackVoxels; first += kVoxels) {
-      Packed<T, kVoxels> z[kClasses];
-      take_part(pack, first, z);
       int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
+      Packed<T, kVoxels> z[kClasses];
       A weights[kVoxels];
-      if (!weigh_split<Reads::kSameSize>(v, share.sample, at + first, labels, weights, all_known, bad)) {
-        clear_uncounted(z, labels);
-      }
+      weighed_part<Reads::kSameSize>(v, share.sample, at, first, pack, labels, all_known, z, weights, bad);
       A others[kClasses][kVoxels], sum_others[kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);

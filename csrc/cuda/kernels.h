@@ -117,7 +117,7 @@ inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {
 template <bool kCrossEntropy>
 constexpr int kLabelColumns = kCrossEntropy ? 4 : 2;
 template <bool kCrossEntropy>
-constexpr int label_sums(int classes) {
+constexpr int label_sum_values(int classes) {
   return (classes + 1) * kLabelColumns<kCrossEntropy> * Plan::kThreads;
 }
 

@@ -174,7 +174,9 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   const int64_t classes = v.classes;
   if (v.activation != Activation::kSoftmax || classes < 2) return false;
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
-  const auto label_values = [&](int n) { return cross_entropy ? label_sums<true>(n) : label_sums<false>(n); };
+  const auto label_values = [&](int n) {
+    return cross_entropy ? label_sum_values<true>(n) : label_sum_values<false>(n);
+  };
   int64_t values = 0;  // of Compute<T>, in shared memory
   plan.voxels = voxels_at_once<T>(classes, cross_entropy);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.

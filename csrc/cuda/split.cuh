@@ -144,6 +144,17 @@ __device__ __forceinline__ bool weigh_split(const Volume& v, int64_t sample, int
   return at < v.voxels && weigh<kReads>(v, sample, at, labels, weights, all_count, bad);
 }
 
+// Voxels first to first + kVoxels of a pack that starts at `at`, their weights, and their labels, which are the pack's
+// own; the logits of those that do not count as 0.
+template <Reads kReads, typename A, typename T, int kClasses, int kVoxels, int kPackVoxels>
+__device__ __forceinline__ void weighed_part(const Volume& v, int64_t sample, int64_t at, int first,
+                                             const Packed<T, kPackVoxels> (&pack)[kClasses], int (&labels)[kVoxels],
+                                             bool all_known, Packed<T, kVoxels> (&z)[kClasses], A (&weights)[kVoxels],
+                                             bool& bad) {
+  take_part(pack, first, z);
+  if (!weigh_split<kReads>(v, sample, at + first, labels, weights, all_known, bad)) clear_uncounted(z, labels);
+}
+
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
 // over all lanes, but `others` only over this one's classes.
 // kExact: the largest exponential is 1, not only nearly, and below_top is z_top - z_target in the lane that has the

@@ -19,27 +19,10 @@ struct alignas(sizeof(T) * kCount) Packed {
 };
 
 template <int kBytes>
-struct Word;
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
-template <>
-struct Word<4> {
-  using Type = uint32_t;
-};
-template <>
-struct Word<2> {
-  using Type = uint16_t;
-};
-template <>
-struct Word<1> {
-  using Type = uint8_t;
-};
+using Word = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2,
+                       std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
 
 // Voxels of one class that 16 bytes hold, the widest access there is.
 template <typename T>
@@ -55,7 +38,7 @@ constexpr int word_bytes(int bytes) {
 template <typename T, int kCount>
 __device__ __forceinline__ void load_words(const T* p, T (&values)[kCount]) {
   constexpr int kBytes = sizeof(T) * kCount, kWord = word_bytes(kBytes);
-  using W = typename Word<kWord>::Type;
+  using W = Word<kWord>;
   W words[kBytes / kWord];
 #pragma unroll
   for (int i = 0; i < kBytes / kWord; ++i) words[i] = reinterpret_cast<const W*>(p)[i];
@@ -64,7 +47,7 @@ __device__ __forceinline__ void load_words(const T* p, T (&values)[kCount]) {
 template <typename T, int kCount>
 __device__ __forceinline__ void store_words(T* p, const T (&values)[kCount]) {
   constexpr int kBytes = sizeof(T) * kCount, kWord = word_bytes(kBytes);
-  using W = typename Word<kWord>::Type;
+  using W = Word<kWord>;
   W words[kBytes / kWord];
   memcpy(words, values, sizeof words);
 #pragma unroll
@@ -117,8 +100,8 @@ __device__ __forceinline__ void store_classes(T* rows, int64_t class_stride, int
 }
 
 template <typename T, int kCount>
-__device__ __forceinline__ void put_packed(T* p, const Packed<T, kCount>& values) {  // to shared memory
-  using W = typename Word<sizeof(T) * kCount>::Type;
+__device__ __forceinline__ void store_shared(T* p, const Packed<T, kCount>& values) {
+  using W = Word<sizeof(T) * kCount>;
   W word;
   memcpy(&word, &values, sizeof word);
   *reinterpret_cast<W*>(p) = word;
@@ -470,7 +453,7 @@ struct LabelSums {
       Packed<A, kWord> word = load_packed<A, kWord>(sums + first);
 #pragma unroll
       for (int j = 0; j < kWord && first + j < 3; ++j) word.values[j] += more[first + j];
-      put_packed(sums + first, word);
+      store_shared(sums + first, word);
     }
   }
   __device__ __forceinline__ A tp(int c) const { return mine[(c + 1) * kOfThreads]; }
