@@ -6,6 +6,8 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
+constexpr Order kOrder = Order::kBackward;
+
 // Sums kValues values of every thread over the block, in a fixed order, and calls store(i, sum), each in one thread;
 // NaN where a thread is bad.
 template <typename A, int kValues, typename F>
@@ -53,10 +55,10 @@ __device__ __forceinline__ Probability<A> ratio_to_one(A e) {
 // All classes of kVoxels voxels in the registers of one thread, in whole loads.
 template <typename T, int kClasses, bool kCrossEntropy, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
-    count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs) {
+    count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks) {
   using A = Compute<T>;
   constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   A counts[kCrossEntropy ? kSmoothing * kClasses + 1 : kOverlapCounts * kClasses] = {};  // the last: sum of the weights
@@ -65,8 +67,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses > 2 ? kClasses : -1);
   bool bad = false;
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
-  const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
-  for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
+  for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);
     int labels[kVoxels];
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         for (int c = 0; c < kClasses; ++c) counts[kClasses + c] += others[c] * inverse;
       }
     }
-  }
+  });
   if constexpr (kClasses == 2) {  // the other class's false positives
     counts[4] = counts[3];
     counts[5] = counts[2];
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     }
     __syncthreads();  // the memory has been read
   }
-  A* out = partial + (share.sample * programs + share.first) * kColumns * kClasses;
+  A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * kClasses;
   store_block_sums<A, kClasses, kCrossEntropy>(counts, bad, out);
 }
 
@@ -175,7 +176,7 @@ struct SplitBlockSums {
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int log_lanes) {
+    split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, int log_lanes) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitPart<T, kCrossEntropy>, kPackVoxels = kSplitPack<T>;
   constexpr int kValues = kCrossEntropy ? kSmoothing * kClasses + 1 : kOverlapCounts * kClasses;
@@ -183,12 +184,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   TK_SHARED(memory);
   const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses);
   const SplitLane lane(log_lanes, static_cast<int>(v.classes));
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
   A fp[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
-  for_each_pack<kPackVoxels>(v, share, programs, lane, [&](int64_t at) {
+  for_each_pack<kOrder, kPackVoxels>(share, lane, [&](int64_t at) {
     Packed<T, kPackVoxels> pack[kClasses];
     load_split(v, rows, lane, at, pack);
     int labels_of_pack[kPackVoxels];
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const SplitBlockSums<A, kValues> sums{reinterpret_cast<A*>(memory), lane};
   sums.store(values, bad);
   __syncthreads();
-  A* out = partial + (share.sample * programs + share.first) * kColumns * v.classes;
+  A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * v.classes;
   for (int i = threadIdx.x; i < kColumns * static_cast<int>(v.classes); i += Plan::kThreads) {
     const int column = i / static_cast<int>(v.classes), c = i % static_cast<int>(v.classes);
     const int of_lane = column == Count::kVoxels ? kSmoothing * kClasses : column * kClasses + (c >> log_lanes);
@@ -243,16 +244,17 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 // A target of its own for every class, and all options of a softmax's cross-entropy.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    general_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int log_lanes) {
+    general_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks,
+                                    int log_lanes) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels, kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   const int classes = static_cast<int>(v.classes);
   const SplitLane lane(log_lanes, classes);
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   GeneralSums<A> counts[kClasses];
   bool bad = false;
-  for_each_pack<kVoxels>(v, share, programs, lane, [&](int64_t at) {
+  for_each_pack<kOrder, kVoxels>(share, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
@@ -286,7 +288,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const SplitBlockSums<A, kColumns * kClasses> sums{reinterpret_cast<A*>(memory), lane};
   sums.store(values, bad);
   __syncthreads();
-  A* out = partial + (share.sample * programs + share.first) * kColumns * classes;
+  A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * classes;
   for (int i = threadIdx.x; i < kColumns * classes; i += Plan::kThreads) {
     const int column = i / classes, c = i % classes;
     out[i] = sums.total(c, column * kClasses + (c >> log_lanes));
@@ -306,7 +308,7 @@ __device__ void store_tile_sums(const A* sums, int halves, int values, bool bad,
 // Any number of classes: a tile of voxels of all classes in shared memory, read once.
 template <typename T, Activation kActivation, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
-    tiled_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int tile_voxels) {
+    tiled_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, int tile_voxels) {
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes);
   const TileLayout layout(classes, tile_voxels, Plan::kThreads);
@@ -325,13 +327,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   for (int i = thread; i < kColumns * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
   if (thread == 0) *any_bad = 0;
   __syncthreads();
 
-  for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
+  for_each_tile<kOrder>(share, tile_voxels, [&](int64_t begin, int count) {
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
     if (load_tile_labels(v, share.sample, begin, count, tile_voxels, labels, scale)) *any_bad = 1;
     __syncthreads();
@@ -389,14 +391,14 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       if (kCrossEntropy) mine[kVoxels * classes] += voxels;
     }
   });
-  A* out = partial + (share.sample * programs + share.first) * kColumns * classes;
+  A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * classes;
   store_tile_sums(sums, layout.halves, kColumns * classes, *any_bad, out);
 }
 
 // Every class of a voxel with a target of its own, and all options of the cross-entropy.
 template <typename T, Activation kActivation>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
-    general_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs, int tile_voxels) {
+    general_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, int tile_voxels) {
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes), columns = v.count_columns();
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
@@ -414,13 +416,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   for (int i = thread; i < columns * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
   if (thread == 0) *any_bad = 0;
   __syncthreads();
 
-  for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
+  for_each_tile<kOrder>(share, tile_voxels, [&](int64_t begin, int count) {
     if (load_general_tile<T>(v, rows, share.sample, begin, count, tile, targets, layout.tile_stride, tile_voxels,
                              labels, weights)) {
       *any_bad = 1;
@@ -455,38 +457,39 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       if (cross_entropy) mine[kVoxels * classes] += of_class.voxels;
     }
   });
-  A* out = partial + (share.sample * programs + share.first) * columns * classes;
+  A* out = partial + (share.sample * blocks.programs + share.program) * columns * classes;
   store_tile_sums(sums, layout.halves, columns * classes, *any_bad, out);
 }
 
 // Channels by themselves, with any target: a block takes one channel, its threads kVoxels voxels at once.
 template <typename T, Activation kActivation>
 __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
-    channel_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, int programs) {
+    channel_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks) {
   using A = Compute<T>;
   constexpr int kVoxels = kChannelVoxels<T>, kPacks = kVoxels / kPack<T>;
   const int classes = static_cast<int>(v.classes), columns = v.count_columns();
-  const ChannelShare share = channel_share_of_block(programs, classes);
-  const T* row = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride +
-                 share.channel * v.logits.class_stride;
+  const ChannelShare of_channel = channel_share_of_block<kOrder>(v, blocks);
+  const Share share = of_channel.share;
+  const int64_t channel = of_channel.channel;
+  const T* row =
+      static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride + channel * v.logits.class_stride;
   GeneralSums<A> sums;
   bool bad = false;
-  const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
-  for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
+  for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
     Packed<T, kPack<T>> z[kPacks];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) z[i] = load_packed<T, kPack<T>>(row + at + i * kPack<T>);
     A g[kVoxels], weights[kVoxels];
     int labels[kVoxels];
-    load_channel(v, share.sample, share.channel, at, g, labels, weights, bad);
+    load_channel(v, share.sample, channel, at, g, labels, weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       if (labels[k] == kUncounted) continue;
       sums.template add_channel<kActivation>(v, static_cast<A>(z[k / kPack<T>].values[k % kPack<T>]), g[k], weights[k]);
     }
-  }
+  });
   A values[kAllCounts] = {sums.tp, sums.fp, sums.fn, sums.ce, sums.smoothing, sums.voxels};
-  A* out = partial + (share.sample * programs + share.first) * columns * classes + share.channel;
+  A* out = partial + (share.sample * blocks.programs + share.program) * columns * classes + channel;
   block_sums(values, bad, [&](int i, A total) {
     if (i < columns) out[i * classes] = total;
   });
@@ -529,7 +532,7 @@ struct CountPass {
   template <typename T, typename Kernel, typename... More>
   void launch(Kernel kernel, More... more) const {
     TK_LAUNCH((kernel), grid_of(v, plan), dim3(Plan::kThreads), plan.shared_bytes, stream, v,
-              static_cast<Compute<T>*>(partial), plan.programs, more...);
+              static_cast<Compute<T>*>(partial), plan.blocks, more...);
   }
 };
 

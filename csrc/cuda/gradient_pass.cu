@@ -6,6 +6,8 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
+constexpr Order kOrder = Order::kForward;
+
 __device__ __forceinline__ double upstream_gradient(const GradientArguments& a, int64_t at) {
   return a.grad_is_double ? static_cast<const double*>(a.grad_loss)[at] : static_cast<const float*>(a.grad_loss)[at];
 }
@@ -47,10 +49,10 @@ template <bool kCrossEntropy, typename A>
 
 template <typename T, int kClasses, bool kCrossEntropy, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
-    gradient_pass_kernel(const Volume v, const GradientArguments a, int programs) {
+    gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks) {
   using A = Compute<T>;
   constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
   T* out = static_cast<T*>(a.out.data) + kept(share.sample * a.out.sample_stride);
   TK_SHARED(memory);
@@ -62,8 +64,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   for (int c = 0; c < kClasses; ++c) u[c] = of_class[c];
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
-  const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
-  for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
+  for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);
     int labels[kVoxels];
@@ -114,18 +115,18 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
       }
     }
     store_classes<kInterleaved>(out, a.out.class_stride, at, z);
-  }
+  });
 }
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    split_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int log_lanes) {
+    split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, int log_lanes) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels, kPackVoxels = kSplitPack<T>;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const Coefficients<A>* of_class =
       fill_coefficients<kCrossEntropy>(v, a, share.sample, reinterpret_cast<Coefficients<A>*>(memory));
   __syncthreads();
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
-  for_each_pack<kPackVoxels>(v, share, programs, lane, [&](int64_t at) {
+  for_each_pack<kOrder, kPackVoxels>(share, lane, [&](int64_t at) {
     Packed<T, kPackVoxels> pack[kClasses];
     load_split(v, rows, lane, at, pack);
     int labels_of_pack[kPackVoxels];
@@ -185,12 +186,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 // A target of its own for every class, and all options of a softmax's cross-entropy.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    general_split_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int log_lanes) {
+    general_split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, int log_lanes) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const Coefficients<A>* of_class =
       fill_coefficients<kCrossEntropy>(v, a, share.sample, reinterpret_cast<Coefficients<A>*>(memory));
   __syncthreads();
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const bool focal = kCrossEntropy && v.focal_gamma != 0;
-  for_each_pack<kVoxels>(v, share, programs, lane, [&](int64_t at) {
+  for_each_pack<kOrder, kVoxels>(share, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 
 template <typename T, Activation kActivation, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
-    tiled_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int tile_voxels) {
+    tiled_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, int tile_voxels) {
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes);
   const TileLayout layout(classes, tile_voxels, Plan::kThreads);
@@ -268,12 +269,12 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
   const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(v, a, share.sample, coefficients);
 
-  for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
+  for_each_tile<kOrder>(share, tile_voxels, [&](int64_t begin, int count) {
     load_tile<T>(v, rows, begin, count, tile, layout.tile_stride, tile_voxels);
     load_tile_labels(v, share.sample, begin, count, tile_voxels, labels, scale);
     __syncthreads();
@@ -337,7 +338,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 // Every class of a voxel with a target of its own, and all options of the cross-entropy.
 template <typename T, Activation kActivation, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
-    general_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs, int tile_voxels) {
+    general_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, int tile_voxels) {
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes);
   const bool focal = kCrossEntropy && v.focal_gamma != 0;
@@ -357,12 +358,12 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
-  const Share share = share_of_block(programs);
+  const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride;
   const Coefficients<A>* u = fill_coefficients<kCrossEntropy>(v, a, share.sample, coefficients);
 
-  for_each_tile(v, share, programs, tile_voxels, [&](int64_t begin, int count) {
+  for_each_tile<kOrder>(share, tile_voxels, [&](int64_t begin, int count) {
     // Bad labels and weights: the count pass has told of them, and the coefficients are NaN then.
     load_general_tile<T>(v, rows, share.sample, begin, count, tile, targets, layout.tile_stride, tile_voxels, labels,
                          weights);
@@ -421,25 +422,25 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 // Channels by themselves, with any target: a block takes one channel, its threads kVoxels voxels at once.
 template <typename T, Activation kActivation, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBlocks<T>)
-    channel_gradient_pass_kernel(const Volume v, const GradientArguments a, int programs) {
+    channel_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks) {
   using A = Compute<T>;
   constexpr int kVoxels = kChannelVoxels<T>, kPacks = kVoxels / kPack<T>;
-  const int classes = static_cast<int>(v.classes);
-  const ChannelShare share = channel_share_of_block(programs, classes);
-  const T* row = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride +
-                 share.channel * v.logits.class_stride;
-  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + share.channel * a.out.class_stride;
-  const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(v, a, share.sample, share.channel);
+  const ChannelShare of_channel = channel_share_of_block<kOrder>(v, blocks);
+  const Share share = of_channel.share;
+  const int64_t channel = of_channel.channel;
+  const T* row =
+      static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride + channel * v.logits.class_stride;
+  T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + channel * a.out.class_stride;
+  const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(v, a, share.sample, channel);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
-  const int64_t step = static_cast<int64_t>(programs) * Plan::kThreads * kVoxels;
-  for (int64_t at = (share.first * Plan::kThreads + threadIdx.x) * kVoxels; at < v.voxels; at += step) {
+  for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
     Packed<T, kPack<T>> z[kPacks];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) z[i] = load_packed<T, kPack<T>>(row + at + i * kPack<T>);
     A g[kVoxels], weights[kVoxels];
     int labels[kVoxels];
-    load_channel(v, share.sample, share.channel, at, g, labels, weights, bad);
+    load_channel(v, share.sample, channel, at, g, labels, weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A dz = channel_gradient<kActivation, kCrossEntropy>(
@@ -448,7 +449,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
     }
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) store_packed(out + at + i * kPack<T>, z[i]);
-  }
+  });
 }
 
 struct GradientPass {
@@ -487,8 +488,7 @@ struct GradientPass {
  private:
   template <typename Kernel, typename... More>
   void launch(Kernel kernel, More... more) const {
-    TK_LAUNCH((kernel), grid_of(v, plan), dim3(Plan::kThreads), plan.shared_bytes, stream, v, a, plan.programs,
-              more...);
+    TK_LAUNCH((kernel), grid_of(v, plan), dim3(Plan::kThreads), plan.shared_bytes, stream, v, a, plan.blocks, more...);
   }
 };
 

@@ -10,14 +10,27 @@
 namespace tversky_kernels {
 namespace cuda {
 
+// The blocks of a sample (or of a channel), and the pieces of it that each takes: neighbouring ones, so that blocks
+// that run at the same time, which are neighbours too, are at one place in memory.
+struct Blocks {
+  int programs;  // how many
+  int piece;     // voxels that a block takes at once
+  int pieces;    // of each block
+  int longer;    // so many blocks take one more
+};
+
+// The count pass goes through the volume from its end, where what wrote the logits has stopped, and the gradient pass
+// from its beginning, where the count pass has: there the L2 cache has them.
+enum class Order { kForward, kBackward };
+
 // How a pass is cut up. The same for both passes and for every value of the data.
 struct Plan {
-  int programs;      // blocks a sample
+  Blocks blocks;
   int voxels;        // a thread (in registers) or a block (tiled) takes at once
   int lanes;         // threads in whose registers all classes of a voxel are; 0: none, but see by_channel, or tiled
   bool split;        // the classes of a voxel are split over the lanes (it may be one): see split.cuh
   bool general;      // split: by the kernels for a target of its own for every class, which also read resampled ones
-  bool by_channel;   // a block takes one channel: `programs` blocks a sample and class
+  bool by_channel;   // a block takes one channel: the blocks are a sample's and class's
   int shared_bytes;  // of a block
   static constexpr int kThreads = 256;
 
@@ -48,7 +61,7 @@ void launch_table(const TableArguments& arguments, cudaStream_t stream);
 
 // Blocks of a pass.
 inline dim3 grid_of(const Volume& v, const Plan& plan) {
-  return dim3(static_cast<unsigned>(v.samples * (plan.by_channel ? v.classes : 1) * plan.programs));
+  return dim3(static_cast<unsigned>(v.samples * (plan.by_channel ? v.classes : 1) * plan.blocks.programs));
 }
 
 struct GradientArguments {

@@ -63,8 +63,8 @@ void run_forward(const Tensor& logits, const Volume& v, TableArguments a) {
   a.programs = 1;
   if (v.samples * v.voxels > 0) {
     const Plan plan = make_plan(v, nullptr, device.multiprocessors);
-    a.programs = plan.programs;
-    const std::vector<int64_t> shape{v.samples, plan.programs, v.count_columns(), v.classes};
+    a.programs = plan.blocks.programs;
+    const std::vector<int64_t> shape{v.samples, a.programs, v.count_columns(), v.classes};
     partial = torch::stable::new_empty(logits, shape, type);
     launch_count_pass(v, plan, partial.mutable_data_ptr(), device.stream);
     device.check_launch();
@@ -250,15 +250,17 @@ Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
   const int64_t rows = std::max<int64_t>(1, plan.by_channel ? v.samples * v.classes : v.samples);
   const int64_t of_block = tiled ? plan.voxels : int64_t{plan.voxels} * Plan::kThreads / std::max(1, plan.lanes);
   const int64_t pieces = (v.voxels + of_block - 1) / of_block;
-  plan.programs = static_cast<int>(std::max<int64_t>(1, std::min(pieces, blocks / rows)));
+  int64_t programs = std::max<int64_t>(1, std::min(pieces, blocks / rows));
   if (out == nullptr) {
     // A thread's sums are float, and where all voxels are alike each addition rounds the same way: whole rounds of
     // blocks more, so that none adds up too many.
     constexpr int64_t kMostTurns = 32;
-    const int64_t turns = (pieces + plan.programs - 1) / plan.programs;
-    const int64_t rounds = std::max<int64_t>(1, (turns + kMostTurns - 1) / kMostTurns);
-    plan.programs = static_cast<int>(std::max<int64_t>(1, std::min(pieces, plan.programs * rounds)));
+    const int64_t turns = (pieces + programs - 1) / programs;
+    programs =
+        std::max<int64_t>(1, std::min(pieces, programs * std::max<int64_t>(1, (turns + kMostTurns - 1) / kMostTurns)));
   }
+  plan.blocks = {static_cast<int>(programs), static_cast<int>(of_block), static_cast<int>(pieces / programs),
+                 static_cast<int>(pieces % programs)};
   return plan;
 }
 

@@ -96,14 +96,11 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
 
 // Calls f(at) for the packs of each lane in the block's share, kPackVoxels from `at` on; the lanes of a warp together,
 // also where some are beyond the last voxel.
-template <int kPackVoxels, typename F>
-__device__ __forceinline__ void for_each_pack(const Volume& v, const Share& share, int programs, const SplitLane& lane,
-                                              F&& f) {
-  constexpr int kWarps = Plan::kThreads / kWarp;
-  const int64_t of_warp = static_cast<int64_t>(lane.slots) * kPackVoxels, step = programs * kWarps * of_warp;
-  for (int64_t first = (share.first * kWarps + threadIdx.x / kWarp) * of_warp; first < v.voxels; first += step) {
-    f(first + lane.slot * kPackVoxels);
-  }
+template <Order kOrder, int kPackVoxels, typename F>
+__device__ __forceinline__ void for_each_pack(const Share& share, const SplitLane& lane, F&& f) {
+  const int of_warp = lane.slots * kPackVoxels, warp = static_cast<int>(threadIdx.x) / kWarp;
+  for_each_step<kOrder>(share.begin + warp * of_warp, share.end, Plan::kThreads / kWarp * of_warp,
+                        [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
 }
 
 // Voxels first to first + kVoxels of a pack, and the same put back; without instructions where `first` is a constant.

@@ -20,15 +20,13 @@ struct TileThread {
 };
 
 // Calls f(begin, count) for every tile of the block's share, and synchronises after each. All threads call it.
-template <typename F>
-__device__ __forceinline__ void for_each_tile(const Volume& v, const Share& share, int programs, int tile_voxels,
-                                              F&& f) {
-  for (int64_t begin = share.first * tile_voxels; begin < v.voxels;
-       begin += static_cast<int64_t>(programs) * tile_voxels) {
-    const int64_t left = v.voxels - begin;
+template <Order kOrder, typename F>
+__device__ __forceinline__ void for_each_tile(const Share& share, int tile_voxels, F&& f) {
+  for_each_step<kOrder>(share.begin, share.end, tile_voxels, [&](int64_t begin) {
+    const int64_t left = share.end - begin;
     f(begin, left < tile_voxels ? static_cast<int>(left) : tile_voxels);
     __syncthreads();
-  }
+  });
 }
 
 // log2 of a power of two; for the tiles' sizes, so that nothing is divided by them.

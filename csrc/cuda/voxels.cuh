@@ -461,21 +461,52 @@ struct LabelSums {
   __device__ __forceinline__ A ce(int c) const { return mine[(c + 1) * kOfThreads + 2]; }
 };
 
-// A program's share of the work: every `programs`-th piece of one sample.
+// A block's share of the work: neighbouring voxels of one sample.
 struct Share {
-  int64_t sample, first;
+  int64_t sample;
+  int64_t program;     // which of the sample's blocks
+  int64_t begin, end;  // voxels
 };
-__device__ __forceinline__ Share share_of_block(int programs) {
-  return {static_cast<int64_t>(blockIdx.x) / programs, static_cast<int64_t>(blockIdx.x) % programs};
+template <Order kOrder>
+__device__ __forceinline__ Share share_of_block(const Volume& v, const Blocks& blocks) {
+  const unsigned block = kOrder == Order::kForward ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  const unsigned sample = block / static_cast<unsigned>(blocks.programs);
+  const int program = static_cast<int>(block - sample * static_cast<unsigned>(blocks.programs));
+  const int longer_before = program < blocks.longer ? program : blocks.longer;
+  const int64_t first = static_cast<int64_t>(program) * blocks.pieces + longer_before;
+  const int64_t begin = first * blocks.piece;
+  const int64_t end = begin + static_cast<int64_t>(blocks.pieces + (program < blocks.longer)) * blocks.piece;
+  return {sample, program, begin, end < v.voxels ? end : v.voxels};
 }
 
 // The same where a block takes one channel of a sample.
 struct ChannelShare {
-  int64_t sample, channel, first;
+  Share share;
+  int64_t channel;
 };
-__device__ __forceinline__ ChannelShare channel_share_of_block(int programs, int channels) {
-  const Share share = share_of_block(programs);
-  return {share.sample / channels, share.sample % channels, share.first};
+template <Order kOrder>
+__device__ __forceinline__ ChannelShare channel_share_of_block(const Volume& v, const Blocks& blocks) {
+  Share share = share_of_block<kOrder>(v, blocks);
+  const int64_t channel = share.sample % v.classes;
+  share.sample /= v.classes;
+  return {share, channel};
+}
+
+// Calls f(at) for at = first, first + step, ... below end, or the same from the last one on. step: a power of two.
+template <Order kOrder, typename F>
+__device__ __forceinline__ void for_each_step(int64_t first, int64_t end, int step, F&& f) {
+  if constexpr (kOrder == Order::kForward) {
+    for (int64_t at = first; at < end; at += step) f(at);
+  } else if (first < end) {
+    for (int64_t at = first + ((end - 1 - first) & -static_cast<int64_t>(step)); at >= first; at -= step) f(at);
+  }
+}
+
+// Calls f(at) for the voxels that a thread has to itself, kVoxels from `at` on.
+template <Order kOrder, int kVoxels, typename F>
+__device__ __forceinline__ void for_each_own(const Share& share, F&& f) {
+  const int64_t first = share.begin + static_cast<int>(threadIdx.x) * kVoxels;
+  for_each_step<kOrder>(first, share.end, Plan::kThreads * kVoxels, f);
 }
 
 }  // namespace cuda

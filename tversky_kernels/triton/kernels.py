@@ -454,6 +454,16 @@ def _store_counts(partial, c, tp, fp, fn, ce, smoothing, weights, C: tl.constexp
 
 
 @triton.jit
+def _share(programs, voxels, BLOCK: tl.constexpr):
+    # -> the sample, which of its programs this is, its first voxel, the distance of its tiles, its last tile
+    n = tl.program_id(0) // programs
+    program = tl.program_id(0) % programs
+    step = programs.to(tl.int64) * BLOCK
+    begin = program.to(tl.int64) * BLOCK
+    return n.to(tl.int64), program, begin, step, begin + (voxels - 1 - begin) // step * step
+
+
+@triton.jit
 def _no_sums(CLASSES: tl.constexpr, PACKS: tl.constexpr, REAL: tl.constexpr):
     return tl.zeros([CLASSES, PACKS], REAL)
 
@@ -478,8 +488,7 @@ def all_classes_count_kernel(
     PACKS: tl.constexpr = BLOCK // PACK
     # Of all voxels, or (CE's divisor where tp + fn is not that) of those with each label.
     LABEL_WEIGHTS: tl.constexpr = OVERLAP == 2 and ACTIVATION == SOFTMAX and not DENSE
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
+    n, program, begin, step, last = _share(programs, voxels, BLOCK)
     rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
     gamma = _double(focal_gamma).to(REAL)
     sums = ()  # of each tile: tp, fp, fn, cross-entropy, smoothing, weights by label
@@ -487,8 +496,8 @@ def all_classes_count_kernel(
         for _ in tl.static_range(6):
             sums += (_no_sums(MAIN if i == 0 else TAIL, PACKS, REAL),)
     weights = tl.zeros([BLOCK], REAL)
-    step = programs.to(tl.int64) * BLOCK
-    for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
+    for at in tl.range(begin, voxels, step):
+        start = begin + last - at  # from the end: see enum Order in csrc/cuda/kernels.h
         label, w, counts, dense, zs, top = _all_classes(
             rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1,
             w2, f0, f1, f2, ignore_index, C, MAIN, TAIL, TILES, BLOCK, PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED,
@@ -578,8 +587,7 @@ def two_classes_count_kernel(
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, 2]: the softmax of two classes is one sigmoid."""
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
+    n, program, begin, step, last = _share(programs, voxels, BLOCK)
     rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
     right0 = tl.zeros([BLOCK], REAL)
     right1 = tl.zeros([BLOCK], REAL)
@@ -588,8 +596,8 @@ def two_classes_count_kernel(
     ce0 = tl.zeros([BLOCK], REAL)
     ce1 = tl.zeros([BLOCK], REAL)
     weights = tl.zeros([BLOCK], REAL)
-    step = programs.to(tl.int64) * BLOCK
-    for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
+    for at in tl.range(begin, voxels, step):
+        start = begin + last - at  # from the end: see enum Order in csrc/cuda/kernels.h
         label, w, counts, _ = _voxels(
             target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
             ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
@@ -713,14 +721,12 @@ def many_classes_count_kernel(
     """partial[n, program, column, C], the classes in chunks."""
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
     WHOLE: tl.constexpr = C % CHUNK == 0
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
+    n, program, begin, step, last = _share(programs, voxels, BLOCK)
     rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
     gamma = _double(focal_gamma).to(REAL)
     partial += (n * programs + program) * (6 if CE > 0 else 3) * C
-    begin = program.to(tl.int64) * BLOCK
-    step = programs.to(tl.int64) * BLOCK
-    for start in tl.range(begin, voxels, step):
+    for at in tl.range(begin, voxels, step):
+        start = begin + last - at  # from the end: see enum Order in csrc/cuda/kernels.h
         label, w, counts, at = _voxels(
             target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
             ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
@@ -741,7 +747,7 @@ def many_classes_count_kernel(
                     top, sum_target, sum_others, _, _ = _online(z, c, label, top, sum_target, sum_others)
         for first in tl.range(0, C, CHUNK):
             _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, top, sum_target,
-                         sum_others, gamma, partial, start == begin, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, ACTIVATION,
+                         sum_others, gamma, partial, start == last, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, ACTIVATION,
                          FIRST_LABEL, DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
         tl.debug_barrier()  # the row's stores before the next tile's loads
 
@@ -1035,8 +1041,7 @@ def all_classes_gradient_kernel(
 ):  # fmt: skip
     """dL/dlogits by tiles that hold all classes at once. row_stride: 0 where the batch shares one row, else 1."""
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
+    n, _program, begin, step, _last = _share(programs, voxels, BLOCK)
     rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
     gamma = _double(focal_gamma).to(REAL)
     coefficients_of = ()  # each tile
@@ -1045,8 +1050,7 @@ def all_classes_gradient_kernel(
             _coefficients(coefficients, grad_loss, _classes(i * MAIN, MAIN if i == 0 else TAIL), n * row_stride, C,
                           GRAD_CLASSES, KEPT, OVERLAP, CE, REAL),
         )  # fmt: skip
-    step = programs.to(tl.int64) * BLOCK
-    for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
+    for start in tl.range(begin, voxels, step):
         label, w, counts, dense, zs, top = _all_classes(
             rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1,
             w2, f0, f1, f2, ignore_index, C, MAIN, TAIL, TILES, BLOCK, PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED,
@@ -1128,8 +1132,7 @@ def two_classes_gradient_kernel(
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits of two classes: dz_1 = p_0 p_1 (u_1 - u_0) = -dz_0."""
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
+    n, _program, begin, step, _last = _share(programs, voxels, BLOCK)
     rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
     background, foreground, ce, _no_smoothing = _coefficients(
         coefficients, grad_loss, tl.arange(0, 2), n * row_stride, 2, GRAD_CLASSES, KEPT, OVERLAP, CE, REAL
@@ -1141,8 +1144,7 @@ def two_classes_gradient_kernel(
     if_label_0 = tl.sum(tl.where(is_class_1, background, -foreground))
     ce_1 = tl.sum(tl.where(is_class_1, ce, 0.0))
     ce_0 = tl.sum(tl.where(is_class_1, 0.0, ce))
-    step = programs.to(tl.int64) * BLOCK
-    for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
+    for start in tl.range(begin, voxels, step):
         label, w, counts, _ = _voxels(
             target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
             ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
@@ -1246,13 +1248,11 @@ def many_classes_gradient_kernel(
     """dL/dlogits, the classes in chunks. A chunk is read again only before it is written: out may be logits."""
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
     WHOLE: tl.constexpr = C % CHUNK == 0
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    program = tl.program_id(0) % programs
+    n, _program, begin, step, _last = _share(programs, voxels, BLOCK)
     rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
     gamma = _double(focal_gamma).to(REAL)
     row = n * row_stride
-    step = programs.to(tl.int64) * BLOCK
-    for start in tl.range(program.to(tl.int64) * BLOCK, voxels, step):
+    for start in tl.range(begin, voxels, step):
         label, w, counts, at = _voxels(
             target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
             ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
