@@ -124,6 +124,21 @@ TK_MATH SoftmaxGradient<V> softmax_gradient(const SoftmaxSums<V>& sums, V weight
   return {scale, -shift - excess, (sums.target * scale) * (above - excess)};
 }
 
+// OverlapForm::kSquared with an index target: a voxel adds p^2 to FP where it is not the target and (1 - p)^2 to FN
+// where it is, so that its slopes are these.
+template <bool kSquared, typename V>
+TK_MATH V error_of(V p) {
+  return kSquared ? p * p : p;
+}
+template <bool kSquared, typename V>
+TK_MATH V slope_of_other(V p, V u_background) {
+  return kSquared ? (2 * p) * u_background : u_background;
+}
+template <typename V>
+TK_MATH V squared_slope_of_target(V complement, V u_background, V u_foreground) {
+  return u_foreground - (2 * complement) * u_background;
+}
+
 // -log p_t = (z_top - z_t) + log(sum of exponentials): this is sum of exponentials - 1, the largest one being 1, for
 // log1p, so that it keeps its relative accuracy as p_t -> 1.
 template <typename V>

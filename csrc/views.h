@@ -83,7 +83,7 @@ struct Volume {
   }
   // Whether every class of a voxel needs its own g and its own term, which the kernels for class indices do not make.
   TK_MATH bool is_general() const {
-    return dense || overlap == OverlapForm::kSquared ||
+    return dense || (overlap == OverlapForm::kSquared && activation != Activation::kSoftmax) ||
            (cross_entropy != CrossEntropy::kNone &&
             (activation != Activation::kSoftmax || focal_gamma != 0.0 || cross_entropy == CrossEntropy::kSmoothed));
   }

@@ -23,13 +23,13 @@ TK_INLINE void add_to_double(DoubleVector& total, Vector<A> v) {
 
 // Softmax over two classes is a sigmoid of the difference: one exponential, and each class's false positives are the
 // other's false negatives.
-template <typename T, Labels kLabels, bool kCrossEntropy, bool kInner>
+template <typename T, Labels kLabels, bool kCrossEntropy, bool kSquared, bool kInner>
 TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T>* counts) {
   constexpr bool kMasked = kLabels == Labels::kSome;
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  V right0{}, right1{}, missed0{}, missed1{}, cross_entropy0{}, cross_entropy1{}, voxels{};
+  V right0{}, right1{}, missed0{}, missed1{}, cross_entropy0{}, cross_entropy1{}, voxels0{}, voxels1{};
   const bool weighted = tile.weights != nullptr;
   // Without weights the logarithms are summed as one of a product: 1 + product is that of all 1 + e, each at most 2.
   // Kept as the product less 1, it keeps its relative accuracy where all e are small.
@@ -47,33 +47,43 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
     load_classes<2, kInner>(tile, i, z);
     const V difference = two_class_logit(z[0], z[1], z[0] > z[1] ? z[0] : z[1]);
     const V e = exp_nonpositive<A>(negative_magnitude<A>(difference));
-    Probability<V> p = logistic(difference < V{}, e, reciprocal<A>(1 + e));  // of class 1
+    const Probability<V> p = logistic(difference < V{}, e, reciprocal<A>(1 + e));  // of class 1
+    V right_if1 = p.p, right_if0 = p.complement;
+    V missed_if1 = error_of<kSquared>(p.complement), missed_if0 = error_of<kSquared>(p.p);
     const I is1 = label == 1;
     const I is0 = kMasked ? label == 0 : ~is1;
     V cross_entropy = maximum(V{}, is1 ? -difference : difference);  // and log(1 + e)
     if (weighted) {
       const V weight = load<V>(tile.weights + i);
-      p.p *= weight;
-      p.complement *= weight;
-      if (kCrossEntropy) cross_entropy = (cross_entropy + log1p_of_fraction<A>(e)) * weight;
-      if (kCrossEntropy) voxels += kMasked ? (label >= 0 ? weight : V{}) : weight;
+      right_if1 *= weight;
+      right_if0 *= weight;
+      missed_if1 *= weight;
+      missed_if0 *= weight;
+      if constexpr (kCrossEntropy) {
+        cross_entropy = (cross_entropy + log1p_of_fraction<A>(e)) * weight;
+        add_where(is1, voxels1, weight);
+        add_where(is0, voxels0, weight);
+      }
     } else if constexpr (kCrossEntropy) {
-      if (kMasked) voxels += label >= 0 ? broadcast<A>(1) : V{};
+      if (kMasked || kSquared) {
+        add_where(is1, voxels1, broadcast<A>(1));
+        add_where(is0, voxels0, broadcast<A>(1));
+      }
       product1 = is1 ? product1 + e * (1 + product1) : product1;
       product0 = is0 ? product0 + e * (1 + product0) : product0;
       if (++factors % kFactors == 0) take_logarithms();
     }
-    add_where(is1, right1, p.p);
-    add_where(is1, missed1, p.complement);
-    add_where(is0, right0, p.complement);
-    add_where(is0, missed0, p.p);
+    add_where(is1, right1, right_if1);
+    add_where(is1, missed1, missed_if1);
+    add_where(is0, right0, right_if0);
+    add_where(is0, missed0, missed_if0);
     if constexpr (kCrossEntropy) {
       add_where(is1, cross_entropy1, cross_entropy);
       add_where(is0, cross_entropy0, cross_entropy);
     }
   }
   if (kCrossEntropy) take_logarithms();
-  if (!kMasked && !weighted) voxels = broadcast<A>(static_cast<A>(padded / Lanes<A>::count));
+  if (!kMasked && !kSquared && !weighted) voxels0 = broadcast<A>(static_cast<A>(padded / Lanes<A>::count));
   counts[0][kTp] += right0;
   counts[0][kFp] += missed1;
   counts[0][kFn] += missed0;
@@ -83,13 +93,14 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   if constexpr (kCrossEntropy) {
     counts[0][kCe] += cross_entropy0;
     counts[1][kCe] += cross_entropy1;
-    counts[0][kVoxels] += voxels;
+    counts[0][kVoxels] += kSquared ? voxels0 : voxels0 + voxels1;
+    if (kSquared) counts[1][kVoxels] += voxels1;
   }
 }
 
 // From the logits of kVectors vectors of voxels and their maxima; exponentials take the logits' place. kClasses: the
 // number of classes where it is known when this is compiled, else 0. read_next(c) is called for every class on the way.
-template <typename T, int kClasses, int kVectors, Labels kLabels, bool kCrossEntropy, typename Next>
+template <typename T, int kClasses, int kVectors, Labels kLabels, bool kCrossEntropy, bool kSquared, typename Next>
 TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_classes, PresentClasses& present,
                                    LogitsVector<T>* logits, const LogitsVector<T>* top, const Next& read_next,
                                    CountVectors<T>* counts) {
@@ -128,56 +139,62 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
   };
   for_each_class<kFew>(classes, present, read_next, add_class);
 
-  V inverse[kVectors], right[kVectors], missed[kVectors], cross_entropy[kVectors];
+  V inverse[kVectors], weighted[kVectors], right[kVectors], missed[kVectors], cross_entropy[kVectors], weight[kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
     inverse[k] = reciprocal<A>(sums[k].target + sums[k].others);
     if (kMasked) inverse[k] = label[k] >= 0 ? inverse[k] : V{};
-    const V weight = tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
-    if (tile.weights != nullptr) inverse[k] *= weight;
-    right[k] = sums[k].target * inverse[k];
-    missed[k] = sums[k].others * inverse[k];
+    weight[k] = tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
+    weighted[k] = tile.weights != nullptr ? inverse[k] * weight[k] : inverse[k];
+    right[k] = sums[k].target * weighted[k];
+    missed[k] = sums[k].others * weighted[k];
+    if (kSquared) missed[k] *= sums[k].others * inverse[k];
     if constexpr (kCrossEntropy) {
       const V beyond_one = exponentials_beyond_one(sums[k]);
       cross_entropy[k] = below_top[k] + (kFew ? log1p_to_three<A>(beyond_one) : log1p<A>(beyond_one));
-      if (tile.weights != nullptr) cross_entropy[k] *= weight;
-      counts[0][kVoxels] += kMasked ? (label[k] >= 0 ? weight : V{}) : weight;
+      if (tile.weights != nullptr) cross_entropy[k] *= weight[k];
+      if (!kSquared) counts[0][kVoxels] += kMasked ? (label[k] >= 0 ? weight[k] : V{}) : weight[k];
     }
   }
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
     V fp = counts[c][kFp];
 #pragma GCC unroll 4
-    for (int k = 0; k < kVectors; ++k) fp += exponentials[c * kVectors + k] * inverse[k];
+    for (int k = 0; k < kVectors; ++k) {
+      const V e = exponentials[c * kVectors + k];
+      fp += kSquared ? (e * inverse[k]) * (e * weighted[k]) : e * weighted[k];
+    }
     counts[c][kFp] = fp;
     if (kFew || present.has(c)) {
-      V tp = counts[c][kTp], fn = counts[c][kFn], ce = counts[c][kCe];
+      V tp = counts[c][kTp], fn = counts[c][kFn], ce = counts[c][kCe], voxels = counts[c][kVoxels];
 #pragma GCC unroll 4
       for (int k = 0; k < kVectors; ++k) {
         const I is_target = label[k] == static_cast<Int>(c);
         add_where(is_target, tp, right[k]);
         add_where(is_target, fn, missed[k]);
         if (kCrossEntropy) add_where(is_target, ce, cross_entropy[k]);
+        if (kCrossEntropy && kSquared) add_where(is_target, voxels, weight[k]);
       }
       counts[c][kTp] = tp;
       counts[c][kFn] = fn;
       if (kCrossEntropy) counts[c][kCe] = ce;
+      if (kCrossEntropy && kSquared) counts[c][kVoxels] = voxels;
     }
   }
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kInner>
+template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kSquared, bool kInner>
 TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, PresentClasses& present,
                              LogitsVector<T>* scratch, CountVectors<T>* counts) {
   if constexpr (kClasses == 2) {
-    count_two_classes<T, kLabels, kCrossEntropy, kInner>(tile, padded, counts);
+    count_two_classes<T, kLabels, kCrossEntropy, kSquared, kInner>(tile, padded, counts);
   } else if constexpr (kClasses > 0) {
     LogitsVector<T> logits[kClasses];
     CountVectors<T> sums[kClasses] = {};
     for (int at = 0; at < padded; at += Lanes<Compute<T>>::count) {
       const LogitsVector<T> top = load_classes_and_top<kClasses, kInner>(tile, at, logits);
-      count_softmax_block<T, kClasses, 1, kLabels, kCrossEntropy>(
+      count_softmax_block<T, kClasses, 1, kLabels, kCrossEntropy, kSquared>(
           tile, at, kClasses, present, logits, &top, [](int) __attribute__((always_inline)) {}, sums);
     }
     for (int c = 0; c < kClasses; ++c) {
@@ -187,7 +204,7 @@ TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, Prese
     for_each_block(tile, padded, classes, scratch,
                    [&](int at, LogitsVector<T>* logits, const LogitsVector<T>* top, const auto& read_next)
                        __attribute__((always_inline)) {
-                         count_softmax_block<T, 0, kBlockVectors, kLabels, kCrossEntropy>(
+                         count_softmax_block<T, 0, kBlockVectors, kLabels, kCrossEntropy, kSquared>(
                              tile, at, classes, present, logits, top, read_next, counts);
                        });
   }
@@ -246,28 +263,30 @@ void count_channels(const Tile<T>& tile, int padded, int classes, int first_labe
   if (!few) present.set(tile.labels, padded, false);
 }
 
-template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy>
+template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kSquared>
 void count_few_classes(const Tile<T>& tile, PresentClasses& present, CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
-  if (tile.is_inner) {
-    count_softmax<T, kClasses, kLabels, kCrossEntropy, true>(tile, padded, kClasses, present, nullptr, counts);
-  } else {
-    count_softmax<T, kClasses, kLabels, kCrossEntropy, false>(tile, padded, kClasses, present, nullptr, counts);
+  if constexpr (!kSquared) {
+    if (tile.is_inner) {
+      return count_softmax<T, kClasses, kLabels, kCrossEntropy, kSquared, true>(tile, padded, kClasses, present,
+                                                                                nullptr, counts);
+    }
   }
+  count_softmax<T, kClasses, kLabels, kCrossEntropy, kSquared, false>(tile, padded, kClasses, present, nullptr, counts);
 }
 
-template <typename T, Labels kLabels, bool kCrossEntropy>
+template <typename T, Labels kLabels, bool kCrossEntropy, bool kSquared>
 void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& present, LogitsVector<T>* scratch,
                         CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
   static_assert(kFewClasses == 4, "as here");
   switch (classes) {
-    case 2: return count_few_classes<T, 2, kLabels, kCrossEntropy>(tile, present, counts);
-    case 3: return count_few_classes<T, 3, kLabels, kCrossEntropy>(tile, present, counts);
-    case 4: return count_few_classes<T, 4, kLabels, kCrossEntropy>(tile, present, counts);
+    case 2: return count_few_classes<T, 2, kLabels, kCrossEntropy, kSquared>(tile, present, counts);
+    case 3: return count_few_classes<T, 3, kLabels, kCrossEntropy, kSquared>(tile, present, counts);
+    case 4: return count_few_classes<T, 4, kLabels, kCrossEntropy, kSquared>(tile, present, counts);
     default:
       if constexpr (kLabels != Labels::kBytes) {
-        count_softmax<T, 0, kLabels, kCrossEntropy, false>(tile, padded, classes, present, scratch, counts);
+        count_softmax<T, 0, kLabels, kCrossEntropy, kSquared, false>(tile, padded, classes, present, scratch, counts);
       }
   }
 }
@@ -409,13 +428,9 @@ void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, L
   if (tile.targets != nullptr) return count_general(v, tile, exponentials, counts);
   switch (v.activation) {
     case Activation::kSoftmax:
-      return with_labels(tile, [&](auto labels) {
-        constexpr Labels kLabels = decltype(labels)::value;
-        if (v.cross_entropy != CrossEntropy::kNone) {
-          count_softmax_tile<T, kLabels, true>(tile, classes, present, exponentials, counts);
-        } else {
-          count_softmax_tile<T, kLabels, false>(tile, classes, present, exponentials, counts);
-        }
+      return with_softmax_options(v, tile, [&](auto labels, auto cross_entropy, auto squared) {
+        count_softmax_tile<T, decltype(labels)::value, decltype(cross_entropy)::value, decltype(squared)::value>(
+            tile, classes, present, exponentials, counts);
       });
     case Activation::kSigmoid:
       return count_channels<T, Activation::kSigmoid>(tile, padded, classes, first_label, present, counts);

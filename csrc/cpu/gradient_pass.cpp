@@ -26,7 +26,7 @@ bool is_streamed(const Volume& v, const GradientView& view, bool inner) {
 template <bool kCrossEntropy>
 constexpr int kCoefficients = kCrossEntropy ? kAllCoefficients : kOverlapCoefficients;
 
-template <typename T, Labels kLabels, bool kCrossEntropy, bool kInner>
+template <typename T, Labels kLabels, bool kCrossEntropy, bool kSquared, bool kInner>
 TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compute<T>* u, const GradientRows<T>& out) {
   constexpr bool kMasked = kLabels == Labels::kSome;
   using A = Compute<T>;
@@ -35,6 +35,8 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
   const A* u1 = u + kCoefficients<kCrossEntropy>;
   const A difference0 = u1[kBackground] - u[kForeground];  // u_1 - u_0 where the label is 0
   const A difference1 = u1[kForeground] - u[kBackground];  // where it is 1
+  // The same of squares, at the label: u_label - u_other = u_foreground - 2 p_other (both u_background).
+  const A background = u[kBackground] + u1[kBackground];
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = tile.template label<kLabels>(i);
     V z[2];
@@ -43,10 +45,16 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
     const V e = exp_nonpositive<A>(negative_magnitude<A>(d));
     const V inverse = reciprocal<A>(1 + e);
     const I is1 = label == 1;
-    V dz1 = logistic_gradient(e, inverse, is1 ? broadcast<A>(difference1) : broadcast<A>(difference0));
+    const V margin = is1 ? d : -d;
+    const V p_other = margin < V{} ? inverse : e * inverse;
+    V difference = is1 ? broadcast<A>(difference1) : broadcast<A>(difference0);
+    if constexpr (kSquared) {
+      const V foreground = is1 ? broadcast<A>(u1[kForeground]) : broadcast<A>(u[kForeground]);
+      const V of_label = squared_slope_of_target(p_other, broadcast<A>(background), foreground);
+      difference = is1 ? of_label : -of_label;
+    }
+    V dz1 = logistic_gradient(e, inverse, difference);
     if constexpr (kCrossEntropy) {  // k_0 p_1 where the label is 0, -k_1 p_0 where it is 1
-      const V margin = is1 ? d : -d;
-      const V p_other = margin < V{} ? inverse : e * inverse;
       dz1 += (is1 ? broadcast<A>(-u1[kCeCoefficient]) : broadcast<A>(u[kCeCoefficient])) * p_other;
     }
     if (tile.weights != nullptr) dz1 *= load<V>(tile.weights + i);
@@ -57,7 +65,8 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
 }
 
 // As count_softmax_block. store_dz(c, k, dz) takes the gradient of class c in the k-th vector.
-template <typename T, int kClasses, int kVectors, Labels kLabels, bool kCrossEntropy, typename Next, typename Store>
+template <typename T, int kClasses, int kVectors, Labels kLabels, bool kCrossEntropy, bool kSquared, typename Next,
+          typename Store>
 TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const Compute<T>* u,
                                       PresentClasses& present, Vector<Compute<T>>* logits,
                                       const Vector<Compute<T>>* top, const Next& read_next, const Store& store_dz) {
@@ -77,6 +86,7 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
 
   SoftmaxSums<V> sums[kVectors];
   V weighted_others[kVectors] = {}, u_target[kVectors] = {}, k_target[kVectors] = {};
+  V u_background[kVectors] = {};  // the target's
   // kPresent: class c is the label of some voxel here.
   const auto add_class = [&](int c, auto is_present) __attribute__((always_inline)) {
     constexpr bool kPresent = decltype(is_present)::value;
@@ -91,23 +101,29 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
         const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
         other = sums[k].add(is_target, is_other, e);
         u_target[k] = is_target ? broadcast<A>(of_class[kForeground]) : u_target[k];
+        if (kSquared) u_background[k] = is_target ? background : u_background[k];
         if (kCrossEntropy) k_target[k] = is_target ? broadcast<A>(of_class[kCeCoefficient]) : k_target[k];
       } else {
         other = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
       }
-      weighted_others[k] += other * background;
+      weighted_others[k] += other * slope_of_other<kSquared>(other, background);
       exponentials[c * kVectors + k] = other;
     }
   };
   for_each_class<kFew>(classes, present, read_next, add_class);
 
   SoftmaxGradient<V> gradient[kVectors];
+  V inverse[kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
-    V inverse = reciprocal<A>(sums[k].target + sums[k].others);
-    if (kMasked) inverse = label[k] >= 0 ? inverse : V{};
+    inverse[k] = reciprocal<A>(sums[k].target + sums[k].others);
+    if (kMasked) inverse[k] = label[k] >= 0 ? inverse[k] : V{};
     const V weight = tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
-    gradient[k] = softmax_gradient(sums[k], weighted_others[k], u_target[k], inverse, weight);
+    if constexpr (kSquared) {
+      weighted_others[k] *= inverse[k];  // the slopes were made of exponentials
+      u_target[k] = squared_slope_of_target(sums[k].others * inverse[k], u_background[k], u_target[k]);
+    }
+    gradient[k] = softmax_gradient(sums[k], weighted_others[k], u_target[k], inverse[k], weight);
     if (kCrossEntropy) gradient[k].add_cross_entropy(sums[k], k_target[k]);
   }
 #pragma GCC unroll 8
@@ -116,7 +132,8 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
     const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      V dz = gradient[k].other(exponentials[c * kVectors + k], background);
+      const V e = exponentials[c * kVectors + k];
+      V dz = gradient[k].other(e, slope_of_other<kSquared>(e * inverse[k], background));
       if (is_present) dz = label[k] == static_cast<Int>(c) ? gradient[k].at_target : dz;
       store_dz(c, k, dz);
     }
@@ -124,19 +141,19 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kInner>
+template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kSquared, bool kInner>
 TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classes, const Compute<T>* u,
                                      PresentClasses& present, Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   using V = Vector<Compute<T>>;
   constexpr int kLanes = Lanes<Compute<T>>::count;
   if constexpr (kClasses == 2) {
-    two_classes_gradient<T, kLabels, kCrossEntropy, kInner>(tile, padded, u, out);
+    two_classes_gradient<T, kLabels, kCrossEntropy, kSquared, kInner>(tile, padded, u, out);
   } else if constexpr (kClasses > 0) {
     V logits[kClasses];
     for (int at = 0; at < padded; at += kLanes) {
       const V top = load_classes_and_top<kClasses, kInner>(tile, at, logits);
       V dz[kClasses];
-      softmax_gradient_block<T, kClasses, 1, kLabels, kCrossEntropy>(
+      softmax_gradient_block<T, kClasses, 1, kLabels, kCrossEntropy, kSquared>(
           tile, at, kClasses, u, present, logits, &top, [](int) __attribute__((always_inline)) {},
           [&](int c, int, V value) __attribute__((always_inline)) { dz[c] = value; });
       store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz, out.streamed);
@@ -144,7 +161,7 @@ TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classe
   } else {
     for_each_block(tile, padded, classes, scratch,
                    [&](int at, V* logits, const V* top, const auto& read_next) __attribute__((always_inline)) {
-                     softmax_gradient_block<T, 0, kBlockVectors, kLabels, kCrossEntropy>(
+                     softmax_gradient_block<T, 0, kBlockVectors, kLabels, kCrossEntropy, kSquared>(
                          tile, at, classes, u, present, logits, top, read_next,
                          [&](int c, int k, V dz) __attribute__((always_inline)) {
                            store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz, out.streamed);
@@ -204,29 +221,33 @@ void channels_gradient(const Tile<T>& tile, int padded, int classes, int first_l
   }
 }
 
-template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy>
+template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kSquared>
 void few_classes_gradient(const Tile<T>& tile, const Compute<T>* u, PresentClasses& present,
                           const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
-  if (tile.is_inner) {
-    softmax_gradient_rows<T, kClasses, kLabels, kCrossEntropy, true>(tile, padded, kClasses, u, present, nullptr, out);
-  } else {
-    softmax_gradient_rows<T, kClasses, kLabels, kCrossEntropy, false>(tile, padded, kClasses, u, present, nullptr, out);
+  if constexpr (!kSquared) {
+    if (tile.is_inner) {
+      return softmax_gradient_rows<T, kClasses, kLabels, kCrossEntropy, kSquared, true>(tile, padded, kClasses, u,
+                                                                                        present, nullptr, out);
+    }
   }
+  softmax_gradient_rows<T, kClasses, kLabels, kCrossEntropy, kSquared, false>(tile, padded, kClasses, u, present,
+                                                                              nullptr, out);
 }
 
-template <typename T, Labels kLabels, bool kCrossEntropy>
+template <typename T, Labels kLabels, bool kCrossEntropy, bool kSquared>
 void softmax_gradient_tile(const Tile<T>& tile, int classes, const Compute<T>* u, PresentClasses& present,
                            Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
   static_assert(kFewClasses == 4, "as here");
   switch (classes) {
-    case 2: return few_classes_gradient<T, 2, kLabels, kCrossEntropy>(tile, u, present, out);
-    case 3: return few_classes_gradient<T, 3, kLabels, kCrossEntropy>(tile, u, present, out);
-    case 4: return few_classes_gradient<T, 4, kLabels, kCrossEntropy>(tile, u, present, out);
+    case 2: return few_classes_gradient<T, 2, kLabels, kCrossEntropy, kSquared>(tile, u, present, out);
+    case 3: return few_classes_gradient<T, 3, kLabels, kCrossEntropy, kSquared>(tile, u, present, out);
+    case 4: return few_classes_gradient<T, 4, kLabels, kCrossEntropy, kSquared>(tile, u, present, out);
     default:
       if constexpr (kLabels != Labels::kBytes) {
-        softmax_gradient_rows<T, 0, kLabels, kCrossEntropy, false>(tile, padded, classes, u, present, scratch, out);
+        softmax_gradient_rows<T, 0, kLabels, kCrossEntropy, kSquared, false>(tile, padded, classes, u, present, scratch,
+                                                                             out);
       }
   }
 }
@@ -361,13 +382,9 @@ void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Pr
   if (tile.targets != nullptr) return general_gradient(v, tile, u, scratch, out);
   switch (v.activation) {
     case Activation::kSoftmax:
-      return with_labels(tile, [&](auto labels) {
-        constexpr Labels kLabels = decltype(labels)::value;
-        if (v.cross_entropy != CrossEntropy::kNone) {
-          softmax_gradient_tile<T, kLabels, true>(tile, classes, u, present, scratch, out);
-        } else {
-          softmax_gradient_tile<T, kLabels, false>(tile, classes, u, present, scratch, out);
-        }
+      return with_softmax_options(v, tile, [&](auto labels, auto cross_entropy, auto squared) {
+        softmax_gradient_tile<T, decltype(labels)::value, decltype(cross_entropy)::value, decltype(squared)::value>(
+            tile, classes, u, present, scratch, out);
       });
     case Activation::kSigmoid:
       return channels_gradient<T, Activation::kSigmoid>(tile, padded, classes, first_label, u, present, out);

@@ -64,6 +64,26 @@ TK_INLINE void with_labels(const Tile<T>& tile, const F& work) {
   }
 }
 
+// Calls work with what decides the code of a softmax whose label is the target, as constants: the tile's Labels,
+// whether there is a cross-entropy, and whether errors are squared.
+template <typename T, typename F>
+TK_INLINE void with_softmax_options(const Volume& v, const Tile<T>& tile, const F& work) {
+  with_labels(tile, [&](auto labels) __attribute__((always_inline)) {
+    const auto with_form = [&](auto cross_entropy) __attribute__((always_inline)) {
+      if (v.overlap == OverlapForm::kSquared) {
+        work(labels, cross_entropy, std::true_type{});
+      } else {
+        work(labels, cross_entropy, std::false_type{});
+      }
+    };
+    if (v.cross_entropy != CrossEntropy::kNone) {
+      with_form(std::true_type{});
+    } else {
+      with_form(std::false_type{});
+    }
+  });
+}
+
 constexpr TK_INLINE int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
@@ -410,8 +430,8 @@ TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, const Vector<Co
 
 // Whether memory with these strides is read and written so.
 TK_INLINE bool is_inner(const Volume& v, int64_t class_stride, int64_t voxel_stride) {
-  return v.activation == Activation::kSoftmax && !v.is_general() && v.classes <= kMostInner && class_stride == 1 &&
-         voxel_stride == v.classes;
+  return v.activation == Activation::kSoftmax && !v.is_general() && v.overlap != OverlapForm::kSquared &&
+         v.classes <= kMostInner && class_stride == 1 && voxel_stride == v.classes;
 }
 
 // Which classes occur among the labels of a block. Most do not, where there are many, and need no masks.

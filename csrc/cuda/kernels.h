@@ -77,6 +77,11 @@ void launch_gradient_pass(const Volume& volume, const Plan& plan, const Gradient
 
 // ---- Shared by the two passes
 
+// Squares are in the kernels for a target of its own for every class only.
+inline bool takes_general_kernels(const Volume& v) {
+  return v.is_general() || v.overlap == OverlapForm::kSquared;
+}
+
 // Calls f with a value of the logits' type.
 template <typename F>
 void with_logits_type(ElementType type, F&& f) {
@@ -204,7 +209,7 @@ void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
           constexpr bool kTiled = kCrossEntropy && kSoftmax;
           if (plan.by_channel) {
             if constexpr (!kSoftmax) launcher.template channel<T, kActivation, kGeneral>();
-          } else if (v.is_general()) {
+          } else if (takes_general_kernels(v)) {
             launcher.template general<T, kActivation, kGeneral>();
           } else {
             launcher.template tiled<T, kActivation, kTiled>();

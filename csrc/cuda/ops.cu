@@ -183,7 +183,8 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   const bool interleaved = classes <= kMostInRegisters<T> && v.voxels % plan.voxels == 0 &&
                            aligned_interleaved(v.logits, classes, sizeof(T)) &&
                            (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
-  plan.general = v.is_general() || is_resampled(v) || !(interleaved || can_be_read(v, sizeof(T), plan.voxels));
+  plan.general =
+      takes_general_kernels(v) || is_resampled(v) || !(interleaved || can_be_read(v, sizeof(T), plan.voxels));
   plan.split = plan.general || classes > kMostInRegisters<T>;
   if (plan.general) {
     plan.voxels = kSplitVoxels;
@@ -220,7 +221,7 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
   const auto bytes = [&](int voxels) {
     const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
     // The most that any of the tiled kernels keeps, see there.
-    const int64_t tiles = v.is_general() ? 2 : 1;
+    const int64_t tiles = takes_general_kernels(v) ? 2 : 1;
     const int64_t table =
         out != nullptr ? kAllCoefficients * (classes + 1) : v.count_columns() * classes * layout.halves;
     const int64_t reals = tiles * classes * layout.tile_stride + table + 3 * layout.groups * voxels + 6 * voxels;
