@@ -20,7 +20,7 @@ import tversky_kernels as tk
 LIBRARY = pathlib.Path(tk.__file__).parent / "_C_cuda.so"
 KERNEL = re.compile(
     r"\d(?P<kernel>(?:split_)?(?:count|gradient)_pass_kernel)I(?P<type>f|N3c108BFloat16|N3c104Half)E?"
-    r"Li(?P<classes>\d+)ELb(?P<ce>[01])E(?:Lb(?P<interleaved>[01])E)?"
+    r"Li(?P<classes>\d+)ELb(?P<ce>[01])ELb(?P<squared>[01])E(?:Lb(?P<interleaved>[01])E)?"
 )
 TYPES = {"f": ("float32", 4), "N3c108BFloat16": ("bfloat16", 2), "N3c104Half": ("float16", 2)}
 
@@ -85,15 +85,15 @@ def shortest_way(instructions: list[tuple[int, str]], through: list[str]) -> int
     return None
 
 
-def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str, str, int, bool], float]:
-    """Instructions a logit by kernel, type, classes (of a lane, where they are split) and cross-entropy."""
+def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str, str, int, bool, bool], float]:
+    """Instructions a logit by kernel, type, classes (of a lane, where they are split), cross-entropy and squares."""
     found = {}
     for name, instructions in functions(library, arch).items():
         kernel = KERNEL.search(name)
         if kernel is None or kernel["interleaved"] == "1":  # channels_last
             continue
         dtype, size = TYPES[kernel["type"]]
-        classes, ce = int(kernel["classes"]), kernel["ce"] == "1"
+        classes, ce, squared = int(kernel["classes"]), kernel["ce"] == "1", kernel["squared"] == "1"
         split = kernel["kernel"].startswith("split")
         # As kVoxelsOf and kSplitPack in csrc/cuda/kernels.h.
         voxels = 16 // size if split or 16 // size * classes <= (16 if ce else 32) else 8 // size
@@ -101,7 +101,7 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
         stores = [r"(@!?P\d )?STG\.E\.EF\.(128|64) "] if "gradient" in kernel["kernel"] else []
         way = shortest_way(instructions, [labels, *stores])
         if way is not None:
-            found[kernel["kernel"], dtype, classes, ce] = way / (voxels * classes)
+            found[kernel["kernel"], dtype, classes, ce, squared] = way / (voxels * classes)
     return found
 
 
@@ -110,8 +110,9 @@ def main() -> None:
     parser.add_argument("--arch", default="90", help="default: %(default)s")
     parser.add_argument("--library", type=pathlib.Path, default=LIBRARY)
     arguments = parser.parse_args()
-    for (kernel, dtype, classes, ce), a_logit in sorted(counts(arguments.library, arguments.arch).items()):
-        print(f"{kernel:28} {dtype:9} C={classes} {'+ ce' if ce else '':5} {a_logit:5.1f}")
+    for (kernel, dtype, classes, ce, squared), a_logit in sorted(counts(arguments.library, arguments.arch).items()):
+        options = f"{'+ ce ' if ce else ''}{'squared' if squared else ''}"
+        print(f"{kernel:28} {dtype:9} C={classes} {options:13} {a_logit:5.1f}")
 
 
 if __name__ == "__main__":

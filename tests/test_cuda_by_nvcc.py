@@ -72,7 +72,7 @@ def test_kernels_stay_in_registers_on_a_newer_card(tmp_path):
 def test_fast_paths_read_and_write_16_bytes_at_once(tmp_path):
     text = "".join(path.read_text() for path in portable_code(tmp_path))
     for kernel, stores in (
-        ("20gradient_pass_kernelIfLi4ELb0ELb[01]E", 4),  # four classes in registers, in either layout
+        ("20gradient_pass_kernelIfLi4ELb0ELb0ELb[01]E", 4),  # four classes in registers, in either layout
         ("26split_gradient_pass_kernelIfLi8ELb0E", 8),  # many, eight in the registers of each lane
         ("26split_gradient_pass_kernelIN3c108BFloat16ELi8ELb0E", 8),
         ("26tiled_gradient_pass_kernelIfL\\w*ActivationE0ELb0E", 1),  # any number through shared memory
@@ -89,11 +89,11 @@ def test_instructions_that_bytes_leave_time_for():
     if "90" not in assemblies():
         pytest.skip("this build of the package has no code for sm_90")
     found = counts(arch="90")
-    assert len(found) == 60  # kernels, types, classes, with a cross-entropy and without
-    for (kernel, dtype, classes, ce), a_logit in found.items():
+    assert len(found) == 108  # kernels, types, classes, with a cross-entropy and without, some of squares
+    for (kernel, dtype, classes, ce, squared), a_logit in found.items():
         bytes_moved = (4 if dtype == "float32" else 2) * (2 if "gradient" in kernel else 1)
-        most = 39 / 4 * bytes_moved * (1.35 if ce else 1.0)
-        assert a_logit <= most, (kernel, dtype, classes, ce, a_logit)
+        most = 39 / 4 * bytes_moved * (1.35 if ce else 1.0) * (1.2 if squared else 1.0)
+        assert a_logit <= most, (kernel, dtype, classes, ce, squared, a_logit)
 
 
 def test_library_loads_in_this_torch():

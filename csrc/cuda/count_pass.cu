@@ -30,11 +30,13 @@ __device__ void block_sums(A (&values)[kValues], bool bad, F&& store) {
 
 // The counts of a block whose threads have those of all classes. With a cross-entropy there are 4 columns and the sum
 // of the weights, which belongs to every class.
-template <typename A, int kClasses, bool kCrossEntropy, int kValues>
+template <typename A, int kClasses, bool kCrossEntropy, bool kSquared, int kValues>
 __device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
   block_sums(values, bad, [&](int i, A total) {
     if (i < kSmoothing * kClasses) {
       out[i] = total;
+    } else if (kSquared) {
+      out[i + kClasses] = total;
     } else {
       for (int c = 0; c < kClasses; ++c) out[kVoxels * kClasses + c] = total;
     }
@@ -53,7 +55,7 @@ __device__ __forceinline__ Probability<A> ratio_to_one(A e) {
 }
 
 // All classes of kVoxels voxels in the registers of one thread, in whole loads.
-template <typename T, int kClasses, bool kCrossEntropy, bool kInterleaved>
+template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
     count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks) {
   using A = Compute<T>;
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
-  A counts[kCrossEntropy ? kSmoothing * kClasses + 1 : kOverlapCounts * kClasses] = {};  // the last: sum of the weights
+  A counts[count_values<kCrossEntropy, kSquared>(kClasses)] = {};  // the last: sum of the weights, or of each label's
   TK_SHARED(memory);
   // Two classes have theirs in registers.
   const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses > 2 ? kClasses : -1);
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];
       const int label = labels[k];
-      if (kCrossEntropy) counts[kSmoothing * kClasses] += weight;
+      if (kCrossEntropy && !kSquared) counts[kSmoothing * kClasses] += weight;
       if constexpr (kClasses == 2) {
         const A z0 = static_cast<A>(z[0].values[k]), z1 = static_cast<A>(z[1].values[k]);
         const A d = two_class_logit(z0, z1, larger(z0, z1)), to_other = label == 1 ? -d : d;
@@ -93,15 +95,17 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         } else {  // nothing to select, and both are as accurate
           p = ratio_to_one(exponential(smaller(to_other, A(kMostExponent))));
         }
-        const A right = p.p * weight, missed = p.complement * weight;
+        const A right = p.p * weight, missed = error_of<kSquared>(p.complement) * weight;
         if (label == 1) {
           counts[1] += right;
           counts[2] += missed;
           if constexpr (kCrossEntropy) counts[7] += ce;
+          if constexpr (kCrossEntropy && kSquared) counts[9] += weight;
         } else {
           counts[0] += right;
           counts[3] += missed;
           if constexpr (kCrossEntropy) counts[6] += ce;
+          if constexpr (kCrossEntropy && kSquared) counts[8] += weight;
         }
       } else {
         const A top = tops[k];
@@ -118,7 +122,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         const A inverse = weight * reciprocal(sums.target + sums.others);
         A ce = A(0);
         if (kCrossEntropy) ce = (below_top + log_one_plus(exponentials_beyond_one(sums))) * weight;
-        of_label.add(label, sums.target * inverse, sums.others * inverse, ce);
+        of_label.template add<false>(label, sums.target * inverse, sums.others * inverse, ce, weight);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) counts[kClasses + c] += others[c] * inverse;
       }
@@ -137,7 +141,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     __syncthreads();  // the memory has been read
   }
   A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * kClasses;
-  store_block_sums<A, kClasses, kCrossEntropy>(counts, bad, out);
+  store_block_sums<A, kClasses, kCrossEntropy, kSquared>(counts, bad, out);
 }
 
 // The sums of split kernels, [warps][lanes][kValues] in shared memory.
@@ -174,12 +178,12 @@ struct SplitBlockSums {
 };
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, bool kCrossEntropy>
+template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, int log_lanes) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitPart<T, kCrossEntropy>, kPackVoxels = kSplitPack<T>;
-  constexpr int kValues = kCrossEntropy ? kSmoothing * kClasses + 1 : kOverlapCounts * kClasses;
+  constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
   const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses);
@@ -209,14 +213,17 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
         sums[k].others = sum_others[k];
-        const A weight = weights[k];
-        const A inverse = weight * reciprocal(sums[k].target + sums[k].others);
+        const A weight = weights[k], inverse = reciprocal(sums[k].target + sums[k].others), weighted = weight * inverse;
 #pragma unroll
-        for (int j = 0; j < kClasses; ++j) fp[j] += others[j][k] * inverse;
-        if (kCrossEntropy) weight_sum += weight;
-        A ce = A(0);
+        for (int j = 0; j < kClasses; ++j) {
+          fp[j] += kSquared ? (others[j][k] * inverse) * (others[j][k] * weighted) : others[j][k] * weighted;
+        }
+        if (kCrossEntropy && !kSquared) weight_sum += weight;
+        A missed = sums[k].others * weighted, ce = A(0);
+        if (kSquared) missed *= sums[k].others * inverse;
         if (kCrossEntropy) ce = (below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
-        of_label.add(recomputed(lane.index_of(labels[k])), sums[k].target * inverse, sums[k].others * inverse, ce);
+        of_label.template add<kSquared>(recomputed(lane.index_of(labels[k])), sums[k].target * weighted, missed, ce,
+                                        weight);
       }
     }
   });
@@ -228,15 +235,17 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     values[kFp * kClasses + j] = fp[j];
     values[kFn * kClasses + j] = of_label.fn(j);
     if constexpr (kCrossEntropy) values[kCe * kClasses + j] = of_label.ce(j);
+    if constexpr (kCrossEntropy && kSquared) values[kSmoothing * kClasses + j] = of_label.weight(j);
   }
-  if constexpr (kCrossEntropy) values[kSmoothing * kClasses] = weight_sum;
+  if constexpr (kCrossEntropy && !kSquared) values[kSmoothing * kClasses] = weight_sum;
   const SplitBlockSums<A, kValues> sums{reinterpret_cast<A*>(memory), lane};
   sums.store(values, bad);
   __syncthreads();
   A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * v.classes;
   for (int i = threadIdx.x; i < kColumns * static_cast<int>(v.classes); i += Plan::kThreads) {
     const int column = i / static_cast<int>(v.classes), c = i % static_cast<int>(v.classes);
-    const int of_lane = column == Count::kVoxels ? kSmoothing * kClasses : column * kClasses + (c >> log_lanes);
+    const int first = column == Count::kVoxels ? kSmoothing * kClasses : column * kClasses;
+    const int of_lane = first + (column == Count::kVoxels && !kSquared ? 0 : c >> log_lanes);
     out[i] = column == kSmoothing ? A(0) : sums.total(c, of_lane);
   }
 }
@@ -501,15 +510,15 @@ struct CountPass {
   void* partial;
   cudaStream_t stream;
 
-  template <typename T, int kClasses, bool kCrossEntropy>
+  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
   void few() const {
     with_bool(v.logits.voxel_stride != 1, [&](auto interleaved) {
-      launch<T>(count_pass_kernel<T, kClasses, kCrossEntropy, decltype(interleaved)::value>);
+      launch<T>(count_pass_kernel<T, kClasses, kCrossEntropy, kSquared, decltype(interleaved)::value>);
     });
   }
-  template <typename T, int kClasses, bool kCrossEntropy>
+  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
   void split() const {
-    launch<T>(split_count_pass_kernel<T, kClasses, kCrossEntropy>, plan.log_lanes());
+    launch<T>(split_count_pass_kernel<T, kClasses, kCrossEntropy, kSquared>, plan.log_lanes());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {

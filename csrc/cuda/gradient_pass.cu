@@ -47,7 +47,7 @@ template <bool kCrossEntropy, typename A>
   return memory + 1;
 }
 
-template <typename T, int kClasses, bool kCrossEntropy, bool kInterleaved>
+template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
     gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks) {
   using A = Compute<T>;
@@ -83,11 +83,16 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         const A z0 = static_cast<A>(z[0].values[k]), z1 = static_cast<A>(z[1].values[k]);
         const A d = two_class_logit(z0, z1, larger(z0, z1));
         const A e = exponential(-magnitude(d));
-        const A difference = label == 1 ? u[1].foreground - u[0].background : u[1].background - u[0].foreground;
+        A difference = label == 1 ? u[1].foreground - u[0].background : u[1].background - u[0].foreground;
         const A inverse = reciprocal(A(1) + e);
+        const Probability<A> p = logistic(d < A(0), e, inverse);
+        if constexpr (kSquared) {  // u_label - u_other = u_foreground - 2 p_other (both u_background)
+          const A wrong = label == 1 ? p.complement : p.p, right = label == 1 ? u[1].foreground : u[0].foreground;
+          const A of_label = squared_slope_of_target(wrong, u[0].background + u[1].background, right);
+          difference = label == 1 ? of_label : -of_label;
+        }
         A dz = logistic_gradient(e, inverse, difference);
         if constexpr (kCrossEntropy) {
-          const Probability<A> p = logistic(d < A(0), e, inverse);
           dz += label == 1 ? -u[1].ce * p.complement : u[0].ce * p.p;
         }
         dz *= weight;
@@ -119,7 +124,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
 }
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, bool kCrossEntropy>
+template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, int log_lanes) {
   using A = Compute<T>;
@@ -159,7 +164,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         totals[k] = sums[k].others;
         totals[kVoxels + k] = A(0);
 #pragma unroll
-        for (int j = 0; j < kClasses; ++j) totals[kVoxels + k] += others[j][k] * u_background[j];
+        for (int j = 0; j < kClasses; ++j) {
+          totals[kVoxels + k] += others[j][k] * slope_of_other<kSquared>(others[j][k], u_background[j]);
+        }
       }
       sum_over_lanes(totals, lane);
 #pragma unroll
@@ -168,12 +175,17 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         const int label = labels[k], target = recomputed(lane.index_of(label));
         const A inverse = reciprocal(sums[k].target + sums[k].others);
         const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
-        SoftmaxGradient<A> gradient =
-            softmax_gradient(sums[k], totals[kVoxels + k], of_class[label].foreground, inverse, weight);
+        A weighted_others = totals[kVoxels + k], u_target = of_class[label].foreground;
+        if constexpr (kSquared) {
+          weighted_others *= inverse;  // the slopes were made of exponentials
+          u_target = squared_slope_of_target(sums[k].others * inverse, of_class[label].background, u_target);
+        }
+        SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
         if (kCrossEntropy) gradient.add_cross_entropy(sums[k], of_class[label].ce);
 #pragma unroll
         for (int j = 0; j < kClasses; ++j) {
-          const A other = gradient.other(others[j][k], u_background[j]);
+          const A slope = slope_of_other<kSquared>(others[j][k] * inverse, u_background[j]);
+          const A other = gradient.other(others[j][k], slope);
           z[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
         }
       }
@@ -458,15 +470,15 @@ struct GradientPass {
   const GradientArguments& a;
   cudaStream_t stream;
 
-  template <typename T, int kClasses, bool kCrossEntropy>
+  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
   void few() const {
     with_bool(v.logits.voxel_stride != 1, [&](auto interleaved) {
-      launch(gradient_pass_kernel<T, kClasses, kCrossEntropy, decltype(interleaved)::value>);
+      launch(gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared, decltype(interleaved)::value>);
     });
   }
-  template <typename T, int kClasses, bool kCrossEntropy>
+  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
   void split() const {
-    launch(split_gradient_pass_kernel<T, kClasses, kCrossEntropy>, plan.log_lanes());
+    launch(split_gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared>, plan.log_lanes());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {

@@ -77,8 +77,8 @@ void launch_gradient_pass(const Volume& volume, const Plan& plan, const Gradient
 
 // ---- Shared by the two passes
 
-// Squares are in the kernels for a target of its own for every class only.
-inline bool takes_general_kernels(const Volume& v) {
+// Of the kernels in tiles only those for a target of its own for every class have squares.
+inline bool takes_general_tiles(const Volume& v) {
   return v.is_general() || v.overlap == OverlapForm::kSquared;
 }
 
@@ -130,8 +130,16 @@ inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {
   return lanes <= most_lanes ? lanes : 0;
 }
 
-// What LabelSums (voxels.cuh) keeps of each class, in whole words: tp, fn and with a cross-entropy ce and nothing; and
-// the values of a block whose threads have so many classes.
+// The values of each thread that has its classes in registers: the counts' columns, of which a cross-entropy has one
+// more and, in the last place, the sum of the weights (of squares, those of each label: see
+// Volume::sums_label_weights).
+template <bool kCrossEntropy, bool kSquared>
+constexpr int count_values(int classes) {
+  return kCrossEntropy ? kSmoothing * classes + (kSquared ? classes : 1) : kOverlapCounts * classes;
+}
+
+// What LabelSums (voxels.cuh) keeps of each class, in whole words: tp, fn and with a cross-entropy ce and (of squares)
+// the weights; and the values of a block whose threads have so many classes.
 template <bool kCrossEntropy>
 constexpr int kLabelColumns = kCrossEntropy ? 4 : 2;
 template <bool kCrossEntropy>
@@ -139,9 +147,13 @@ constexpr int label_sum_values(int classes) {
   return (classes + 1) * kLabelColumns<kCrossEntropy> * Plan::kThreads;
 }
 
-// Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
-template <typename F>
+// Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least. kFew:
+// also those that a thread's registers would hold, which is for the kernels without squares, and for two classes.
+template <bool kFew, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
+  if constexpr (kFew) {
+    if (classes <= 4) return f(std::integral_constant<int, 4>{});
+  }
   if (classes <= lanes * 6) {
     f(std::integral_constant<int, 6>{});
   } else {
@@ -177,8 +189,9 @@ void with_activation(Activation activation, F&& f) {
   }
 }
 
-// The kernels that a plan asks for: calls one of the launcher's few<T, kClasses, kCrossEntropy>(), split (the same),
-// general_split (the same), channel<T, kActivation, kCrossEntropy>(), general (the same), tiled (the same).
+// The kernels that a plan asks for: calls one of the launcher's few<T, kClasses, kCrossEntropy, kSquared>(), split (the
+// same), general_split<T, kClasses, kCrossEntropy>(), channel<T, kActivation, kCrossEntropy>(), general (the same),
+// tiled (the same).
 template <typename Launcher>
 void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
   with_logits_type(v.logits.type, [&](auto element) {
@@ -192,14 +205,24 @@ void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
               launcher.template general_split<T, decltype(classes)::value, kCrossEntropy>();
             });
           } else {
-            with_split_classes(v.classes, plan.lanes, [&](auto classes) {
-              launcher.template split<T, decltype(classes)::value, kCrossEntropy>();
+            with_bool(v.overlap == OverlapForm::kSquared, [&](auto squared) {
+              constexpr bool kSquared = decltype(squared)::value;
+              with_split_classes<kSquared>(v.classes, plan.lanes, [&](auto classes) {
+                launcher.template split<T, decltype(classes)::value, kCrossEntropy, kSquared>();
+              });
             });
           }
         }
       } else if (plan.lanes == 1) {
-        with_few_classes<T>(v.classes,
-                            [&](auto classes) { launcher.template few<T, decltype(classes)::value, kCrossEntropy>(); });
+        with_few_classes<T>(v.classes, [&](auto classes) {
+          constexpr int kClasses = decltype(classes)::value;
+          if constexpr (kClasses == 2) {
+            if (v.overlap == OverlapForm::kSquared) {
+              return launcher.template few<T, kClasses, kCrossEntropy, true>();
+            }
+          }
+          launcher.template few<T, kClasses, kCrossEntropy, false>();
+        });
       } else {
         with_activation(v.activation, [&](auto activation) {
           constexpr Activation kActivation = decltype(activation)::value;
@@ -209,7 +232,7 @@ void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
           constexpr bool kTiled = kCrossEntropy && kSoftmax;
           if (plan.by_channel) {
             if constexpr (!kSoftmax) launcher.template channel<T, kActivation, kGeneral>();
-          } else if (takes_general_kernels(v)) {
+          } else if (takes_general_tiles(v)) {
             launcher.template general<T, kActivation, kGeneral>();
           } else {
             launcher.template tiled<T, kActivation, kTiled>();

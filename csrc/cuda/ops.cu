@@ -157,9 +157,9 @@ bool can_be_read(const Volume& v, int64_t element_size, int voxels) {
 
 // Voxels that a thread of the kernels for one label a voxel takes at once.
 template <typename T>
-int voxels_at_once(int64_t classes, bool cross_entropy) {
+int voxels_at_once(int64_t classes, bool cross_entropy, bool few) {
   int voxels = kSplitPack<T>;
-  if (classes <= kMostInRegisters<T>) {
+  if (few) {
     with_few_classes<T>(classes, [&](auto c) {
       constexpr int kClasses = decltype(c)::value;
       voxels = cross_entropy ? kVoxelsOf<T, kClasses, true> : kVoxelsOf<T, kClasses, false>;
@@ -173,19 +173,18 @@ template <typename T>
 bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   const int64_t classes = v.classes;
   if (v.activation != Activation::kSoftmax || classes < 2) return false;
-  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone, squared = v.overlap == OverlapForm::kSquared;
   const auto label_values = [&](int n) {
     return cross_entropy ? label_sum_values<true>(n) : label_sum_values<false>(n);
   };
   int64_t values = 0;  // of Compute<T>, in shared memory
-  plan.voxels = voxels_at_once<T>(classes, cross_entropy);
+  const bool few = classes == 2 || (classes <= kMostInRegisters<T> && !squared);
+  plan.voxels = voxels_at_once<T>(classes, cross_entropy, few);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
-  const bool interleaved = classes <= kMostInRegisters<T> && v.voxels % plan.voxels == 0 &&
-                           aligned_interleaved(v.logits, classes, sizeof(T)) &&
+  const bool interleaved = few && v.voxels % plan.voxels == 0 && aligned_interleaved(v.logits, classes, sizeof(T)) &&
                            (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
-  plan.general =
-      takes_general_kernels(v) || is_resampled(v) || !(interleaved || can_be_read(v, sizeof(T), plan.voxels));
-  plan.split = plan.general || classes > kMostInRegisters<T>;
+  plan.general = v.is_general() || is_resampled(v) || !(interleaved || can_be_read(v, sizeof(T), plan.voxels));
+  plan.split = plan.general || !few;
   if (plan.general) {
     plan.voxels = kSplitVoxels;
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, kMostOfLaneGeneral) : 0;
@@ -194,11 +193,16 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     });
   } else if (!plan.split) {
     plan.lanes = 1;
-    values = Plan::kThreads / kWarp * (cross_entropy ? kSmoothing * classes + 1 : kOverlapCounts * classes);
+    values = Plan::kThreads / kWarp *
+             (cross_entropy ? count_values<true, true>(static_cast<int>(classes))
+                            : count_values<false, false>(static_cast<int>(classes)));
     if (classes > 2) values = std::max<int64_t>(values, label_values(static_cast<int>(classes)));
   } else {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanes, kMostOfLane) : 0;
-    with_split_classes(classes, plan.lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
+    with_bool(squared, [&](auto few_too) {
+      with_split_classes<decltype(few_too)::value>(
+          classes, plan.lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
+    });
   }
   if (out != nullptr) values = kAllCoefficients * (classes + 1);
   plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>));
@@ -221,7 +225,7 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
   const auto bytes = [&](int voxels) {
     const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
     // The most that any of the tiled kernels keeps, see there.
-    const int64_t tiles = takes_general_kernels(v) ? 2 : 1;
+    const int64_t tiles = takes_general_tiles(v) ? 2 : 1;
     const int64_t table =
         out != nullptr ? kAllCoefficients * (classes + 1) : v.count_columns() * classes * layout.halves;
     const int64_t reals = tiles * classes * layout.tile_stride + table + 3 * layout.groups * voxels + 6 * voxels;

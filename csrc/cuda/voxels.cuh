@@ -444,21 +444,24 @@ struct LabelSums {
     }
   }
   // c: which of the thread's classes the label is, -1 where none.
-  __device__ __forceinline__ void add(int c, A tp, A fn, A ce) const {
+  template <bool kWeights>
+  __device__ __forceinline__ void add(int c, A tp, A fn, A ce, A weight) const {
     constexpr int kWord = 16 / sizeof(A) < kColumns ? 16 / sizeof(A) : kColumns;
-    const A more[] = {tp, fn, ce};
+    const A more[] = {tp, fn, ce, weight};
+    constexpr int kMore = kWeights ? 4 : 3;
     A* sums = mine + (c + 1) * kOfThreads;
 #pragma unroll
     for (int first = 0; first < kColumns; first += kWord) {
       Packed<A, kWord> word = load_packed<A, kWord>(sums + first);
 #pragma unroll
-      for (int j = 0; j < kWord && first + j < 3; ++j) word.values[j] += more[first + j];
+      for (int j = 0; j < kWord && first + j < kMore; ++j) word.values[j] += more[first + j];
       store_shared(sums + first, word);
     }
   }
   __device__ __forceinline__ A tp(int c) const { return mine[(c + 1) * kOfThreads]; }
   __device__ __forceinline__ A fn(int c) const { return mine[(c + 1) * kOfThreads + 1]; }
   __device__ __forceinline__ A ce(int c) const { return mine[(c + 1) * kOfThreads + 2]; }
+  __device__ __forceinline__ A weight(int c) const { return mine[(c + 1) * kOfThreads + 3]; }
 };
 
 // A block's share of the work: neighbouring voxels of one sample.

@@ -386,6 +386,20 @@ def test_squared(function, options, dense, classes):
     check(logits, target, function=function, alpha=0.5, beta=0.5, squared=True, **options)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 33] if WHERE == "interpreter" else [2, 3, 4, 5, 9, 20, 33, 118])
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
+@pytest.mark.parametrize("function", [kernel_loss, kernel_ce_loss])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_squared_of_labels(weighted, function, dtype, classes):
+    """Several blocks a sample, and the weights of labels where a cross-entropy wants them."""
+    space = (5, 16) if WHERE == "interpreter" else (20, 24, 16)
+    logits, target = inputs(2, classes, space, dtype, torch.uint8)
+    options = {"class_weight": torch.rand(classes).tolist()}
+    if weighted:
+        options.update(voxel_weight=torch.rand(target.shape), ignore_index=0)
+    check(logits, target, function=function, alpha=0.5, beta=0.5, squared=True, **options)
+
+
 @pytest.mark.parametrize("classes", [2, 4, 20])
 def test_cross_entropy_of_huge_logits(classes):
     logits, target = inputs(1, classes, (64,))
