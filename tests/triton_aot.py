@@ -125,6 +125,8 @@ def cases(quick: bool):
         yield 4, dtype, torch.uint8, {"ce": 1, "resampled": True, "weight": True}
         yield 4, dtype, torch.float32, {"dense": True, "overlap": 1, "ce": 2, "focal": 2.0, "ignore": True}
         yield 33, dtype, torch.float32, {"dense": True, "overlap": 1, "ce": 2, "focal": 2.0}
+        for classes in (2, 4, 14, 33, 118):
+            yield classes, dtype, torch.uint8, {"overlap": 2}
         for classes in (4, 14, 33):
             yield classes, dtype, torch.uint8, {"overlap": 2, "ce": 1}
             yield classes, dtype, torch.uint8, {"overlap": 2, "dense": True, "activation": 1}

@@ -9,9 +9,10 @@ them, then the chunks once more out of the cache.
 The arithmetic is that of csrc/tversky_math.h, which says why; docs/mathematics.md derives it.
 
 What decides the code of a kernel: GENERAL, that every class of a voxel has a target g of its own (DENSE, or class
-indices as one-hot); OVERLAP, how it is measured (see enum OverlapForm); CE: 0 no cross-entropy, 1 its sums, 2 and those
-for label smoothing; FOCAL, its exponent; RESAMPLED, that target and weight have other sizes than the logits. The counts
-have 3 columns, or 6 with a cross-entropy (see enum Count); the coefficients 2, or 4.
+indices as one-hot, also for squares where the classes are in chunks); OVERLAP, how it is measured (see enum
+OverlapForm); CE: 0 no cross-entropy, 1 its sums, 2 and those for label smoothing; FOCAL, its exponent; RESAMPLED, that
+target and weight have other sizes than the logits. The counts have 3 columns, or 6 with a cross-entropy (see enum
+Count); the coefficients 2, or 4.
 """
 
 import triton
@@ -314,6 +315,17 @@ def _overlap_slope(p, complement, g, background, foreground, OVERLAP: tl.constex
 
 
 @triton.jit
+def _slope_of_other(p, background, OVERLAP: tl.constexpr):
+    # Where the label is the target and this class is not: see slope_of_other in csrc/tversky_math.h
+    return (2.0 * p) * background if OVERLAP == 2 else background
+
+
+@triton.jit
+def _squared_slope_of_target(complement, background, foreground):
+    return foreground - (2.0 * complement) * background
+
+
+@triton.jit
 def _sigmoid_logs(z, REAL: tl.constexpr):
     # -log p and -log(1 - p)
     common = _log1p_small(_exp(-tl.abs(z)), REAL)
@@ -539,8 +551,13 @@ def all_classes_count_kernel(
                 sum_target += more_target
                 if CE > 0:
                     z_target += tl.sum(_of_target(zs[i], c, label), 0)
-            inverse = _divide(w, sum_others + sum_target)
-            right, missed = sum_target * inverse, sum_others * inverse
+            inverse = _divide(1.0 if OVERLAP == 2 else w, sum_others + sum_target)
+            weighted = inverse
+            if OVERLAP == 2:
+                weighted = inverse * w
+            right, missed = sum_target * weighted, sum_others * weighted
+            if OVERLAP == 2:
+                missed *= sum_others * inverse
             of_label = missed
             if CE > 0:
                 of_label = _label_cross_entropy(top - z_target, sum_target, sum_others, w, REAL)
@@ -548,7 +565,9 @@ def all_classes_count_kernel(
             for i in tl.static_range(TILES):
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
                 tp = _of_target(right[None, :], c, label)
-                fp = others[i] * inverse[None, :]
+                fp = others[i] * weighted[None, :]
+                if OVERLAP == 2:
+                    fp *= others[i] * inverse[None, :]
                 fn = _of_target(missed[None, :], c, label)
                 new_sums += (
                     sums[6 * i] + _sum_packs(tp, MAIN if i == 0 else TAIL, PACKS, PACK),
@@ -558,7 +577,10 @@ def all_classes_count_kernel(
                 ce = sums[6 * i + 3]
                 if CE > 0:
                     ce += _sum_packs(_of_target(of_label[None, :], c, label), MAIN if i == 0 else TAIL, PACKS, PACK)
-                new_sums += (ce, sums[6 * i + 4], sums[6 * i + 5])
+                label_weights = sums[6 * i + 5]
+                if CE > 0 and LABEL_WEIGHTS:
+                    label_weights += _sum_packs(_of_target(w[None, :], c, label), MAIN if i == 0 else TAIL, PACKS, PACK)
+                new_sums += (ce, sums[6 * i + 4], label_weights)
         else:
             for i in tl.static_range(TILES):
                 terms = _channel_counts(
@@ -596,6 +618,7 @@ def two_classes_count_kernel(
     ce0 = tl.zeros([BLOCK], REAL)
     ce1 = tl.zeros([BLOCK], REAL)
     weights = tl.zeros([BLOCK], REAL)
+    weights1 = tl.zeros([BLOCK], REAL)
     for at in tl.range(begin, voxels, step):
         start = begin + last - at  # from the end: see enum Order in csrc/cuda/kernels.h
         label, w, counts, _ = _voxels(
@@ -610,11 +633,15 @@ def two_classes_count_kernel(
             ce1 += tl.where(is1, of1, 0.0)
             ce0 += tl.where(is1, 0.0, of0)
             weights += w
-        p1, p0 = p1 * w, p0 * w
-        right1 += tl.where(is1, p1, 0.0)
-        missed1 += tl.where(is1, p0, 0.0)
-        right0 += tl.where(is1, 0.0, p0)
-        missed0 += tl.where(is1, 0.0, p1)
+            if OVERLAP == 2:
+                weights1 += tl.where(is1, w, 0.0)
+        error1, error0 = p1 * w, p0 * w
+        right1 += tl.where(is1, error1, 0.0)
+        right0 += tl.where(is1, 0.0, error0)
+        if OVERLAP == 2:
+            error1, error0 = error1 * p1, error0 * p0
+        missed1 += tl.where(is1, error0, 0.0)
+        missed0 += tl.where(is1, 0.0, error1)
     partial += (n * programs + program) * (12 if CE > 0 else 6)
     true0, true1, false0, false1 = tl.sum(right0, 0), tl.sum(right1, 0), tl.sum(missed1, 0), tl.sum(missed0, 0)
     nan = (true0 + true1 + false0 + false1) * 0.0  # what is NaN in one is so in all
@@ -629,8 +656,11 @@ def two_classes_count_kernel(
         tl.store(partial + 7, tl.sum(ce1, 0))
         tl.store(partial + 8, 0.0)
         tl.store(partial + 9, 0.0)
-        tl.store(partial + 10, tl.sum(weights, 0))
-        tl.store(partial + 11, tl.sum(weights, 0))
+        of_0, of_1 = tl.sum(weights, 0), tl.sum(weights, 0)
+        if OVERLAP == 2:
+            of_0, of_1 = tl.sum(weights - weights1, 0), tl.sum(weights1, 0)
+        tl.store(partial + 10, of_0)
+        tl.store(partial + 11, of_1)
 
 
 @triton.jit
@@ -1088,6 +1118,7 @@ def all_classes_gradient_kernel(
             weighted_others = tl.zeros([BLOCK], REAL)
             u_target = tl.zeros([BLOCK], REAL)
             k_target = tl.zeros([BLOCK], REAL)
+            b_target = tl.zeros([BLOCK], REAL)
             for i in tl.static_range(TILES):
                 background, foreground, ce, _smoothing = coefficients_of[i]
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
@@ -1095,16 +1126,23 @@ def all_classes_gradient_kernel(
                 others += (of_tile,)
                 sum_others += more_others
                 sum_target += more_target
-                weighted_others += tl.sum(of_tile * background, 0)
+                weighted_others += tl.sum(of_tile * _slope_of_other(of_tile, background, OVERLAP), 0)
                 u_target += tl.sum(_of_target(foreground, c, label), 0)
+                if OVERLAP == 2:
+                    b_target += tl.sum(_of_target(background, c, label), 0)
                 if CE > 0:
                     k_target += tl.sum(_of_target(ce, c, label), 0)
+            inverse = _divide(1.0, sum_target + sum_others)
+            if OVERLAP == 2:
+                weighted_others *= inverse  # the slopes were made of exponentials
+                u_target = _squared_slope_of_target(sum_others * inverse, b_target, u_target)
             scale, offset, target_dz = _gradient_terms(sum_target, sum_others, weighted_others, u_target, k_target, w)
             label = _again(label, sum_others)
             for i in tl.static_range(TILES):
                 background, _foreground, _ce, _smoothing = coefficients_of[i]
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
-                dz = others[i] * scale[None, :] * (background + offset[None, :])
+                slope = _slope_of_other(others[i] * inverse[None, :], background, OVERLAP)
+                dz = others[i] * scale[None, :] * (slope + offset[None, :])
                 dz = tl.where(c[:, None] == label[None, :], target_dz[None, :], dz)
                 _store_gradient(out, dz, i * MAIN, start, voxels, gs_c, gs_v, C, MAIN if i == 0 else TAIL,
                                 (MAIN if i == 0 else MAIN + TAIL) <= C, BLOCK, PACK)  # fmt: skip
@@ -1142,6 +1180,10 @@ def two_classes_gradient_kernel(
     is_class_1 = sign > 0
     if_label_1 = tl.sum(tl.where(is_class_1, foreground, -background))
     if_label_0 = tl.sum(tl.where(is_class_1, background, -foreground))
+    # Of squares, u_label - u_other = foreground - 2 p_other (both backgrounds).
+    foreground_1 = tl.sum(tl.where(is_class_1, foreground, 0.0))
+    foreground_0 = tl.sum(tl.where(is_class_1, 0.0, foreground))
+    backgrounds = tl.sum(background)
     ce_1 = tl.sum(tl.where(is_class_1, ce, 0.0))
     ce_0 = tl.sum(tl.where(is_class_1, 0.0, ce))
     for start in tl.range(begin, voxels, step):
@@ -1150,7 +1192,14 @@ def two_classes_gradient_kernel(
             ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
         difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, PACK, REAL)
         p1, p0, product = _logistic(difference)
-        dz = product * tl.where(label == 1, if_label_1, if_label_0)
+        slope = tl.where(label == 1, if_label_1, if_label_0)
+        if OVERLAP == 2:
+            slope = tl.where(
+                label == 1,
+                _squared_slope_of_target(p0, backgrounds, foreground_1),
+                -_squared_slope_of_target(p1, backgrounds, foreground_0),
+            )
+        dz = product * slope
         if CE > 0:
             dz += tl.where(label == 1, -ce_1 * p0, ce_0 * p1)
         dz *= w

@@ -35,7 +35,14 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def plan(classes: int, itemsize: int, heavy: bool = False, packed: bool = True, cross_entropy: bool = False) -> Plan:
+def plan(
+    classes: int,
+    itemsize: int,
+    heavy: bool = False,
+    packed: bool = True,
+    cross_entropy: bool = False,
+    squared: bool = False,
+) -> Plan:
     """Block sizes by the number of classes and the logits' size. A function, for autotuning needs a GPU.
 
     heavy: what takes about twice the registers, as a target of its own for every class. packed: the voxels lie one
@@ -58,7 +65,7 @@ def plan(classes: int, itemsize: int, heavy: bool = False, packed: bool = True, 
         tail = max(4, next_power_of_two(classes - main))
     least = (2 if itemsize == 8 else 8) if heavy else 32 // itemsize
     block = max(32 * elements // (main if tail <= main // 4 else 2 * main), least)
-    many_registers = heavy or block * (main + tail) > 32 * 36 or (cross_entropy and tail > 0)
+    many_registers = heavy or block * (main + tail) > 32 * 36 or (cross_entropy and (squared or tail > 0))
     return Plan(main, tail, 0, block, pack, 1, 8 if many_registers else 12)
 
 
@@ -120,9 +127,13 @@ class _Volume:
         if overlap == 1 and not dense:
             overlap = 0  # for class indices these forms are the same
         general = (
-            dense or overlap == 2 or (cross_entropy > 0 and (activation != 0 or cross_entropy == 2 or focal_gamma != 0))
+            dense
+            or (overlap == 2 and (activation != 0 or self.classes > ALL_CLASSES))
+            or (cross_entropy > 0 and (activation != 0 or cross_entropy == 2 or focal_gamma != 0))
         )
-        self.plan = plan(self.classes, logits.element_size(), general or resampled, self.ls_v == 1, cross_entropy > 0)
+        self.plan = plan(
+            self.classes, logits.element_size(), general or resampled, self.ls_v == 1, cross_entropy > 0, overlap == 2
+        )
         if (
             INTERPRETED and self.plan.num_warps == 1
         ):  # an operation takes as long there for a small block as for a large one
