@@ -326,7 +326,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       }
       return label == kUncounted ? A(0) : dz * scale[k];
     };
-    const bool class_is_inner = a.out.voxel_stride != 1;
     if (in_packs(out + begin, a.out.class_stride, a.out.voxel_stride, count, tile_voxels)) {
       const int log_packs = log2_of(tile_voxels / kPack<T>);
       for (int i = thread; i < classes << log_packs; i += Plan::kThreads) {
@@ -338,12 +337,10 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       }
       return;
     }
-    const int log_voxels = log2_of(tile_voxels);
-    for (int i = thread; i < classes * tile_voxels; i += Plan::kThreads) {
-      const int c = class_is_inner ? i % classes : i >> log_voxels;
-      const int k = class_is_inner ? i / classes : i - (c << log_voxels);
-      if (k < count) out[c * a.out.class_stride + (begin + k) * a.out.voxel_stride] = static_cast<T>(gradient_at(c, k));
-    }
+    T* first = out + begin * a.out.voxel_stride;
+    for_each_element<1>(classes, tile_voxels, a.out.voxel_stride != 1, [&](int c, int k) {
+      if (k < count) first[c * a.out.class_stride + k * a.out.voxel_stride] = static_cast<T>(gradient_at(c, k));
+    });
   });
 }
 
@@ -368,7 +365,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   Coefficients<A>* coefficients = reinterpret_cast<Coefficients<A>*>(b_all + tile_voxels);  // [C + 1]
   int* labels = reinterpret_cast<int*>(coefficients + classes + 1);                         // [tile_voxels]
 
-  const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
@@ -408,11 +404,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       }
       __syncthreads();
     }
-    const bool class_is_inner = a.out.voxel_stride != 1;
-    for (int i = thread; i < classes * tile_voxels; i += Plan::kThreads) {
-      const int c = class_is_inner ? i % classes : i / tile_voxels;
-      const int k = class_is_inner ? i / classes : i % tile_voxels;
-      if (k >= count) continue;
+    T* first = out + begin * a.out.voxel_stride;
+    for_each_element<1>(classes, tile_voxels, a.out.voxel_stride != 1, [&](int c, int k) {
+      if (k >= count) return;
       const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k];
       A dz;
       if constexpr (kActivation == Activation::kSoftmax) {
@@ -426,8 +420,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         dz = channel_gradient<kActivation, kCrossEntropy>(v, u[c], x, g);
       }
       dz = labels[k] == kUncounted ? A(0) : dz * weights[k];
-      out[c * a.out.class_stride + (begin + k) * a.out.voxel_stride] = static_cast<T>(dz);
-    }
+      first[c * a.out.class_stride + k * a.out.voxel_stride] = static_cast<T>(dz);
+    });
   });
 }
 

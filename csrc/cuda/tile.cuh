@@ -29,6 +29,25 @@ __device__ __forceinline__ void for_each_tile(const Share& share, int tile_voxel
   });
 }
 
+// Calls f(c, voxel) for the elements of a tile that a thread takes, kUnroll at a time: neighbouring threads take
+// neighbours in memory, classes of a voxel or voxels of a class. It divides at its start only.
+template <int kUnroll, typename F>
+__device__ __forceinline__ void for_each_element(int classes, int tile_voxels, bool class_is_inner, F&& f) {
+  const int size = class_is_inner ? classes : tile_voxels, total = classes * tile_voxels;
+  const int outer_step = Plan::kThreads / size, inner_step = Plan::kThreads - outer_step * size;
+  int outer = static_cast<int>(threadIdx.x) / size, inner = static_cast<int>(threadIdx.x) - outer * size;
+#pragma unroll kUnroll
+  for (int i = threadIdx.x; i < total; i += Plan::kThreads) {
+    f(class_is_inner ? inner : outer, class_is_inner ? outer : inner);
+    outer += outer_step;
+    inner += inner_step;
+    if (inner >= size) {
+      inner -= size;
+      ++outer;
+    }
+  }
+}
+
 // log2 of a power of two; for the tiles' sizes, so that nothing is divided by them.
 __device__ __forceinline__ int log2_of(int size) {
   int log = 0;
@@ -67,26 +86,21 @@ __device__ void load_tile_in_packs(const T* at, int64_t class_stride, int classe
   }
 }
 
-// tile[c][voxel] from rows + c * class_stride + voxel * voxel_stride. Neighbouring threads take neighbouring addresses
-// in either layout. What is beyond `count` is 0.
+// tile[c][voxel] from rows + c * class_stride + voxel * voxel_stride. What is beyond `count` is 0.
 template <typename T>
 __device__ void load_tile(const Volume& v, const T* rows, int64_t begin, int count, Compute<T>* tile, int tile_stride,
                           int tile_voxels) {
   using A = Compute<T>;
-  const int classes = static_cast<int>(v.classes), total = classes * tile_voxels;
-  const bool class_is_inner = v.logits.voxel_stride != 1;
+  const int classes = static_cast<int>(v.classes);
   if (in_packs(rows + begin, v.logits.class_stride, v.logits.voxel_stride, count, tile_voxels)) {
     return load_tile_in_packs<T>(rows + begin, v.logits.class_stride, classes, tile, tile_stride, tile_voxels);
   }
-  const int log_voxels = log2_of(tile_voxels);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < total; i += Plan::kThreads) {
-    const int c = class_is_inner ? i % classes : i >> log_voxels;
-    const int k = class_is_inner ? i / classes : i - (c << log_voxels);
+  const T* first = rows + begin * v.logits.voxel_stride;
+  for_each_element<4>(classes, tile_voxels, v.logits.voxel_stride != 1, [&](int c, int k) {
     A x = A(0);
-    if (k < count) x = static_cast<A>(rows[c * v.logits.class_stride + (begin + k) * v.logits.voxel_stride]);
+    if (k < count) x = static_cast<A>(first[c * v.logits.class_stride + k * v.logits.voxel_stride]);
     tile[c * tile_stride + k] = x;
-  }
+  });
 }
 
 // The labels and weights of a tile, one voxel a thread; what is beyond `count` does not count. True: this thread's
@@ -182,21 +196,18 @@ __device__ bool load_general_tile(const Volume& v, const T* rows, int64_t sample
                                   Compute<T>* tile, Compute<T>* targets, int tile_stride, int tile_voxels, int* labels,
                                   Compute<T>* weights) {
   using A = Compute<T>;
-  const int classes = static_cast<int>(v.classes), total = classes * tile_voxels, thread = threadIdx.x;
+  const int classes = static_cast<int>(v.classes), thread = threadIdx.x;
   load_tile<T>(v, rows, begin, count, tile, tile_stride, tile_voxels);
   bool bad = false;
   if (v.dense) {
-    const bool class_is_inner = v.target.class_stride == 1;
-    for (int i = thread; i < total; i += Plan::kThreads) {
-      const int c = class_is_inner ? i % classes : i / tile_voxels;
-      const int k = class_is_inner ? i / classes : i % tile_voxels;
+    for_each_element<1>(classes, tile_voxels, v.target.class_stride == 1, [&](int c, int k) {
       A g[1] = {A(0)};
       if (k < count) {
         const int64_t at[1] = {c * v.target.class_stride + v.target.offset(begin + k)};
         load_values_at(v.target, sample * v.target.sample_stride, at, g);
       }
       targets[c * tile_stride + k] = g[0];
-    }
+    });
     __syncthreads();
     if (thread < tile_voxels) {
       int label[1] = {thread < count ? 0 : kUncounted};
@@ -213,10 +224,9 @@ __device__ bool load_general_tile(const Volume& v, const T* rows, int64_t sample
   } else {
     bad = load_tile_labels(v, sample, begin, count, tile_voxels, labels, weights);
     __syncthreads();
-    for (int i = thread; i < total; i += Plan::kThreads) {
-      const int c = i / tile_voxels, k = i % tile_voxels;
+    for_each_element<1>(classes, tile_voxels, false, [&](int c, int k) {
       targets[c * tile_stride + k] = labels[k] == c + v.first_label ? A(1) : A(0);
-    }
+    });
   }
   __syncthreads();
   return bad;
