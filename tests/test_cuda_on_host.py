@@ -62,7 +62,8 @@ PLANTED = {
         f"if (warp > 0) __syncthreads();\n  {FINAL_LOOP}",
     ),
     "a voxel too many": ("voxels.cuh", "end < v.voxels ? end : v.voxels", "end < v.voxels + 1 ? end : v.voxels + 1"),
-    "a voxel too few": ("voxels.cuh", "at >= first; at -= step", "at > first; at -= step"),
+    "a voxel too few": ("voxels.cuh", "at >= first; at -=", "at > first; at -="),
+    "a piece too few": ("voxels.cuh", "(pieces - 1 - place)", "(pieces - 2 - place)"),
     "two blocks take the same voxels": (
         "voxels.cuh",
         "blocks.pieces + longer_before",

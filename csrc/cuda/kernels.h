@@ -10,13 +10,15 @@
 namespace tversky_kernels {
 namespace cuda {
 
-// The blocks of a sample (or of a channel), and the pieces of it that each takes: neighbouring ones, so that blocks
-// that run at the same time, which are neighbours too, are at one place in memory.
+// The blocks of a sample (or of a channel), in groups of about as many as run at the same time. A group has
+// neighbouring pieces of the volume, through which its blocks step side by side: so what is read at one time is at one
+// place in memory, and the groups, which start one after another, go from one end of it to the other.
 struct Blocks {
-  int programs;  // how many
+  int programs;  // how many: whole groups
+  int group;     // blocks of each
   int piece;     // voxels that a block takes at once
-  int pieces;    // of each block
-  int longer;    // so many blocks take one more
+  int pieces;    // of each group
+  int longer;    // so many groups have one more
 };
 
 // The count pass goes through the volume from its end, where what wrote the logits has stopped, and the gradient pass

@@ -264,8 +264,11 @@ Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
     programs =
         std::max<int64_t>(1, std::min(pieces, programs * std::max<int64_t>(1, (turns + kMostTurns - 1) / kMostTurns)));
   }
-  plan.blocks = {static_cast<int>(programs), static_cast<int>(of_block), static_cast<int>(pieces / programs),
-                 static_cast<int>(pieces % programs)};
+  // Two blocks a multiprocessor run at once at the least.
+  const int64_t groups = std::max<int64_t>(1, programs / (2 * static_cast<int64_t>(multiprocessors)));
+  const int64_t group = programs / groups;
+  plan.blocks = {static_cast<int>(groups * group), static_cast<int>(group), static_cast<int>(of_block),
+                 static_cast<int>(pieces / groups), static_cast<int>(pieces % groups)};
   return plan;
 }
 

@@ -99,8 +99,7 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
 template <Order kOrder, int kPackVoxels, typename F>
 __device__ __forceinline__ void for_each_pack(const Share& share, const SplitLane& lane, F&& f) {
   const int of_warp = lane.slots * kPackVoxels, warp = static_cast<int>(threadIdx.x) / kWarp;
-  for_each_step<kOrder>(share.begin + warp * of_warp, share.end, Plan::kThreads / kWarp * of_warp,
-                        [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
+  for_each_piece<kOrder>(share, warp * of_warp, [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
 }
 
 // Voxels first to first + kVoxels of a pack, and the same put back; without instructions where `first` is a constant.

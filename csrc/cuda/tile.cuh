@@ -22,7 +22,7 @@ struct TileThread {
 // Calls f(begin, count) for every tile of the block's share, and synchronises after each. All threads call it.
 template <Order kOrder, typename F>
 __device__ __forceinline__ void for_each_tile(const Share& share, int tile_voxels, F&& f) {
-  for_each_step<kOrder>(share.begin, share.end, tile_voxels, [&](int64_t begin) {
+  for_each_piece<kOrder>(share, 0, [&](int64_t begin) {
     const int64_t left = share.end - begin;
     f(begin, left < tile_voxels ? static_cast<int>(left) : tile_voxels);
     __syncthreads();

@@ -464,22 +464,29 @@ struct LabelSums {
   __device__ __forceinline__ A weight(int c) const { return mine[(c + 1) * kOfThreads + 3]; }
 };
 
-// A block's share of the work: neighbouring voxels of one sample.
+// A block's share of the work: of one sample, the pieces from begin to last, a step apart; those that others have lie
+// between.
 struct Share {
   int64_t sample;
-  int64_t program;     // which of the sample's blocks
-  int64_t begin, end;  // voxels
+  int64_t program;      // which of the sample's blocks
+  int64_t begin, last;  // voxel at which the piece starts
+  int64_t end;          // of the group's voxels
+  int64_t step;
 };
 template <Order kOrder>
 __device__ __forceinline__ Share share_of_block(const Volume& v, const Blocks& blocks) {
   const unsigned block = kOrder == Order::kForward ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
   const unsigned sample = block / static_cast<unsigned>(blocks.programs);
   const int program = static_cast<int>(block - sample * static_cast<unsigned>(blocks.programs));
-  const int longer_before = program < blocks.longer ? program : blocks.longer;
-  const int64_t first = static_cast<int64_t>(program) * blocks.pieces + longer_before;
-  const int64_t begin = first * blocks.piece;
-  const int64_t end = begin + static_cast<int64_t>(blocks.pieces + (program < blocks.longer)) * blocks.piece;
-  return {sample, program, begin, end < v.voxels ? end : v.voxels};
+  const int group = program / blocks.group, place = program - group * blocks.group;
+  const int longer_before = group < blocks.longer ? group : blocks.longer;
+  const int pieces = blocks.pieces + (group < blocks.longer);
+  const int64_t start = (static_cast<int64_t>(group) * blocks.pieces + longer_before) * blocks.piece;
+  const int64_t end = start + static_cast<int64_t>(pieces) * blocks.piece;
+  const int64_t begin = start + static_cast<int64_t>(place) * blocks.piece;
+  const int64_t step = static_cast<int64_t>(blocks.group) * blocks.piece;
+  const int64_t last = begin + (pieces - 1 - place) / blocks.group * step;
+  return {sample, program, begin, last, end < v.voxels ? end : v.voxels, step};
 }
 
 // The same where a block takes one channel of a sample.
@@ -495,21 +502,23 @@ __device__ __forceinline__ ChannelShare channel_share_of_block(const Volume& v, 
   return {share, channel};
 }
 
-// Calls f(at) for at = first, first + step, ... below end, or the same from the last one on. step: a power of two.
+// Calls f(at) for what is `offset` voxels into each of the block's pieces, where the volume does not end before.
 template <Order kOrder, typename F>
-__device__ __forceinline__ void for_each_step(int64_t first, int64_t end, int step, F&& f) {
+__device__ __forceinline__ void for_each_piece(const Share& share, int offset, F&& f) {
+  const int64_t first = share.begin + offset;
   if constexpr (kOrder == Order::kForward) {
-    for (int64_t at = first; at < end; at += step) f(at);
-  } else if (first < end) {
-    for (int64_t at = first + ((end - 1 - first) & -static_cast<int64_t>(step)); at >= first; at -= step) f(at);
+    for (int64_t at = first; at < share.end; at += share.step) f(at);
+  } else {
+    int64_t at = share.last + offset;
+    if (at >= share.end) at -= share.step;
+    for (; at >= first; at -= share.step) f(at);
   }
 }
 
 // Calls f(at) for the voxels that a thread has to itself, kVoxels from `at` on.
 template <Order kOrder, int kVoxels, typename F>
 __device__ __forceinline__ void for_each_own(const Share& share, F&& f) {
-  const int64_t first = share.begin + static_cast<int>(threadIdx.x) * kVoxels;
-  for_each_step<kOrder>(first, share.end, Plan::kThreads * kVoxels, f);
+  for_each_piece<kOrder>(share, static_cast<int>(threadIdx.x) * kVoxels, f);
 }
 
 }  // namespace cuda
