@@ -149,11 +149,11 @@ constexpr int label_sum_values(int classes) {
   return (classes + 1) * kLabelColumns<kCrossEntropy> * Plan::kThreads;
 }
 
-// Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least. kFew:
-// also those that a thread's registers would hold, which is for the kernels without squares, and for two classes.
-template <bool kFew, typename F>
+// Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
+// kSquared: one lane for three and four classes too, which without squares have kernels of their own.
+template <bool kSquared, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
-  if constexpr (kFew) {
+  if constexpr (kSquared) {
     if (classes <= 4) return f(std::integral_constant<int, 4>{});
   }
   if (classes <= lanes * 6) {

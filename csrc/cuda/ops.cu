@@ -199,8 +199,8 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     if (classes > 2) values = std::max<int64_t>(values, label_values(static_cast<int>(classes)));
   } else {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanes, kMostOfLane) : 0;
-    with_bool(squared, [&](auto few_too) {
-      with_split_classes<decltype(few_too)::value>(
+    with_bool(squared, [&](auto is_squared) {
+      with_split_classes<decltype(is_squared)::value>(
           classes, plan.lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
     });
   }

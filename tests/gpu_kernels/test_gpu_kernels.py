@@ -394,9 +394,10 @@ def test_squared_of_labels(weighted, function, dtype, classes):
     """Several blocks a sample, and the weights of labels where a cross-entropy wants them."""
     space = (5, 16) if WHERE == "interpreter" else (20, 24, 16)
     logits, target = inputs(2, classes, space, dtype, torch.uint8)
-    options = {"class_weight": torch.rand(classes).tolist()}
+    options = {"class_weight": torch.linspace(0.5, 1.5, classes).tolist()}
     if weighted:
-        options.update(voxel_weight=torch.rand(target.shape), ignore_index=0)
+        generator = torch.Generator().manual_seed(1)
+        options.update(voxel_weight=torch.rand(target.shape, generator=generator), ignore_index=0)
     check(logits, target, function=function, alpha=0.5, beta=0.5, squared=True, **options)
 
 
