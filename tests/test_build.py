@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def run(*command, cwd, environment=None, check=True):
     environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, **(environment or {})}
     result = subprocess.run(
-        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+        [str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800
     )
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
