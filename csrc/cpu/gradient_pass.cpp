@@ -36,7 +36,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
   const A difference0 = u1[kBackground] - u[kForeground];  // u_1 - u_0 where the label is 0
   const A difference1 = u1[kForeground] - u[kBackground];  // where it is 1
   // The same of squares, at the label: u_label - u_other = u_foreground - 2 p_other (both u_background).
-  const A background = u[kBackground] + u1[kBackground];
+  const A backgrounds = u[kBackground] + u1[kBackground];
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = tile.template label<kLabels>(i);
     V z[2];
@@ -50,7 +50,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
     V difference = is1 ? broadcast<A>(difference1) : broadcast<A>(difference0);
     if constexpr (kSquared) {
       const V foreground = is1 ? broadcast<A>(u1[kForeground]) : broadcast<A>(u[kForeground]);
-      const V of_label = squared_slope_of_target(p_other, broadcast<A>(background), foreground);
+      const V of_label = squared_slope_of_target(p_other, broadcast<A>(backgrounds), foreground);
       difference = is1 ? of_label : -of_label;
     }
     V dz1 = logistic_gradient(e, inverse, difference);

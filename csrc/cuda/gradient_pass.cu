@@ -87,8 +87,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         const A inverse = reciprocal(A(1) + e);
         const Probability<A> p = logistic(d < A(0), e, inverse);
         if constexpr (kSquared) {  // u_label - u_other = u_foreground - 2 p_other (both u_background)
-          const A wrong = label == 1 ? p.complement : p.p, right = label == 1 ? u[1].foreground : u[0].foreground;
-          const A of_label = squared_slope_of_target(wrong, u[0].background + u[1].background, right);
+          const A p_other = label == 1 ? p.complement : p.p;
+          const A foreground = label == 1 ? u[1].foreground : u[0].foreground;
+          const A of_label = squared_slope_of_target(p_other, u[0].background + u[1].background, foreground);
           difference = label == 1 ? of_label : -of_label;
         }
         A dz = logistic_gradient(e, inverse, difference);

@@ -193,10 +193,9 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     });
   } else if (!plan.split) {
     plan.lanes = 1;
-    values = Plan::kThreads / kWarp *
-             (cross_entropy ? count_values<true, true>(static_cast<int>(classes))
-                            : count_values<false, false>(static_cast<int>(classes)));
-    if (classes > 2) values = std::max<int64_t>(values, label_values(static_cast<int>(classes)));
+    const int n = static_cast<int>(classes);
+    values = Plan::kThreads / kWarp * (cross_entropy ? count_values<true, true>(n) : count_values<false, false>(n));
+    if (classes > 2) values = std::max<int64_t>(values, label_values(n));
   } else {
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanes, kMostOfLane) : 0;
     with_bool(squared, [&](auto is_squared) {
@@ -261,8 +260,8 @@ Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
     // blocks more, so that none adds up too many.
     constexpr int64_t kMostTurns = 32;
     const int64_t turns = (pieces + programs - 1) / programs;
-    programs =
-        std::max<int64_t>(1, std::min(pieces, programs * std::max<int64_t>(1, (turns + kMostTurns - 1) / kMostTurns)));
+    const int64_t rounds = std::max<int64_t>(1, (turns + kMostTurns - 1) / kMostTurns);
+    programs = std::max<int64_t>(1, std::min(pieces, programs * rounds));
   }
   // Two blocks a multiprocessor run at once at the least.
   const int64_t groups = std::max<int64_t>(1, programs / (2 * static_cast<int64_t>(multiprocessors)));

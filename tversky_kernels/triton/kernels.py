@@ -617,7 +617,7 @@ def two_classes_count_kernel(
     missed1 = tl.zeros([BLOCK], REAL)
     ce0 = tl.zeros([BLOCK], REAL)
     ce1 = tl.zeros([BLOCK], REAL)
-    weights = tl.zeros([BLOCK], REAL)
+    weights0 = tl.zeros([BLOCK], REAL)  # of label 0 or, without squares, of all voxels
     weights1 = tl.zeros([BLOCK], REAL)
     for at in tl.range(begin, voxels, step):
         start = begin + last - at  # from the end: see enum Order in csrc/cuda/kernels.h
@@ -632,16 +632,16 @@ def two_classes_count_kernel(
             of1, of0 = of1 * w, of0 * w
             ce1 += tl.where(is1, of1, 0.0)
             ce0 += tl.where(is1, 0.0, of0)
-            weights += w
             if OVERLAP == 2:
+                weights0 += tl.where(is1, 0.0, w)
                 weights1 += tl.where(is1, w, 0.0)
-        error1, error0 = p1 * w, p0 * w
-        right1 += tl.where(is1, error1, 0.0)
-        right0 += tl.where(is1, 0.0, error0)
-        if OVERLAP == 2:
-            error1, error0 = error1 * p1, error0 * p0
-        missed1 += tl.where(is1, error0, 0.0)
-        missed0 += tl.where(is1, 0.0, error1)
+            else:
+                weights0 += w
+        weighted1, weighted0 = p1 * w, p0 * w
+        right1 += tl.where(is1, weighted1, 0.0)
+        right0 += tl.where(is1, 0.0, weighted0)
+        missed1 += tl.where(is1, weighted0 * p0 if OVERLAP == 2 else weighted0, 0.0)
+        missed0 += tl.where(is1, 0.0, weighted1 * p1 if OVERLAP == 2 else weighted1)
     partial += (n * programs + program) * (12 if CE > 0 else 6)
     true0, true1, false0, false1 = tl.sum(right0, 0), tl.sum(right1, 0), tl.sum(missed1, 0), tl.sum(missed0, 0)
     nan = (true0 + true1 + false0 + false1) * 0.0  # what is NaN in one is so in all
@@ -656,11 +656,8 @@ def two_classes_count_kernel(
         tl.store(partial + 7, tl.sum(ce1, 0))
         tl.store(partial + 8, 0.0)
         tl.store(partial + 9, 0.0)
-        of_0, of_1 = tl.sum(weights, 0), tl.sum(weights, 0)
-        if OVERLAP == 2:
-            of_0, of_1 = tl.sum(weights - weights1, 0), tl.sum(weights1, 0)
-        tl.store(partial + 10, of_0)
-        tl.store(partial + 11, of_1)
+        tl.store(partial + 10, tl.sum(weights0, 0))
+        tl.store(partial + 11, tl.sum(weights1 if OVERLAP == 2 else weights0, 0))
 
 
 @triton.jit
