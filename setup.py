@@ -36,9 +36,17 @@ X86_CAPABILITIES = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-    "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx512bf16"],
+    "avx512_bf16": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mavx512bf16",
+        "-DTK_ONLY_BFLOAT16",
+    ],
 }
-
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--extended-lambda"]
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
@@ -134,6 +142,8 @@ class BuildExt(build_ext):
             stem = pathlib.Path(source).stem
             if stem.endswith("_pass"):
                 for capability, flags in capabilities.items():
+                    if capability == "avx512_bf16" and stem == "count_pass":
+                        continue  # it rounds nothing
                     out = objects / f"{stem}_{capability}.o"
                     yield out, [*base, *KERNEL_FLAGS, *flags, f"-DTK_CAPABILITY={capability}", "-c", source, "-o", out]
             else:

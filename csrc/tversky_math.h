@@ -51,6 +51,12 @@ struct Probability {
   V p, complement;
 };
 
+// Of the outcome that the target says.
+template <typename V, typename M>
+TK_MATH Probability<V> of_outcome(M is_one, const Probability<V>& p) {
+  return {is_one ? p.p : p.complement, is_one ? p.complement : p.p};
+}
+
 // Softmax over two classes is the sigmoid of z_1 - z_0; but +inf gives NaN, as any softmax does, so that an overflow of
 // half precision is seen. top: the larger of the two.
 template <typename V>
@@ -110,6 +116,12 @@ struct SoftmaxGradient {
   TK_MATH void add_cross_entropy(const SoftmaxSums<V>& sums, V k_target) {
     offset += k_target;
     at_target -= k_target * (sums.others * scale);
+  }
+  // The same with label smoothing, of which every class has a part s_c, s_all together. From the others, s_c times the
+  // voxel's weight is still to be taken.
+  TK_MATH void add_smoothed_cross_entropy(const SoftmaxSums<V>& sums, V k_target, V s_target, V s_all) {
+    offset += k_target + s_all;
+    at_target += (sums.target * scale) * (s_all - s_target) - (sums.others * scale) * (k_target + s_target);
   }
 };
 
@@ -194,12 +206,21 @@ TK_MATH V overlap_slope(const Probability<V>& p, V g, V u_background, V u_foregr
   return d > 0 ? u_background : lower;
 }
 
-// From power = (1 - p)^f: -p d/dp [(1 - p)^f (-log p)] = (1 - p)^f - f p (1 - p)^f (log p / (1 - p)), which is 1 for
-// f = 0. Where p = 1 the power is 0, and so is this.
-template <typename V>
-TK_MATH V focal_slope(const Probability<V>& p, V minus_log_p, V power, V focal_gamma) {
+// The focal factor (1 - p)^f of the cross-entropy -log p. f = 2 is what is mostly asked for, and needs no powers. pow
+// is the caller's, for it differs by machine.
+template <typename V, typename A, typename Pow>
+TK_MATH V focal_factor(V complement, A focal_gamma, const Pow& pow) {
+  if (focal_gamma == 2) return complement * complement;
+  return pow(complement, focal_gamma);
+}
+
+// -p d/dp [(1 - p)^f (-log p)] = (1 - p)^f - f p (1 - p)^f (log p / (1 - p)), which is 1 for f = 0. Where p = 1 the
+// factor is 0, and so is this.
+template <typename V, typename A, typename Pow>
+TK_MATH V focal_slope(const Probability<V>& p, V minus_log_p, A focal_gamma, const Pow& pow) {
+  if (focal_gamma == 2) return p.complement * (p.complement + 2 * p.p * minus_log_p);
   const V safe = p.complement > 0 ? p.complement : V{} + 1;
-  return power * (1 + focal_gamma * p.p * (minus_log_p / safe));
+  return pow(p.complement, focal_gamma) * (1 + focal_gamma * p.p * (minus_log_p / safe));
 }
 
 // dz of a dense softmax from all classes' u: as SoftmaxGradient, with the largest logit in the target's place.

@@ -109,13 +109,25 @@ def truth_checked(logits, target, **options):
         {},
         {"ce_weight": 0.3, "tversky_weight": 2.0, "ignore_index": 1},
         {"label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "ce_class_weight": 2.0, "ignore_index": 1, "voxel_weight": True},
         {"focal_gamma": 2.0},
+        {"focal_gamma": 0.7, "ce_class_weight": 2.0, "ignore_index": 1, "voxel_weight": True},
+        {"focal_gamma": 2.0, "label_smoothing": 0.1},
+        {"focal_gamma": 2.0, "squared": True, "alpha": 0.5, "beta": 0.5},
         {"activation": "sigmoid"},
+        {"activation": "sigmoid", "focal_gamma": 2.0},
+        {"activation": "sigmoid", "focal_gamma": 0.7, "ignore_index": 1, "voxel_weight": True},
     ],
     ids=str,
 )
 def test_classes_and_dtypes(capability, classes, dtype, options):
-    truth_checked(*inputs(2, classes, (7, 11, 13), dtype), **options)
+    logits, target = inputs(2, classes, (7, 11, 13), dtype)
+    options = dict(options)
+    if "voxel_weight" in options:
+        options["voxel_weight"] = torch.rand(2, 7, 11, 13).where(torch.rand(2, 7, 11, 13) < 0.9, 0)
+    if "ce_class_weight" in options:
+        options["ce_class_weight"] = torch.linspace(0.0, 2.0, classes).tolist()
+    truth_checked(logits, target, **options)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
@@ -131,10 +143,14 @@ def test_huge_logits(capability, activation, classes, dense):
 def test_nearly_perfect_prediction(capability, classes):
     """The cross-entropy itself keeps its relative accuracy: log1p, not log."""
     logits, target = inputs(1, classes, (12, 16), torch.float64, scale=0.5)
-    logits = (logits + 14 * functional.one_hot(target, classes).movedim(-1, 1)).float()
+    # Multiples of 1/1024, whose differences are exact: a focal exponent raises their rounding to its power.
+    logits = ((logits * 1024).round() / 1024 + 14 * functional.one_hot(target, classes).movedim(-1, 1)).float()
     upstream = torch.tensor(2.0**20)
     truth_checked(logits, target, upstream=upstream, smooth_nr=0.0, smooth_dr=0.0)
     truth_checked(logits, target, upstream=upstream, tversky_weight=0.0)
+    truth_checked(logits, target, upstream=2.0**20 * upstream, tversky_weight=0.0, focal_gamma=2.0)
+    truth_checked(logits, target, upstream=2.0**10 * upstream, tversky_weight=0.0, focal_gamma=1.5)
+    truth_checked(logits, target, upstream=upstream, tversky_weight=0.0, label_smoothing=1e-4)
     truth_checked(logits, target, upstream=upstream, tversky_weight=0.0, activation="sigmoid", focal_gamma=1.0)
 
 

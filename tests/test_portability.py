@@ -106,6 +106,12 @@ CASES = [
     (14, 500, torch.float32, torch.uint8, CE),
     (3, 500, torch.float32, torch.uint8, CE._replace(focal_gamma=2.0, label_smoothing=0.1)),
     (3, 500, torch.float64, torch.uint8, CE._replace(focal_gamma=2.0, activation="sigmoid")),
+    (2, 300, torch.bfloat16, torch.uint8, CE._replace(focal_gamma=2.0)),
+    (4, 300, torch.float64, torch.uint8, CE._replace(focal_gamma=3.0)),
+    (33, 300, torch.bfloat16, torch.int64, CE._replace(focal_gamma=3.0)),
+    (2, 300, torch.float64, torch.uint8, CE._replace(label_smoothing=0.1)),
+    (4, 300, torch.float16, torch.uint8, CE._replace(label_smoothing=0.1)),
+    (33, 300, torch.bfloat16, torch.int64, CE._replace(label_smoothing=0.1)),
     (5, 500, torch.float32, torch.uint8, CE._replace(squared=True)),
 ]
 DENSE_CASES = [
@@ -119,9 +125,11 @@ DENSE_CASES = [
 ]
 
 
-def check(program):
+def check(program, dtypes=tuple(LOGITS_TYPES)):
     for i, (classes, voxels, dtype, target_dtype, options) in enumerate([*CASES, *DENSE_CASES]):
         dense = i >= len(CASES)
+        if dtype not in dtypes:
+            continue
         for weighted, ignore_index, channels_last, coarse in (
             (False, None, False, False),
             (True, 0, False, True),
@@ -159,7 +167,8 @@ def test_sanitizers(capability, tmp_path):
     # Not optimised: that takes the compiler longer than all the rest.
     flags = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += setup_flags.X86_CAPABILITIES[capability] if platform.machine() == "x86_64" else []
-    check([build("g++", flags, capability, tmp_path / "driver")])
+    dtypes = [torch.bfloat16] if capability == "avx512_bf16" else LOGITS_TYPES
+    check([build("g++", flags, capability, tmp_path / "driver")], dtypes)
 
 
 def test_aarch64(tmp_path):

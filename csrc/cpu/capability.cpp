@@ -9,18 +9,18 @@ namespace tversky_kernels {
 namespace cpu {
 namespace {
 
-#define TK_KERNELS(CAPABILITY)                                                                          \
-  Kernels {                                                                                             \
-    #CAPABILITY, count_pass_##CAPABILITY, gradient_pass_##CAPABILITY, count_scratch_bytes_##CAPABILITY, \
-        gradient_scratch_bytes_##CAPABILITY                                                             \
+#define TK_KERNELS(CAPABILITY, COUNT, GRADIENT)                                             \
+  Kernels {                                                                                 \
+    #CAPABILITY, count_pass_##COUNT, gradient_pass_##GRADIENT, count_scratch_bytes_##COUNT, \
+        gradient_scratch_bytes_##GRADIENT                                                   \
   }
 
 const Kernels kCompiled[] = {
-    TK_KERNELS(baseline),
+    TK_KERNELS(baseline, baseline, baseline),
 #if defined(TK_WITH_AVX)
-    TK_KERNELS(avx2),
-    TK_KERNELS(avx512),
-    TK_KERNELS(avx512_bf16),
+    TK_KERNELS(avx2, avx2, avx2),
+    TK_KERNELS(avx512, avx512, avx512),
+    TK_KERNELS(avx512_bf16, avx512, avx512_bf16),
 #endif
 };
 
@@ -68,8 +68,10 @@ void set_capability(Capability capability) {
   current().store(std::min(capability, widest_capability()));
 }
 
-const Kernels& kernels() {
-  return kCompiled[static_cast<int>(current_capability())];
+const Kernels& kernels(ElementType logits) {
+  Capability capability = current_capability();
+  if (capability == Capability::kAvx512Bf16 && logits != ElementType::kBFloat16) capability = Capability::kAvx512;
+  return kCompiled[static_cast<int>(capability)];
 }
 
 }  // namespace cpu

@@ -6,6 +6,7 @@
 namespace tversky_kernels {
 namespace cpu {
 
+// The last differs from the one before in how a bfloat16 gradient is rounded, and has no other kernels of its own.
 enum class Capability : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // The widest that this build, this processor and TVERSKY_KERNELS_CPU_CAPABILITY allow.
@@ -15,7 +16,7 @@ Capability widest_capability();
 Capability current_capability();
 void set_capability(Capability);  // at most the widest
 
-const Kernels& kernels();  // of the current capability
+const Kernels& kernels(ElementType logits);  // of the current capability
 
 }  // namespace cpu
 }  // namespace tversky_kernels

@@ -23,20 +23,27 @@ TK_INLINE void add_to_double(DoubleVector& total, Vector<A> v) {
 
 // Softmax over two classes is a sigmoid of the difference: one exponential, and each class's false positives are the
 // other's false negatives.
-template <typename T, Labels kLabels, bool kCrossEntropy, bool kSquared, bool kInner>
+template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner>
 TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T>* counts) {
-  constexpr bool kMasked = kLabels == Labels::kSome;
+  constexpr bool kMasked = kLabels == Labels::kSome, kCrossEntropy = kCeForm != CeForm::kNone;
+  constexpr bool kFocal = kCeForm == CeForm::kFocal, kSmoothed = kCeForm == CeForm::kSmoothed;
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   V right0{}, right1{}, missed0{}, missed1{}, cross_entropy0{}, cross_entropy1{}, voxels0{}, voxels1{};
+  V smoothing0{}, smoothing1{};
   const bool weighted = tile.weights != nullptr;
   // Without weights the logarithms are summed as one of a product: 1 + product is that of all 1 + e, each at most 2.
   // Kept as the product less 1, it keeps its relative accuracy where all e are small.
   V product0{}, product1{};
   const auto take_logarithms = [&]() __attribute__((always_inline)) {
-    cross_entropy0 += log1p<A>(product0);
-    cross_entropy1 += log1p<A>(product1);
+    const V of_label0 = log1p<A>(product0), of_label1 = log1p<A>(product1);
+    cross_entropy0 += of_label0;
+    cross_entropy1 += of_label1;
+    if constexpr (kSmoothed) {
+      smoothing0 += of_label0 + of_label1;
+      smoothing1 += of_label0 + of_label1;
+    }
     product0 = product1 = V{};
   };
   constexpr int kFactors = 64;
@@ -53,6 +60,12 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
     const I is1 = label == 1;
     const I is0 = kMasked ? label == 0 : ~is1;
     V cross_entropy = maximum(V{}, is1 ? -difference : difference);  // and log(1 + e)
+    if constexpr (kFocal) {
+      const V factor = focal_factor(is1 ? p.complement : p.p, tile.focal_gamma, FocalPower{});
+      cross_entropy = (cross_entropy + log1p_of_fraction<A>(e)) * factor;
+    }
+    // -log p of class 0 and of class 1, but for log(1 + e)
+    V minus_log0 = maximum(V{}, difference), minus_log1 = maximum(V{}, -difference);
     if (weighted) {
       const V weight = load<V>(tile.weights + i);
       right_if1 *= weight;
@@ -60,7 +73,10 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
       missed_if1 *= weight;
       missed_if0 *= weight;
       if constexpr (kCrossEntropy) {
-        cross_entropy = (cross_entropy + log1p_of_fraction<A>(e)) * weight;
+        const V logarithm = kFocal ? V{} : log1p_of_fraction<A>(e);
+        cross_entropy = (cross_entropy + logarithm) * weight;
+        minus_log0 = (minus_log0 + logarithm) * weight;
+        minus_log1 = (minus_log1 + logarithm) * weight;
         add_where(is1, voxels1, weight);
         add_where(is0, voxels0, weight);
       }
@@ -69,9 +85,11 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
         add_where(is1, voxels1, broadcast<A>(1));
         add_where(is0, voxels0, broadcast<A>(1));
       }
-      product1 = is1 ? product1 + e * (1 + product1) : product1;
-      product0 = is0 ? product0 + e * (1 + product0) : product0;
-      if (++factors % kFactors == 0) take_logarithms();
+      if constexpr (!kFocal) {
+        product1 = is1 ? product1 + e * (1 + product1) : product1;
+        product0 = is0 ? product0 + e * (1 + product0) : product0;
+        if (++factors % kFactors == 0) take_logarithms();
+      }
     }
     add_where(is1, right1, right_if1);
     add_where(is1, missed1, missed_if1);
@@ -81,8 +99,12 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
       add_where(is1, cross_entropy1, cross_entropy);
       add_where(is0, cross_entropy0, cross_entropy);
     }
+    if constexpr (kSmoothed) {
+      smoothing0 += !kMasked || label >= 0 ? minus_log0 : V{};
+      smoothing1 += !kMasked || label >= 0 ? minus_log1 : V{};
+    }
   }
-  if (kCrossEntropy) take_logarithms();
+  if (kCrossEntropy && !kFocal) take_logarithms();
   if (!kMasked && !kSquared && !weighted) voxels0 = broadcast<A>(static_cast<A>(padded / Lanes<A>::count));
   counts[0][kTp] += right0;
   counts[0][kFp] += missed1;
@@ -93,6 +115,10 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   if constexpr (kCrossEntropy) {
     counts[0][kCe] += cross_entropy0;
     counts[1][kCe] += cross_entropy1;
+    if constexpr (kSmoothed) {
+      counts[0][kSmoothing] += smoothing0;
+      counts[1][kSmoothing] += smoothing1;
+    }
     counts[0][kVoxels] += kSquared ? voxels0 : voxels0 + voxels1;
     if (kSquared) counts[1][kVoxels] += voxels1;
   }
@@ -100,7 +126,7 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
 
 // From the logits of kVectors vectors of voxels and their maxima; exponentials take the logits' place. kClasses: the
 // number of classes where it is known when this is compiled, else 0. read_next(c) is called for every class on the way.
-template <typename T, int kClasses, int kVectors, Labels kLabels, bool kCrossEntropy, bool kSquared, typename Next>
+template <typename T, int kClasses, int kVectors, Labels kLabels, CeForm kCeForm, bool kSquared, typename Next>
 TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_classes, PresentClasses& present,
                                    LogitsVector<T>* logits, const LogitsVector<T>* top, const Next& read_next,
                                    CountVectors<T>* counts) {
@@ -109,7 +135,8 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
   using I = IntVector<A>;
   using Int = typename Lanes<A>::Int;
   constexpr int kLanes = Lanes<A>::count;
-  constexpr bool kFew = kClasses > 0, kMasked = kLabels == Labels::kSome;
+  constexpr bool kFew = kClasses > 0, kMasked = kLabels == Labels::kSome, kCrossEntropy = kCeForm != CeForm::kNone;
+  constexpr bool kFocal = kCeForm == CeForm::kFocal, kSmoothed = kCeForm == CeForm::kSmoothed;
   const int classes = kFew ? kClasses : runtime_classes;
   V* const exponentials = logits;
 
@@ -118,15 +145,20 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
   for (int k = 0; k < kVectors; ++k) label[k] = tile.template label<kLabels>(at + k * kLanes);
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, true);
 
+  const auto weight_of = [&](int k) __attribute__((always_inline)) {
+    return tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
+  };
   SoftmaxSums<V> sums[kVectors];
   V below_top[kVectors] = {};  // z_top - z_t
   // kPresent: class c is the label of some voxel here.
   const auto add_class = [&](int c, auto is_present) __attribute__((always_inline)) {
     constexpr bool kPresent = decltype(is_present)::value;
+    V smoothing = kSmoothed ? counts[c][kSmoothing] : V{};  // log(sum of exponentials) comes later
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
       const V difference = logits[c * kVectors + k] - top[k];
       const V e = exp_nonpositive<A>(difference);
+      if (kSmoothed) smoothing -= !kMasked || label[k] >= 0 ? difference * weight_of(k) : V{};
       if constexpr (kPresent) {
         const I is_target = label[k] == static_cast<Int>(c);
         if (kCrossEntropy) below_top[k] = is_target ? -difference : below_top[k];
@@ -136,22 +168,27 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
         exponentials[c * kVectors + k] = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
       }
     }
+    if (kSmoothed) counts[c][kSmoothing] = smoothing;
   };
   for_each_class<kFew>(classes, present, read_next, add_class);
 
   V inverse[kVectors], weighted[kVectors], right[kVectors], missed[kVectors], cross_entropy[kVectors], weight[kVectors];
+  V log_sums{};  // of all vectors, weighted
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
     inverse[k] = reciprocal<A>(sums[k].target + sums[k].others);
     if (kMasked) inverse[k] = label[k] >= 0 ? inverse[k] : V{};
-    weight[k] = tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
+    weight[k] = weight_of(k);
     weighted[k] = tile.weights != nullptr ? inverse[k] * weight[k] : inverse[k];
     right[k] = sums[k].target * weighted[k];
     missed[k] = sums[k].others * weighted[k];
     if (kSquared) missed[k] *= sums[k].others * inverse[k];
     if constexpr (kCrossEntropy) {
       const V beyond_one = exponentials_beyond_one(sums[k]);
-      cross_entropy[k] = below_top[k] + (kFew ? log1p_to_three<A>(beyond_one) : log1p<A>(beyond_one));
+      const V log_sum = kFew ? log1p_to_three<A>(beyond_one) : log1p<A>(beyond_one);
+      cross_entropy[k] = below_top[k] + log_sum;
+      if (kFocal) cross_entropy[k] *= focal_factor(sums[k].others * inverse[k], tile.focal_gamma, FocalPower{});
+      if (kSmoothed) log_sums += !kMasked || label[k] >= 0 ? log_sum * weight[k] : V{};
       if (tile.weights != nullptr) cross_entropy[k] *= weight[k];
       if (!kSquared) counts[0][kVoxels] += kMasked ? (label[k] >= 0 ? weight[k] : V{}) : weight[k];
     }
@@ -165,6 +202,7 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
       fp += kSquared ? (e * inverse[k]) * (e * weighted[k]) : e * weighted[k];
     }
     counts[c][kFp] = fp;
+    if (kSmoothed) counts[c][kSmoothing] += log_sums;
     if (kFew || present.has(c)) {
       V tp = counts[c][kTp], fn = counts[c][kFn], ce = counts[c][kCe], voxels = counts[c][kVoxels];
 #pragma GCC unroll 4
@@ -184,27 +222,29 @@ TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_clas
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kSquared, bool kInner>
+template <typename T, int kClasses, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner>
 TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, PresentClasses& present,
                              LogitsVector<T>* scratch, CountVectors<T>* counts) {
   if constexpr (kClasses == 2) {
-    count_two_classes<T, kLabels, kCrossEntropy, kSquared, kInner>(tile, padded, counts);
+    count_two_classes<T, kLabels, kCeForm, kSquared, kInner>(tile, padded, counts);
   } else if constexpr (kClasses > 0) {
     LogitsVector<T> logits[kClasses];
     CountVectors<T> sums[kClasses] = {};
     for (int at = 0; at < padded; at += Lanes<Compute<T>>::count) {
       const LogitsVector<T> top = load_classes_and_top<kClasses, kInner>(tile, at, logits);
-      count_softmax_block<T, kClasses, 1, kLabels, kCrossEntropy, kSquared>(
+      count_softmax_block<T, kClasses, 1, kLabels, kCeForm, kSquared>(
           tile, at, kClasses, present, logits, &top, [](int) __attribute__((always_inline)) {}, sums);
     }
     for (int c = 0; c < kClasses; ++c) {
-      for (int q = 0; q < (kCrossEntropy ? kAllCounts : kOverlapCounts); ++q) counts[c][q] += sums[c][q];
+      for (int q = 0; q < (kCeForm != CeForm::kNone ? kAllCounts : kOverlapCounts); ++q) {
+        counts[c][q] += sums[c][q];
+      }
     }
   } else {
     for_each_block(tile, padded, classes, scratch,
                    [&](int at, LogitsVector<T>* logits, const LogitsVector<T>* top, const auto& read_next)
                        __attribute__((always_inline)) {
-                         count_softmax_block<T, 0, kBlockVectors, kLabels, kCrossEntropy, kSquared>(
+                         count_softmax_block<T, 0, kBlockVectors, kLabels, kCeForm, kSquared>(
                              tile, at, classes, present, logits, top, read_next, counts);
                        });
   }
@@ -263,30 +303,30 @@ void count_channels(const Tile<T>& tile, int padded, int classes, int first_labe
   if (!few) present.set(tile.labels, padded, false);
 }
 
-template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kSquared>
+template <typename T, int kClasses, Labels kLabels, CeForm kCeForm, bool kSquared>
 void count_few_classes(const Tile<T>& tile, PresentClasses& present, CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
-  if constexpr (!kSquared) {
+  if constexpr (!kSquared && (kCeForm == CeForm::kNone || kCeForm == CeForm::kPlain)) {
     if (tile.is_inner) {
-      return count_softmax<T, kClasses, kLabels, kCrossEntropy, kSquared, true>(tile, padded, kClasses, present,
-                                                                                nullptr, counts);
+      return count_softmax<T, kClasses, kLabels, kCeForm, kSquared, true>(tile, padded, kClasses, present, nullptr,
+                                                                          counts);
     }
   }
-  count_softmax<T, kClasses, kLabels, kCrossEntropy, kSquared, false>(tile, padded, kClasses, present, nullptr, counts);
+  count_softmax<T, kClasses, kLabels, kCeForm, kSquared, false>(tile, padded, kClasses, present, nullptr, counts);
 }
 
-template <typename T, Labels kLabels, bool kCrossEntropy, bool kSquared>
+template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared>
 void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& present, LogitsVector<T>* scratch,
                         CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
   static_assert(kFewClasses == 4, "as here");
   switch (classes) {
-    case 2: return count_few_classes<T, 2, kLabels, kCrossEntropy, kSquared>(tile, present, counts);
-    case 3: return count_few_classes<T, 3, kLabels, kCrossEntropy, kSquared>(tile, present, counts);
-    case 4: return count_few_classes<T, 4, kLabels, kCrossEntropy, kSquared>(tile, present, counts);
+    case 2: return count_few_classes<T, 2, kLabels, kCeForm, kSquared>(tile, present, counts);
+    case 3: return count_few_classes<T, 3, kLabels, kCeForm, kSquared>(tile, present, counts);
+    case 4: return count_few_classes<T, 4, kLabels, kCeForm, kSquared>(tile, present, counts);
     default:
       if constexpr (kLabels != Labels::kBytes) {
-        count_softmax<T, 0, kLabels, kCrossEntropy, kSquared, false>(tile, padded, classes, present, scratch, counts);
+        count_softmax<T, 0, kLabels, kCeForm, kSquared, false>(tile, padded, classes, present, scratch, counts);
       }
   }
 }
@@ -347,7 +387,7 @@ void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
         if (label_weights) counts[c][kVoxels] += g * weight;
         if constexpr (kCrossEntropy) {
           V term = below_top + log_sum[k];
-          if (v.focal_gamma != 0) term *= focal_power<A>(p.complement, static_cast<A>(v.focal_gamma));
+          if (v.focal_gamma != 0) term *= focal_factor(p.complement, static_cast<A>(v.focal_gamma), FocalPower{});
           term *= weight;
           const I wanted = g != 0;  // without it the term may be infinite
           ce += wanted ? g * term : V{};
@@ -384,18 +424,27 @@ void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
       }
       add_overlap<A, kForm>(p, g, weighted, weight, tp, fp, fn);
       if constexpr (kCrossEntropy) {
+        if (c == 0) counts[0][kVoxels] += weight;
         const V common = log1p_of_fraction<A>(e);
+        const I is_one = g == 1;
+        if (!smoothed && is_hard<A>(g, is_one)) {
+          V term = common + maximum(V{}, is_one ? -z : z);
+          if (v.focal_gamma != 0) {
+            term *= focal_factor(of_outcome(is_one, p).complement, static_cast<A>(v.focal_gamma), FocalPower{});
+          }
+          ce += term * weight;
+          continue;
+        }
         V of_one = common + (z < 0 ? -z : V{}), of_zero = common + (z > 0 ? z : V{});
         if (v.focal_gamma != 0) {
-          of_one *= focal_power<A>(p.complement, static_cast<A>(v.focal_gamma));
-          of_zero *= focal_power<A>(p.p, static_cast<A>(v.focal_gamma));
+          of_one *= focal_factor(p.complement, static_cast<A>(v.focal_gamma), FocalPower{});
+          of_zero *= focal_factor(p.p, static_cast<A>(v.focal_gamma), FocalPower{});
         }
         of_one *= weight;
         of_zero *= weight;
-        const I some = g != 0, not_all = g != 1;
+        const I some = g != 0, not_all = ~is_one;
         ce += (some ? g * of_one : V{}) + (not_all ? (1 - g) * of_zero : V{});
         if (smoothed) smoothing += of_one + of_zero;
-        if (c == 0) counts[0][kVoxels] += weight;
       }
     }
     counts[c][kTp] += tp;
@@ -428,8 +477,8 @@ void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, L
   if (tile.targets != nullptr) return count_general(v, tile, exponentials, counts);
   switch (v.activation) {
     case Activation::kSoftmax:
-      return with_softmax_options(v, tile, [&](auto labels, auto cross_entropy, auto squared) {
-        count_softmax_tile<T, decltype(labels)::value, decltype(cross_entropy)::value, decltype(squared)::value>(
+      return with_softmax_options(v, tile, [&](auto labels, auto ce_form, auto squared) {
+        count_softmax_tile<T, decltype(labels)::value, decltype(ce_form)::value, decltype(squared)::value>(
             tile, classes, present, exponentials, counts);
       });
     case Activation::kSigmoid:

@@ -36,16 +36,15 @@ TK_INLINE Vector<Compute<T>> general_weight(const Tile<T>& tile, int at) {
   return tile.masked ? (general_counted(tile, at) ? weight : V{}) : weight;
 }
 
+// Whether all targets are 0 or 1, so that a binary cross-entropy has one term each. is_one: g == 1.
+template <typename A>
+TK_INLINE bool is_hard(Vector<A> g, IntVector<A> is_one) {
+  return !any(~is_one & (g != 0));
+}
+
 template <typename T>
 TK_INLINE bool is_weighted(const Tile<T>& tile) {
   return tile.masked || tile.weights != nullptr;
-}
-
-// x^gamma for x in [0, 1], gamma > 0.
-template <typename A>
-TK_INLINE Vector<A> focal_power(Vector<A> x, A gamma) {
-  const Vector<A> power = exp_nonpositive<A>(log_positive<A>(x) * gamma);
-  return x > 0 ? power : x * 0;  // NaN stays NaN
 }
 
 // The softmax of kGeneralVectors vectors of voxels. Fills below_top[c] = z_top - z_c and exponentials[c].

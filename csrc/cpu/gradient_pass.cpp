@@ -26,9 +26,17 @@ bool is_streamed(const Volume& v, const GradientView& view, bool inner) {
 template <bool kCrossEntropy>
 constexpr int kCoefficients = kCrossEntropy ? kAllCoefficients : kOverlapCoefficients;
 
-template <typename T, Labels kLabels, bool kCrossEntropy, bool kSquared, bool kInner>
+// All classes' dL/dsmoothing.
+template <typename A>
+TK_INLINE A sum_of_smoothing(const A* u, int classes) {
+  double sum = 0;
+  for (int c = 0; c < classes; ++c) sum += u[c * kAllCoefficients + kSmoothingCoefficient];
+  return static_cast<A>(sum);
+}
+
+template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner>
 TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compute<T>* u, const GradientRows<T>& out) {
-  constexpr bool kMasked = kLabels == Labels::kSome;
+  constexpr bool kMasked = kLabels == Labels::kSome, kCrossEntropy = kCeForm != CeForm::kNone;
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
@@ -54,8 +62,20 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
       difference = is1 ? of_label : -of_label;
     }
     V dz1 = logistic_gradient(e, inverse, difference);
-    if constexpr (kCrossEntropy) {  // k_0 p_1 where the label is 0, -k_1 p_0 where it is 1
-      dz1 += (is1 ? broadcast<A>(-u1[kCeCoefficient]) : broadcast<A>(u[kCeCoefficient])) * p_other;
+    if constexpr (kCeForm == CeForm::kSmoothed) {  // p_1 b_0 - p_0 b_1
+      const V p_label = margin < V{} ? e * inverse : inverse;
+      const V of_label = is1 ? broadcast<A>(-u1[kCeCoefficient] - u1[kSmoothingCoefficient])
+                             : broadcast<A>(u[kCeCoefficient] + u[kSmoothingCoefficient]);
+      const V of_other = is1 ? broadcast<A>(-u[kSmoothingCoefficient]) : broadcast<A>(u1[kSmoothingCoefficient]);
+      dz1 += of_label * p_other - of_other * p_label;
+    } else if constexpr (kCrossEntropy) {  // k_0 p_1 where the label is 0, -k_1 p_0 where it is 1
+      V k = is1 ? broadcast<A>(-u1[kCeCoefficient]) : broadcast<A>(u[kCeCoefficient]);
+      if constexpr (kCeForm == CeForm::kFocal) {
+        const V minus_log_p = log1p_of_fraction<A>(e) + maximum(V{}, -margin);
+        const Probability<V> p{margin < V{} ? e * inverse : inverse, p_other};
+        k *= focal_slope(p, minus_log_p, tile.focal_gamma, FocalPower{});
+      }
+      dz1 += k * p_other;
     }
     if (tile.weights != nullptr) dz1 *= load<V>(tile.weights + i);
     if (kMasked) dz1 = label >= 0 ? dz1 : V{};
@@ -64,18 +84,20 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
   }
 }
 
-// As count_softmax_block. store_dz(c, k, dz) takes the gradient of class c in the k-th vector.
-template <typename T, int kClasses, int kVectors, Labels kLabels, bool kCrossEntropy, bool kSquared, typename Next,
+// As count_softmax_block. s_all: the sum of all classes' dL/dsmoothing. store_dz(c, k, dz) takes the gradient of class
+// c in the k-th vector.
+template <typename T, int kClasses, int kVectors, Labels kLabels, CeForm kCeForm, bool kSquared, typename Next,
           typename Store>
 TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const Compute<T>* u,
-                                      PresentClasses& present, Vector<Compute<T>>* logits,
+                                      Compute<T> s_all, PresentClasses& present, Vector<Compute<T>>* logits,
                                       const Vector<Compute<T>>* top, const Next& read_next, const Store& store_dz) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   using Int = typename Lanes<A>::Int;
   constexpr int kLanes = Lanes<A>::count;
-  constexpr bool kFew = kClasses > 0, kMasked = kLabels == Labels::kSome;
+  constexpr bool kFew = kClasses > 0, kMasked = kLabels == Labels::kSome, kCrossEntropy = kCeForm != CeForm::kNone;
+  constexpr bool kFocal = kCeForm == CeForm::kFocal, kSmoothed = kCeForm == CeForm::kSmoothed;
   const int classes = kFew ? kClasses : runtime_classes;
   V* const exponentials = logits;
 
@@ -86,7 +108,8 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
 
   SoftmaxSums<V> sums[kVectors];
   V weighted_others[kVectors] = {}, u_target[kVectors] = {}, k_target[kVectors] = {};
-  V u_background[kVectors] = {};  // the target's
+  V u_background[kVectors] = {}, s_target[kVectors] = {};  // the target's
+  V below_top[kVectors] = {};                              // z_top - z_t
   // kPresent: class c is the label of some voxel here.
   const auto add_class = [&](int c, auto is_present) __attribute__((always_inline)) {
     constexpr bool kPresent = decltype(is_present)::value;
@@ -94,7 +117,8 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
     const V background = broadcast<A>(of_class[kBackground]);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      const V e = exp_nonpositive<A>(logits[c * kVectors + k] - top[k]);
+      const V difference = logits[c * kVectors + k] - top[k];
+      const V e = exp_nonpositive<A>(difference);
       V other;
       if constexpr (kPresent) {
         const I is_target = label[k] == static_cast<Int>(c);
@@ -103,6 +127,8 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
         u_target[k] = is_target ? broadcast<A>(of_class[kForeground]) : u_target[k];
         if (kSquared) u_background[k] = is_target ? background : u_background[k];
         if (kCrossEntropy) k_target[k] = is_target ? broadcast<A>(of_class[kCeCoefficient]) : k_target[k];
+        if (kSmoothed) s_target[k] = is_target ? broadcast<A>(of_class[kSmoothingCoefficient]) : s_target[k];
+        if (kFocal) below_top[k] = is_target ? -difference : below_top[k];
       } else {
         other = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
       }
@@ -113,27 +139,41 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   for_each_class<kFew>(classes, present, read_next, add_class);
 
   SoftmaxGradient<V> gradient[kVectors];
-  V inverse[kVectors];
+  V inverse[kVectors], weight[kVectors];
 #pragma GCC unroll 4
   for (int k = 0; k < kVectors; ++k) {
     inverse[k] = reciprocal<A>(sums[k].target + sums[k].others);
     if (kMasked) inverse[k] = label[k] >= 0 ? inverse[k] : V{};
-    const V weight = tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
+    weight[k] = tile.weights != nullptr ? load<V>(tile.weights + at + k * kLanes) : broadcast<A>(1);
+    if (kMasked && kSmoothed) weight[k] = label[k] >= 0 ? weight[k] : V{};
     if constexpr (kSquared) {
       weighted_others[k] *= inverse[k];  // the slopes were made of exponentials
       u_target[k] = squared_slope_of_target(sums[k].others * inverse[k], u_background[k], u_target[k]);
     }
-    gradient[k] = softmax_gradient(sums[k], weighted_others[k], u_target[k], inverse[k], weight);
-    if (kCrossEntropy) gradient[k].add_cross_entropy(sums[k], k_target[k]);
+    gradient[k] = softmax_gradient(sums[k], weighted_others[k], u_target[k], inverse[k], weight[k]);
+    if constexpr (kFocal) {
+      const V beyond_one = exponentials_beyond_one(sums[k]);
+      const V minus_log_p = below_top[k] + (kFew ? log1p_to_three<A>(beyond_one) : log1p<A>(beyond_one));
+      const Probability<V> p{sums[k].target * inverse[k], sums[k].others * inverse[k]};
+      const V slope = focal_slope(p, minus_log_p, tile.focal_gamma, FocalPower{});
+      k_target[k] *= !kMasked || label[k] >= 0 ? slope : V{};
+    }
+    if constexpr (kSmoothed) {
+      gradient[k].add_smoothed_cross_entropy(sums[k], k_target[k], s_target[k], broadcast<A>(s_all));
+    } else if constexpr (kCrossEntropy) {
+      gradient[k].add_cross_entropy(sums[k], k_target[k]);
+    }
   }
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
     const V background = broadcast<A>(u[c * kCoefficients<kCrossEntropy> + kBackground]);
+    const A smoothing = kSmoothed ? u[c * kCoefficients<kCrossEntropy> + kSmoothingCoefficient] : A(0);
     const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
       const V e = exponentials[c * kVectors + k];
       V dz = gradient[k].other(e, slope_of_other<kSquared>(e * inverse[k], background));
+      if (kSmoothed) dz -= smoothing * weight[k];
       if (is_present) dz = label[k] == static_cast<Int>(c) ? gradient[k].at_target : dz;
       store_dz(c, k, dz);
     }
@@ -141,28 +181,29 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kSquared, bool kInner>
+template <typename T, int kClasses, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner>
 TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classes, const Compute<T>* u,
                                      PresentClasses& present, Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   using V = Vector<Compute<T>>;
   constexpr int kLanes = Lanes<Compute<T>>::count;
+  const Compute<T> s_all = kCeForm == CeForm::kSmoothed ? sum_of_smoothing(u, classes) : 0;
   if constexpr (kClasses == 2) {
-    two_classes_gradient<T, kLabels, kCrossEntropy, kSquared, kInner>(tile, padded, u, out);
+    two_classes_gradient<T, kLabels, kCeForm, kSquared, kInner>(tile, padded, u, out);
   } else if constexpr (kClasses > 0) {
     V logits[kClasses];
     for (int at = 0; at < padded; at += kLanes) {
       const V top = load_classes_and_top<kClasses, kInner>(tile, at, logits);
       V dz[kClasses];
-      softmax_gradient_block<T, kClasses, 1, kLabels, kCrossEntropy, kSquared>(
-          tile, at, kClasses, u, present, logits, &top, [](int) __attribute__((always_inline)) {},
+      softmax_gradient_block<T, kClasses, 1, kLabels, kCeForm, kSquared>(
+          tile, at, kClasses, u, s_all, present, logits, &top, [](int) __attribute__((always_inline)) {},
           [&](int c, int, V value) __attribute__((always_inline)) { dz[c] = value; });
       store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz, out.streamed);
     }
   } else {
     for_each_block(tile, padded, classes, scratch,
                    [&](int at, V* logits, const V* top, const auto& read_next) __attribute__((always_inline)) {
-                     softmax_gradient_block<T, 0, kBlockVectors, kLabels, kCrossEntropy, kSquared>(
-                         tile, at, classes, u, present, logits, top, read_next,
+                     softmax_gradient_block<T, 0, kBlockVectors, kLabels, kCeForm, kSquared>(
+                         tile, at, classes, u, s_all, present, logits, top, read_next,
                          [&](int c, int k, V dz) __attribute__((always_inline)) {
                            store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz, out.streamed);
                          });
@@ -221,33 +262,32 @@ void channels_gradient(const Tile<T>& tile, int padded, int classes, int first_l
   }
 }
 
-template <typename T, int kClasses, Labels kLabels, bool kCrossEntropy, bool kSquared>
+template <typename T, int kClasses, Labels kLabels, CeForm kCeForm, bool kSquared>
 void few_classes_gradient(const Tile<T>& tile, const Compute<T>* u, PresentClasses& present,
                           const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
-  if constexpr (!kSquared) {
+  if constexpr (!kSquared && (kCeForm == CeForm::kNone || kCeForm == CeForm::kPlain)) {
     if (tile.is_inner) {
-      return softmax_gradient_rows<T, kClasses, kLabels, kCrossEntropy, kSquared, true>(tile, padded, kClasses, u,
-                                                                                        present, nullptr, out);
+      return softmax_gradient_rows<T, kClasses, kLabels, kCeForm, kSquared, true>(tile, padded, kClasses, u, present,
+                                                                                  nullptr, out);
     }
   }
-  softmax_gradient_rows<T, kClasses, kLabels, kCrossEntropy, kSquared, false>(tile, padded, kClasses, u, present,
-                                                                              nullptr, out);
+  softmax_gradient_rows<T, kClasses, kLabels, kCeForm, kSquared, false>(tile, padded, kClasses, u, present, nullptr,
+                                                                        out);
 }
 
-template <typename T, Labels kLabels, bool kCrossEntropy, bool kSquared>
+template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared>
 void softmax_gradient_tile(const Tile<T>& tile, int classes, const Compute<T>* u, PresentClasses& present,
                            Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
   static_assert(kFewClasses == 4, "as here");
   switch (classes) {
-    case 2: return few_classes_gradient<T, 2, kLabels, kCrossEntropy, kSquared>(tile, u, present, out);
-    case 3: return few_classes_gradient<T, 3, kLabels, kCrossEntropy, kSquared>(tile, u, present, out);
-    case 4: return few_classes_gradient<T, 4, kLabels, kCrossEntropy, kSquared>(tile, u, present, out);
+    case 2: return few_classes_gradient<T, 2, kLabels, kCeForm, kSquared>(tile, u, present, out);
+    case 3: return few_classes_gradient<T, 3, kLabels, kCeForm, kSquared>(tile, u, present, out);
+    case 4: return few_classes_gradient<T, 4, kLabels, kCeForm, kSquared>(tile, u, present, out);
     default:
       if constexpr (kLabels != Labels::kBytes) {
-        softmax_gradient_rows<T, 0, kLabels, kCrossEntropy, kSquared, false>(tile, padded, classes, u, present, scratch,
-                                                                             out);
+        softmax_gradient_rows<T, 0, kLabels, kCeForm, kSquared, false>(tile, padded, classes, u, present, scratch, out);
       }
   }
 }
@@ -289,8 +329,7 @@ void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Comput
         if constexpr (kCrossEntropy) {
           V b = g * of_class[kCeCoefficient] + of_class[kSmoothingCoefficient];
           if (focal) {
-            const V gamma = broadcast<A>(static_cast<A>(v.focal_gamma));
-            b *= focal_slope(p, below_top + log_sum[k], focal_power<A>(p.complement, gamma[0]), gamma);
+            b *= focal_slope(p, below_top + log_sum[k], static_cast<A>(v.focal_gamma), FocalPower{});
           }
           b_all[k] += b;
           ce_slopes[slot] = b;
@@ -342,14 +381,24 @@ void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compu
       }
       V dz = overlap_slope(p, g, background, foreground, kForm);
       if (kActivation == Activation::kSigmoid) dz = logistic_gradient(e, inverse, dz);
-      if constexpr (kCrossEntropy) {
+      const I is_one = g == 1;
+      if (kCrossEntropy && v.cross_entropy != CrossEntropy::kSmoothed && is_hard<A>(g, is_one)) {
+        const Probability<V> right = of_outcome(is_one, p);
+        V slope = right.complement * of_class[kCeCoefficient];
+        if (v.focal_gamma != 0) {
+          const V minus_log_p = log1p_of_fraction<A>(e) + maximum(V{}, is_one ? -z : z);
+          slope *= focal_slope(right, minus_log_p, static_cast<A>(v.focal_gamma), FocalPower{});
+        }
+        dz += is_one ? -slope : slope;
+      } else if constexpr (kCrossEntropy) {
         V of_one = g * of_class[kCeCoefficient] + of_class[kSmoothingCoefficient];
         V of_zero = (1 - g) * of_class[kCeCoefficient] + of_class[kSmoothingCoefficient];
         if (v.focal_gamma != 0) {
-          const V gamma = broadcast<A>(static_cast<A>(v.focal_gamma)), common = log1p_of_fraction<A>(e);
+          const A gamma = static_cast<A>(v.focal_gamma);
+          const V common = log1p_of_fraction<A>(e);
           const Probability<V> not_p{p.complement, p.p};
-          of_one *= focal_slope(p, common + (z < 0 ? -z : V{}), focal_power<A>(p.complement, gamma[0]), gamma);
-          of_zero *= focal_slope(not_p, common + (z > 0 ? z : V{}), focal_power<A>(p.p, gamma[0]), gamma);
+          of_one *= focal_slope(p, common + (z < 0 ? -z : V{}), gamma, FocalPower{});
+          of_zero *= focal_slope(not_p, common + (z > 0 ? z : V{}), gamma, FocalPower{});
         }
         dz += p.p * of_zero - p.complement * of_one;
       }
@@ -382,8 +431,8 @@ void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Pr
   if (tile.targets != nullptr) return general_gradient(v, tile, u, scratch, out);
   switch (v.activation) {
     case Activation::kSoftmax:
-      return with_softmax_options(v, tile, [&](auto labels, auto cross_entropy, auto squared) {
-        softmax_gradient_tile<T, decltype(labels)::value, decltype(cross_entropy)::value, decltype(squared)::value>(
+      return with_softmax_options(v, tile, [&](auto labels, auto ce_form, auto squared) {
+        softmax_gradient_tile<T, decltype(labels)::value, decltype(ce_form)::value, decltype(squared)::value>(
             tile, classes, u, present, scratch, out);
       });
     case Activation::kSigmoid:
@@ -443,12 +492,16 @@ namespace cpu {
 
 void TK_JOIN(gradient_pass, TK_CAPABILITY)(const Volume& v, int64_t sample, int64_t begin, int64_t end,
                                            const void* coefficients, const GradientView& out, void* scratch) {
+#if defined(TK_ONLY_BFLOAT16)
+  return gradient<BFloat16>(v, sample, begin, end, coefficients, out, scratch);
+#else
   switch (v.logits.type) {
     case ElementType::kDouble: return gradient<double>(v, sample, begin, end, coefficients, out, scratch);
     case ElementType::kHalf: return gradient<Half>(v, sample, begin, end, coefficients, out, scratch);
     case ElementType::kBFloat16: return gradient<BFloat16>(v, sample, begin, end, coefficients, out, scratch);
     default: return gradient<float>(v, sample, begin, end, coefficients, out, scratch);
   }
+#endif
 }
 
 int64_t TK_JOIN(gradient_scratch_bytes, TK_CAPABILITY)(const Volume& v) {

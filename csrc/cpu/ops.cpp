@@ -101,7 +101,7 @@ void count(const Volume& v, bool raise, double* counts) {
     int64_t chunk = std::numeric_limits<int64_t>::max();
   };
   std::vector<First> found(std::min<int64_t>(torch::stable::get_num_threads(), total));
-  const Kernels& k = kernels();
+  const Kernels& k = kernels(v.logits.type);
   for_each_chunk(v, chunks, k.count_scratch_bytes(v),
                  [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end, void* scratch, int64_t worker) {
                    BadInput bad;
@@ -251,7 +251,7 @@ struct Cpu {
       u_float = scaled_coefficients<float>(grad_loss, coefficients, v.overlap);
     }
     const int64_t row = coefficients.size(0) == 1 ? 0 : v.classes * v.coefficient_columns();
-    const Kernels& k = kernels();
+    const Kernels& k = kernels(v.logits.type);
     for_each_chunk(v, Chunks(v), k.gradient_scratch_bytes(v),
                    [&](int64_t sample, int64_t, int64_t begin, int64_t end, void* scratch, int64_t) {
                      const void* u = u_double.empty() ? static_cast<const void*>(&u_float[sample * row])

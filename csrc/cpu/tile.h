@@ -24,6 +24,26 @@ constexpr int kFewClasses = 4;        // softmax kernels that know the number of
 template <typename A>
 constexpr int kBlock = kBlockVectors * Lanes<A>::count;
 
+// The cross-entropy where a label is the target of a softmax: of focal exponent and label smoothing at most one.
+enum class CeForm { kNone, kPlain, kFocal, kSmoothed };
+
+TK_INLINE CeForm ce_form(const Volume& v) {
+  if (v.cross_entropy == CrossEntropy::kNone) return CeForm::kNone;
+  if (v.focal_gamma != 0) return CeForm::kFocal;
+  return v.cross_entropy == CrossEntropy::kSmoothed ? CeForm::kSmoothed : CeForm::kPlain;
+}
+
+TK_INLINE bool has_ce_option(const Volume& v) {
+  return ce_form(v) == CeForm::kFocal || ce_form(v) == CeForm::kSmoothed;
+}
+
+// Whether every class of a voxel is given a target of its own, which the kernels for one label a voxel do without.
+TK_INLINE bool needs_targets(const Volume& v) {
+  if (v.dense || v.activation != Activation::kSoftmax) return v.is_general();
+  const bool both = v.focal_gamma != 0 && v.cross_entropy == CrossEntropy::kSmoothed;
+  return both || (has_ce_option(v) && v.overlap == OverlapForm::kSquared);
+}
+
 // A tile's labels: bytes where they are, all of which count; converted, and all of them count, or some do not.
 enum class Labels { kBytes, kAll, kSome };
 
@@ -35,11 +55,12 @@ struct Tile {
   const typename Lanes<A>::Int* labels;
   const uint8_t* bytes;  // in place of the labels; null: they are converted
   const A* weights;      // null: all are 1
-  const A* targets;      // g of class c: targets + c * target_stride; null but for Volume::is_general
+  const A* targets;      // g of class c: targets + c * target_stride; null but where needs_targets
   int64_t target_stride;
   int voxels;     // before padding
   bool masked;    // some label is kUncounted
   bool is_inner;  // the few classes of a voxel lie side by side from `rows` on, and are read there
+  A focal_gamma;  // of the cross-entropy; 0: it has none
 
   int padded_voxels() const { return (voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>; }
   template <Labels kLabels>
@@ -64,25 +85,38 @@ TK_INLINE void with_labels(const Tile<T>& tile, const F& work) {
   }
 }
 
-// Calls work with what decides the code of a softmax whose label is the target, as constants: the tile's Labels,
-// whether there is a cross-entropy, and whether errors are squared.
+// Calls work with what decides the code of a softmax whose label is the target, as constants: the tile's Labels, the
+// form of the cross-entropy, and whether errors are squared.
 template <typename T, typename F>
 TK_INLINE void with_softmax_options(const Volume& v, const Tile<T>& tile, const F& work) {
   with_labels(tile, [&](auto labels) __attribute__((always_inline)) {
-    const auto with_form = [&](auto cross_entropy) __attribute__((always_inline)) {
+    const auto with_form = [&](auto ce_form) __attribute__((always_inline)) {
       if (v.overlap == OverlapForm::kSquared) {
-        work(labels, cross_entropy, std::true_type{});
+        work(labels, ce_form, std::true_type{});
       } else {
-        work(labels, cross_entropy, std::false_type{});
+        work(labels, ce_form, std::false_type{});
       }
     };
-    if (v.cross_entropy != CrossEntropy::kNone) {
-      with_form(std::true_type{});
-    } else {
-      with_form(std::false_type{});
+    const CeForm form = ce_form(v);
+    if (form == CeForm::kNone) return with_form(std::integral_constant<CeForm, CeForm::kNone>{});
+    if (form == CeForm::kPlain) return with_form(std::integral_constant<CeForm, CeForm::kPlain>{});
+    if constexpr (decltype(labels)::value != Labels::kBytes) {
+      if (form == CeForm::kFocal) {
+        return work(labels, std::integral_constant<CeForm, CeForm::kFocal>{}, std::false_type{});
+      }
+      work(labels, std::integral_constant<CeForm, CeForm::kSmoothed>{}, std::false_type{});
     }
   });
 }
+
+// x^gamma for x in [0, 1], gamma > 0.
+struct FocalPower {
+  template <typename V, typename A>
+  TK_INLINE V operator()(V x, A gamma) const {
+    const V power = exp_nonpositive<A>(log_positive<A>(x) * gamma);
+    return x > 0 ? power : x * 0;  // NaN stays NaN
+  }
+};
 
 constexpr TK_INLINE int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -208,8 +242,9 @@ TK_INLINE const uint8_t* labels_in_place(const Volume& v, int64_t sample, int64_
   const bool bytes = v.target.type == ElementType::kBool || v.target.type == ElementType::kUint8 ||
                      v.target.type == ElementType::kInt8;
   const bool ignores_a_class = v.has_ignore_index && v.ignore_index >= 0 && v.ignore_index < v.classes;
-  if (!bytes || ignores_a_class || v.classes > kFewClasses || v.activation != Activation::kSoftmax || v.is_general() ||
-      v.weight.data != nullptr || v.target.resampling.active || v.target.voxel_stride != 1 || count % kVectorBytes) {
+  if (!bytes || ignores_a_class || v.classes > kFewClasses || v.activation != Activation::kSoftmax ||
+      needs_targets(v) || has_ce_option(v) || v.weight.data != nullptr || v.target.resampling.active ||
+      v.target.voxel_stride != 1 || count % kVectorBytes) {
     return nullptr;
   }
   const uint8_t* labels = static_cast<const uint8_t*>(v.target.data) + sample * v.target.sample_stride + begin;
@@ -430,8 +465,9 @@ TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, const Vector<Co
 
 // Whether memory with these strides is read and written so.
 TK_INLINE bool is_inner(const Volume& v, int64_t class_stride, int64_t voxel_stride) {
-  return v.activation == Activation::kSoftmax && !v.is_general() && v.overlap != OverlapForm::kSquared &&
-         v.classes <= kMostInner && class_stride == 1 && voxel_stride == v.classes;
+  return v.activation == Activation::kSoftmax && !needs_targets(v) && !has_ce_option(v) &&
+         v.overlap != OverlapForm::kSquared && v.classes <= kMostInner && class_stride == 1 &&
+         voxel_stride == v.classes;
 }
 
 // Which classes occur among the labels of a block. Most do not, where there are many, and need no masks.
@@ -539,16 +575,16 @@ struct TileBuffers {
   using Int = typename Lanes<A>::Int;
   int tile_voxels, row_voxels;
   T* rows;     // [C][row_voxels]
-  A* targets;  // [C][tile_voxels]; none but for Volume::is_general
+  A* targets;  // [C][tile_voxels]; none but where needs_targets
   Int* labels;
   A* weights;
   char* rest;
 
   static int64_t bytes_per_voxel(const Volume& v) {
-    return v.classes * static_cast<int64_t>(sizeof(T) + (v.is_general() ? sizeof(A) : 0));
+    return v.classes * static_cast<int64_t>(sizeof(T) + (needs_targets(v) ? sizeof(A) : 0));
   }
   // Whether whole blocks of logits are read where they are.
-  static bool is_direct(const Volume& v) { return v.logits.voxel_stride == 1 && !v.is_general(); }
+  static bool is_direct(const Volume& v) { return v.logits.voxel_stride == 1 && !needs_targets(v); }
   static int voxels_per_tile(const Volume& v) {
     if (is_direct(v)) return kTileVoxels;
     // Halved, so that partial sums end at the same voxels in every layout.
@@ -561,7 +597,7 @@ struct TileBuffers {
   // The rows that are copied: of what is read where it is, the last voxels that are no whole block.
   static int voxels_per_row(const Volume& v) { return is_direct(v) ? kBlock<A> : voxels_per_tile(v); }
   static int64_t bytes(const Volume& v) {
-    const int64_t target_bytes = v.is_general() ? v.classes * static_cast<int64_t>(sizeof(A)) : 0;
+    const int64_t target_bytes = needs_targets(v) ? v.classes * static_cast<int64_t>(sizeof(A)) : 0;
     return voxels_per_tile(v) * (target_bytes + static_cast<int64_t>(sizeof(Int) + sizeof(A))) +
            voxels_per_row(v) * v.classes * static_cast<int64_t>(sizeof(T));
   }
@@ -569,7 +605,7 @@ struct TileBuffers {
     labels = static_cast<Int*>(scratch);
     weights = reinterpret_cast<A*>(labels + tile_voxels);
     targets = weights + tile_voxels;
-    rows = reinterpret_cast<T*>(targets + (v.is_general() ? v.classes * tile_voxels : 0));
+    rows = reinterpret_cast<T*>(targets + (needs_targets(v) ? v.classes * tile_voxels : 0));
     rest = reinterpret_cast<char*>(rows + v.classes * row_voxels);
   }
 
@@ -587,8 +623,9 @@ Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, con
   tile.voxels = count;
   tile.labels = buffers.labels;
   tile.weights = nullptr;
-  tile.targets = v.is_general() ? buffers.targets : nullptr;
+  tile.targets = needs_targets(v) ? buffers.targets : nullptr;
   tile.target_stride = buffers.tile_voxels;
+  tile.focal_gamma = static_cast<typename Tile<T>::A>(v.focal_gamma);
   tile.masked = false;
   tile.is_inner = false;
   const int padded = tile.padded_voxels();

@@ -53,8 +53,8 @@ struct GeneralSums {
     A of_one = minus_log_p, of_zero = minus_log_not_p;
     if (v.focal_gamma != 0) {
       const A gamma = static_cast<A>(v.focal_gamma);
-      of_one *= focal_power(p.complement, gamma);
-      if (kSigmoid) of_zero *= focal_power(p.p, gamma);
+      of_one *= focal_factor(p.complement, gamma, FocalPower{});
+      if (kSigmoid) of_zero *= focal_factor(p.p, gamma, FocalPower{});
     }
     // Without g a term may be infinite, and is not wanted.
     if (g != A(0)) ce += g * of_one * weight;
@@ -85,10 +85,7 @@ template <typename A>
 __device__ __forceinline__ A cross_entropy_slope(const Volume& v, const Coefficients<A>& u, const Probability<A>& p,
                                                  A g, A minus_log_p) {
   A b = g * u.ce + u.smoothing;
-  if (v.focal_gamma != 0) {
-    const A gamma = static_cast<A>(v.focal_gamma);
-    b *= focal_slope(p, minus_log_p, focal_power(p.complement, gamma), gamma);
-  }
+  if (v.focal_gamma != 0) b *= focal_slope(p, minus_log_p, static_cast<A>(v.focal_gamma), FocalPower{});
   return b;
 }
 

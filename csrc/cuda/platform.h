@@ -170,10 +170,12 @@ __device__ __forceinline__ double logarithm(double x) {
 }
 
 // x^gamma for x in [0, 1], gamma > 0.
-template <typename A>
-__device__ __forceinline__ A focal_power(A x, A gamma) {
-  return x > A(0) ? exponential(logarithm(x) * gamma) : x * A(0);  // NaN stays NaN
-}
+struct FocalPower {
+  template <typename A>
+  __device__ __forceinline__ A operator()(A x, A gamma) const {
+    return x > A(0) ? exponential(logarithm(x) * gamma) : x * A(0);  // NaN stays NaN
+  }
+};
 
 // x, in a way that the compiler does not see through: what follows from it is made again instead of kept, for which
 // registers are few, and predicates fewer.
