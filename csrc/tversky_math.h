@@ -215,12 +215,13 @@ TK_MATH V focal_factor(V complement, A focal_gamma, const Pow& pow) {
 }
 
 // -p d/dp [(1 - p)^f (-log p)] = (1 - p)^f - f p (1 - p)^f (log p / (1 - p)), which is 1 for f = 0. Where p = 1 the
-// factor is 0, and so is this.
+// factor is 0, and so is this; where p = 0 it is 1, though -log p is infinite.
 template <typename V, typename A, typename Pow>
 TK_MATH V focal_slope(const Probability<V>& p, V minus_log_p, A focal_gamma, const Pow& pow) {
-  if (focal_gamma == 2) return p.complement * (p.complement + 2 * p.p * minus_log_p);
+  const V entropy = p.p > 0 ? p.p * minus_log_p : V{};
+  if (focal_gamma == 2) return p.complement * (p.complement + 2 * entropy);
   const V safe = p.complement > 0 ? p.complement : V{} + 1;
-  return pow(p.complement, focal_gamma) * (1 + focal_gamma * p.p * (minus_log_p / safe));
+  return pow(p.complement, focal_gamma) * (1 + focal_gamma * (entropy / safe));
 }
 
 // dz of a dense softmax from all classes' u: as SoftmaxGradient, with the largest logit in the target's place.

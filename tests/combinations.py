@@ -24,6 +24,7 @@ class Combination:
     weighted: torch.dtype | None
     seed: int
     scale: float
+    excluded: bool  # the last class has logits of -inf, and no voxel's target
     cross_entropy: bool
     options: dict
 
@@ -33,6 +34,8 @@ class Combination:
         logits, _ = inputs(samples, classes, space, self.dtype, seed=self.seed, scale=self.scale)
         space = self.target_space or tuple(space)
         _, target = inputs(samples, classes, space, target_dtype=torch.int64, seed=self.seed)
+        if self.excluded:
+            logits[:, -1], target = -torch.inf, target % (classes - 1)
         generator = torch.Generator().manual_seed(self.seed)
         options = dict(self.options)
         if self.weighted is not None:
@@ -42,6 +45,8 @@ class Combination:
             ignored = torch.rand(target.shape, generator=generator) < 0.2
             if self.target == "soft":
                 one_hot = 0.6 * one_hot + 0.4 * torch.rand(one_hot.shape, generator=generator)
+                if self.excluded:
+                    one_hot[:, -1] = 0
             if options.get("ignore_index") is not None:
                 one_hot = torch.where(ignored[:, None], options["ignore_index"], one_hot)
             target = one_hot
@@ -103,6 +108,7 @@ def cases(draw, tiny=False, most_classes=9, largest=19):
             label_smoothing=draw(st.sampled_from([0.0, 0.0, 0.1])),
             focal_gamma=draw(st.sampled_from([0.0, 0.0, 2.0] if tiny else [0.0, 0.0, 0.5, 2.0])),
         )
+    excludable = classes > 2 and activation != "none" and not options.get("label_smoothing") and not tiny
     return Combination(
         shape=(draw(st.integers(1, 2 if tiny else 3)), classes, *space),
         dtype=torch.float64 if tiny else draw(st.sampled_from(LOGITS_DTYPES)),
@@ -113,6 +119,7 @@ def cases(draw, tiny=False, most_classes=9, largest=19):
         weighted=draw(st.sampled_from([None, None, torch.float32, torch.bool, torch.float16])),
         seed=draw(st.integers(0, 2**31)),
         scale=draw(st.sampled_from([0.1, 1.0, 10.0])),
+        excluded=excludable and draw(st.integers(0, 3)) == 0,
         cross_entropy=cross_entropy,
         options=options,
     )

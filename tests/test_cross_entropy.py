@@ -166,6 +166,18 @@ def test_minus_infinity_excludes_a_class():
     assert (gradient[:, 2] == 0).all()
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("classes", [3, 4, 20])
+@pytest.mark.parametrize("focal_gamma", [0.5, 1.5, 2.0])
+def test_an_excluded_class_meets_a_focal_exponent(capability, focal_gamma, classes, activation, dense):
+    logits, target = inputs(1, classes, (30,))
+    target[target == 2] = 1
+    logits[:, 2] = -torch.inf
+    target = functional.one_hot(target, classes).movedim(-1, 1).float() if dense else target
+    truth_checked(logits, target, focal_gamma=focal_gamma, activation=activation)
+
+
 def test_logarithms_to_two_ulp(capability):
     """One voxel, two classes: the cross-entropy is log(1 + e^-x), or that and x."""
     for dtype, ulp in ((torch.float32, 2.0**-23), (torch.float64, 2.0**-52)):

@@ -207,7 +207,10 @@ def _focal(log_p: torch.Tensor, focal_gamma: float) -> torch.Tensor:
         return -log_p
     complement = -torch.expm1(log_p)
     positive = complement > 0
-    return torch.where(positive, torch.where(positive, complement, 1.0) ** focal_gamma, 0.0) * -log_p
+    factor = torch.where(positive, torch.where(positive, complement, 1.0) ** focal_gamma, 0.0)
+    # At p = 0, where a class is excluded, the factor is 1 and its slope none, whatever infinity that meets.
+    possible = log_p > -torch.inf
+    return torch.where(possible, factor * -torch.where(possible, log_p, 0.0), -log_p)
 
 
 def loss_of_counts(

@@ -279,8 +279,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       for (int j = 0; j < kClasses; ++j) {
         if (!lane.has<kClasses>(j)) continue;
         const Probability<A> p = dense_probability(below_top[j][k], beyond_one[k], inverse);
-        counts[j].template add<kCrossEntropy ? Activation::kSoftmax : Activation::kNone>(
-            v, p, below_top[j][k] + log_sum, A(0), g[j][k], weights[k]);
+        counts[j].template add<kCrossEntropy>(v, p, below_top[j][k] + log_sum, g[j][k], weights[k]);
       }
     }
   });
@@ -452,7 +451,11 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k];
         if constexpr (kActivation == Activation::kSoftmax) {
           const Probability<A> p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
-          of_class.template add<kActivation>(v, p, cross_entropy ? x + log_sum[k] : A(0), A(0), g, weights[k]);
+          if (cross_entropy) {
+            of_class.template add<true>(v, p, x + log_sum[k], g, weights[k]);
+          } else {
+            of_class.template add<false>(v, p, A(0), g, weights[k]);
+          }
         } else {
           of_class.template add_channel<kActivation>(v, x, g, weights[k]);
         }

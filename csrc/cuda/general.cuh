@@ -13,10 +13,20 @@ __device__ __forceinline__ Probability<A> sigmoid(A z) {
   return logistic(z < A(0), e, reciprocal(A(1) + e));
 }
 
-// -log sigmoid(z)
+// -log sigmoid(z) and -log(1 - sigmoid(z)), each a common part and one of these
 template <typename A>
-__device__ __forceinline__ A minus_log_sigmoid(A z) {
-  return log_one_plus_small(exponential(z < A(0) ? z : -z)) + (z < A(0) ? -z : A(0));
+__device__ __forceinline__ A sigmoid_log_common(A z) {
+  return log_one_plus_small(exponential(-magnitude(z)));
+}
+template <typename A>
+__device__ __forceinline__ A positive_part(A z) {
+  return z > A(0) ? z : A(0);
+}
+
+// Whether a target is 0 or 1, so that a binary cross-entropy has one term.
+template <typename A>
+__device__ __forceinline__ bool is_hard(const Volume& v, A g) {
+  return v.cross_entropy != CrossEntropy::kSmoothed && (!v.dense || g == A(0) || g == A(1));
 }
 
 // p and 1 - p of a softmax, from z_top - z; beyond_one: the sum of the exponentials - 1, inverse: 1 / that sum.
@@ -39,38 +49,47 @@ template <typename A>
 struct GeneralSums {
   A tp{}, fp{}, fn{}, ce{}, smoothing{}, voxels{};
 
-  // minus_log_p, minus_log_not_p: of a softmax -log p and nothing, of a sigmoid -log p and -log(1 - p); not read
-  // without a cross-entropy.
-  template <Activation kActivation>
-  __device__ __forceinline__ void add(const Volume& v, const Probability<A>& p, A minus_log_p, A minus_log_not_p, A g,
-                                      A weight) {
+  __device__ __forceinline__ void add_overlap(const Volume& v, const Probability<A>& p, A g, A weight) {
     const Overlap<A> overlap = overlap_of(p, g, v.overlap);
     tp += overlap.tp * weight;
     fp += overlap.fp * weight;
     fn += overlap.fn * weight;
-    if (kActivation == Activation::kNone || v.cross_entropy == CrossEntropy::kNone) return;
-    constexpr bool kSigmoid = kActivation == Activation::kSigmoid;
-    A of_one = minus_log_p, of_zero = minus_log_not_p;
-    if (v.focal_gamma != 0) {
-      const A gamma = static_cast<A>(v.focal_gamma);
-      of_one *= focal_factor(p.complement, gamma, FocalPower{});
-      if (kSigmoid) of_zero *= focal_factor(p.p, gamma, FocalPower{});
-    }
-    // Without g a term may be infinite, and is not wanted.
-    if (g != A(0)) ce += g * of_one * weight;
-    if (kSigmoid && g != A(1)) ce += (A(1) - g) * of_zero * weight;
-    if (v.cross_entropy == CrossEntropy::kSmoothed) smoothing += (of_one + of_zero) * weight;
+  }
+  // A class of a softmax. minus_log_p is not read without a cross-entropy.
+  template <bool kCrossEntropy>
+  __device__ __forceinline__ void add(const Volume& v, const Probability<A>& p, A minus_log_p, A g, A weight) {
+    add_overlap(v, p, g, weight);
+    if (!kCrossEntropy) return;
+    const A term = with_focal_factor(v, p.complement, minus_log_p);
+    if (g != A(0)) ce += g * term * weight;  // without g it may be infinite, and is not wanted
+    if (v.cross_entropy == CrossEntropy::kSmoothed) smoothing += term * weight;
     voxels += v.sums_label_weights() ? g * weight : weight;
   }
-  // The same of a channel by itself, from its logit.
+  // A channel by itself, from its logit.
   template <Activation kActivation>
   __device__ __forceinline__ void add_channel(const Volume& v, A x, A g, A weight) {
-    A minus_log_p = A(0), minus_log_not_p = A(0);
-    if (kActivation == Activation::kSigmoid && v.cross_entropy != CrossEntropy::kNone) {
-      minus_log_p = minus_log_sigmoid(x);
-      minus_log_not_p = minus_log_sigmoid(-x);
+    const Probability<A> p = channel_probability<kActivation>(x);
+    add_overlap(v, p, g, weight);
+    if (kActivation != Activation::kSigmoid || v.cross_entropy == CrossEntropy::kNone) return;
+    voxels += weight;
+    const A common = sigmoid_log_common(x);
+    if (is_hard(v, g)) {
+      const bool is_one = g != A(0);
+      const A term = common + positive_part(is_one ? -x : x);
+      ce += with_focal_factor(v, of_outcome(is_one, p).complement, term) * weight;
+      return;
     }
-    add<kActivation>(v, channel_probability<kActivation>(x), minus_log_p, minus_log_not_p, g, weight);
+    const A of_one = with_focal_factor(v, p.complement, common + positive_part(-x));
+    const A of_zero = with_focal_factor(v, p.p, common + positive_part(x));
+    // Without g a term may be infinite, and is not wanted.
+    if (g != A(0)) ce += g * of_one * weight;
+    if (g != A(1)) ce += (A(1) - g) * of_zero * weight;
+    if (v.cross_entropy == CrossEntropy::kSmoothed) smoothing += (of_one + of_zero) * weight;
+  }
+
+ private:
+  static __device__ __forceinline__ A with_focal_factor(const Volume& v, A complement, A term) {
+    return v.focal_gamma != 0 ? term * focal_factor(complement, static_cast<A>(v.focal_gamma), FocalPower{}) : term;
   }
 };
 
@@ -96,10 +115,17 @@ __device__ __forceinline__ A channel_gradient(const Volume& v, const Coefficient
   A dz = overlap_slope(p, g, u.background, u.foreground, v.overlap);
   if (kActivation == Activation::kSigmoid) dz *= p.p * p.complement;
   if (kCrossEntropy) {
-    const bool focal = v.focal_gamma != 0;
+    const A common = v.focal_gamma != 0 ? sigmoid_log_common(x) : A(0);  // else it is not read
+    if (is_hard(v, g)) {
+      const bool is_one = g != A(0);
+      const Probability<A> right = of_outcome(is_one, p);
+      const A slope =
+          right.complement * cross_entropy_slope(v, u, right, A(1), common + positive_part(is_one ? -x : x));
+      return dz + (is_one ? -slope : slope);
+    }
     const Probability<A> not_p{p.complement, p.p};
-    const A of_one = cross_entropy_slope(v, u, p, g, focal ? minus_log_sigmoid(x) : A(0));
-    const A of_zero = cross_entropy_slope(v, u, not_p, A(1) - g, focal ? minus_log_sigmoid(-x) : A(0));
+    const A of_one = cross_entropy_slope(v, u, p, g, common + positive_part(-x));
+    const A of_zero = cross_entropy_slope(v, u, not_p, A(1) - g, common + positive_part(x));
     dz += p.p * of_zero - p.complement * of_one;
   }
   return dz;

@@ -10,9 +10,9 @@ The arithmetic is that of csrc/tversky_math.h, which says why; docs/mathematics.
 
 What decides the code of a kernel: GENERAL, that every class of a voxel has a target g of its own (DENSE, or class
 indices as one-hot, also for squares where the classes are in chunks); OVERLAP, how it is measured (see enum
-OverlapForm); CE: 0 no cross-entropy, 1 its sums, 2 and those for label smoothing; FOCAL, its exponent; RESAMPLED, that
-target and weight have other sizes than the logits. The counts have 3 columns, or 6 with a cross-entropy (see enum
-Count); the coefficients 2, or 4.
+OverlapForm); CE: 0 no cross-entropy, 1 its sums, 2 and those for label smoothing; FOCAL: 0 no exponent of it, 1 any, 2
+that of 2; RESAMPLED, that target and weight have other sizes than the logits. The counts have 3 columns, or 6 with a
+cross-entropy (see enum Count); the coefficients 2, or 4.
 """
 
 import triton
@@ -278,9 +278,19 @@ def _focal_power(x, focal_gamma, REAL: tl.constexpr):
 
 
 @triton.jit
-def _focal_slope(p, complement, minus_log_p, power, focal_gamma):
-    safe = tl.where(complement > 0, complement, 1.0)
-    return power * (1.0 + focal_gamma * p * (minus_log_p / safe))
+def _focal_factor(complement, focal_gamma, FOCAL: tl.constexpr, REAL: tl.constexpr):
+    return complement * complement if FOCAL == 2 else _focal_power(complement, focal_gamma, REAL)
+
+
+@triton.jit
+def _focal_slope(p, complement, minus_log_p, focal_gamma, FOCAL: tl.constexpr, REAL: tl.constexpr):
+    entropy = tl.where(p > 0, p * minus_log_p, 0.0)
+    if FOCAL == 2:
+        slope = complement * (complement + 2.0 * entropy)
+    else:
+        safe = tl.where(complement > 0, complement, 1.0)
+        slope = _focal_power(complement, focal_gamma, REAL) * (1.0 + focal_gamma * (entropy / safe))
+    return slope
 
 
 @triton.jit
@@ -428,8 +438,9 @@ def _channel_counts(z, c, label, w, FIRST_LABEL: tl.constexpr, ACTIVATION: tl.co
 
 @triton.jit
 def _general_counts(z, g, w, top, beyond_one, inverse, focal_gamma, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
-                    CE: tl.constexpr, FOCAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+                    CE: tl.constexpr, FOCAL: tl.constexpr, HARD: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # tp, fp, fn, cross-entropy and smoothing of every class and voxel; w is 0 where the voxel does not count
+    # HARD: g is 0 or 1, so that a binary cross-entropy has one term
     of_zero = z * 0.0
     if ACTIVATION == SOFTMAX:
         p, complement = _dense_probability(z, top, beyond_one, inverse)
@@ -441,15 +452,21 @@ def _general_counts(z, g, w, top, beyond_one, inverse, focal_gamma, ACTIVATION: 
         p, complement, of_one = z, 1.0 - z, of_zero
     tp, fp, fn = _overlap(p, complement, g, OVERLAP)
     w = w[None, :]
-    if FOCAL:
-        of_one *= _focal_power(complement, focal_gamma, REAL)
+    if ACTIVATION == SIGMOID and HARD and CE < 2:
+        ce = tl.where(g != 0, of_one, of_zero)
+        if FOCAL:
+            ce *= _focal_factor(tl.where(g != 0, complement, p), focal_gamma, FOCAL, REAL)
+        smoothing = ce
+    else:
+        if FOCAL:
+            of_one *= _focal_factor(complement, focal_gamma, FOCAL, REAL)
+            if ACTIVATION == SIGMOID:
+                of_zero *= _focal_factor(p, focal_gamma, FOCAL, REAL)
+        ce = tl.where(g != 0, g * of_one, 0.0)
+        smoothing = of_one
         if ACTIVATION == SIGMOID:
-            of_zero *= _focal_power(p, focal_gamma, REAL)
-    ce = tl.where(g != 0, g * of_one, 0.0)
-    smoothing = of_one
-    if ACTIVATION == SIGMOID:
-        ce += tl.where(g != 1, (1.0 - g) * of_zero, 0.0)
-        smoothing += of_zero
+            ce += tl.where(g != 1, (1.0 - g) * of_zero, 0.0)
+            smoothing += of_zero
     return tp * w, fp * w, fn * w, ce * w, smoothing * w
 
 
@@ -526,7 +543,7 @@ def all_classes_count_kernel(
                 g = _target_of(dense[i], _classes(i * MAIN, MAIN if i == 0 else TAIL), label, counts, FIRST_LABEL,
                                DENSE, CLEAR, REAL)  # fmt: skip
                 terms = _general_counts(
-                    zs[i], g, w, top, beyond_one, inverse, gamma, ACTIVATION, OVERLAP, CE, FOCAL, REAL
+                    zs[i], g, w, top, beyond_one, inverse, gamma, ACTIVATION, OVERLAP, CE, FOCAL, not DENSE, REAL
                 )
                 for j in tl.static_range(3):
                     new_sums += (sums[6 * i + j] + _sum_packs(terms[j], MAIN if i == 0 else TAIL, PACKS, PACK),)
@@ -694,7 +711,19 @@ def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label
         g = _target_of(dense, c, label, counts, FIRST_LABEL, DENSE, CLEAR, REAL)
         beyond_one = sum_others + (sum_target - 1.0)
         tps, fps, fns, ces, smoothings = _general_counts(
-            z, g, w, top, beyond_one, _divide(1.0, 1.0 + beyond_one), gamma, ACTIVATION, OVERLAP, CE, FOCAL, REAL
+            z,
+            g,
+            w,
+            top,
+            beyond_one,
+            _divide(1.0, 1.0 + beyond_one),
+            gamma,
+            ACTIVATION,
+            OVERLAP,
+            CE,
+            FOCAL,
+            not DENSE,
+            REAL,
         )
         tp, fp, fn = tl.sum(tps, 1), tl.sum(fps, 1), tl.sum(fns, 1)
         if CE > 0:
@@ -1005,17 +1034,24 @@ def _channel_gradient(z, c, label, w, background, foreground, FIRST_LABEL: tl.co
 
 @triton.jit
 def _general_channel_gradient(z, g, w, gamma, background, foreground, ce, smoothing, ACTIVATION: tl.constexpr,
-                              OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
+                              OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr, HARD: tl.constexpr,
                               REAL: tl.constexpr):  # fmt: skip
     if ACTIVATION == SIGMOID:
         p, complement, product = _logistic(z)
         dz = product * _overlap_slope(p, complement, g, background, foreground, OVERLAP)
-        if CE > 0:
+        if CE == 1 and HARD:
+            right, wrong = tl.where(g != 0, p, complement), tl.where(g != 0, complement, p)
+            slope = wrong * ce
+            if FOCAL:
+                log_one, log_zero = _sigmoid_logs(z, REAL)
+                slope *= _focal_slope(right, wrong, tl.where(g != 0, log_one, log_zero), gamma, FOCAL, REAL)
+            dz += tl.where(g != 0, -slope, slope)
+        elif CE > 0:
             of_one, of_zero = g * ce + smoothing, (1.0 - g) * ce + smoothing
             if FOCAL:
                 log_one, log_zero = _sigmoid_logs(z, REAL)
-                of_one *= _focal_slope(p, complement, log_one, _focal_power(complement, gamma, REAL), gamma)
-                of_zero *= _focal_slope(complement, p, log_zero, _focal_power(p, gamma, REAL), gamma)
+                of_one *= _focal_slope(p, complement, log_one, gamma, FOCAL, REAL)
+                of_zero *= _focal_slope(complement, p, log_zero, gamma, FOCAL, REAL)
             dz += p * of_zero - complement * of_one
     else:
         dz = _overlap_slope(z, 1.0 - z, g, background, foreground, OVERLAP)
@@ -1033,8 +1069,7 @@ def _general_slopes(z, g, top, beyond_one, inverse, gamma, background, foregroun
         b = g * ce + smoothing
         if FOCAL:
             minus_log_p = (top[None, :] - z) + _log1p(beyond_one, REAL)[None, :]
-            minus_log_p = tl.where(z == float("-inf"), 0.0, minus_log_p)  # p is 0 there, and so is what it multiplies
-            b *= _focal_slope(p, complement, minus_log_p, _focal_power(complement, gamma, REAL), gamma)
+            b *= _focal_slope(p, complement, minus_log_p, gamma, FOCAL, REAL)
     return p, complement, u, b
 
 
@@ -1150,7 +1185,7 @@ def all_classes_gradient_kernel(
                 if GENERAL:
                     g = _target_of(dense[i], c, label, counts, FIRST_LABEL, DENSE, CLEAR, REAL)
                     dz = _general_channel_gradient(zs[i], g, w, gamma, background, foreground, ce, smoothing,
-                                                   ACTIVATION, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
+                                                   ACTIVATION, OVERLAP, CE, FOCAL, not DENSE, REAL)  # fmt: skip
                 else:
                     dz = _channel_gradient(zs[i], c, label, w, background, foreground, FIRST_LABEL, ACTIVATION)
                 _store_gradient(out, dz, i * MAIN, start, voxels, gs_c, gs_v, C, MAIN if i == 0 else TAIL,
@@ -1230,7 +1265,7 @@ def _gradient_chunk(rows, out, target, first, start, voxels, ls_c, ls_v, gs_c, g
             dz = _general_gradient(p, complement, u, b, rest_u, top_u, b_all, beyond_one, inverse, w, CE)
         else:
             dz = _general_channel_gradient(
-                z, g, w, gamma, background, foreground, ce, smoothing, ACTIVATION, OVERLAP, CE, FOCAL, REAL
+                z, g, w, gamma, background, foreground, ce, smoothing, ACTIVATION, OVERLAP, CE, FOCAL, not DENSE, REAL
             )
     elif ACTIVATION == SOFTMAX:
         others, _, _ = _split(z, top, c, label)

@@ -154,7 +154,7 @@ class _Volume:
             "RESAMPLED": resampled,
             "OVERLAP": overlap,
             "CE": cross_entropy,
-            "FOCAL": cross_entropy > 0 and focal_gamma != 0,
+            "FOCAL": 0 if cross_entropy == 0 or focal_gamma == 0 else 2 if focal_gamma == 2 else 1,
             "GENERAL": general,
             "HAS_IGNORE": ignorable,
             "HAS_WEIGHT": voxel_weight is not None,
