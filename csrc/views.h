@@ -85,7 +85,7 @@ struct Volume {
   TK_MATH bool is_general() const {
     return dense || (overlap == OverlapForm::kSquared && activation != Activation::kSoftmax) ||
            (cross_entropy != CrossEntropy::kNone &&
-            (activation != Activation::kSoftmax || focal_gamma != 0.0 || cross_entropy == CrossEntropy::kSmoothed));
+            (activation != Activation::kSoftmax || cross_entropy == CrossEntropy::kSmoothed));
   }
 };
 

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         if constexpr (kCrossEntropy) {
           const A e = exponential(-magnitude(d));
           p = logistic(to_other > A(0), e, reciprocal(A(1) + e));
-          ce = (log_one_plus_small(e) + larger(to_other, A(0))) * weight;
+          ce = with_focal_factor(v, p.complement, log_one_plus_small(e) + larger(to_other, A(0))) * weight;
         } else {  // nothing to select, and both are as accurate
           p = ratio_to_one(exponential(smaller(to_other, A(kMostExponent))));
         }
@@ -119,12 +119,15 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
           const A e = kCrossEntropy ? exponential(x - top) : exponential_below(x, scaled_top);
           others[c] = sums.add(label == c, label != c, e);
         }
-        const A inverse = weight * reciprocal(sums.target + sums.others);
+        const A inverse = reciprocal(sums.target + sums.others), weighted = weight * inverse;
         A ce = A(0);
-        if (kCrossEntropy) ce = (below_top + log_one_plus(exponentials_beyond_one(sums))) * weight;
-        of_label.template add<false>(label, sums.target * inverse, sums.others * inverse, ce, weight);
+        if (kCrossEntropy) {
+          const A term = below_top + log_one_plus(exponentials_beyond_one(sums));
+          ce = with_focal_factor(v, sums.others * inverse, term) * weight;
+        }
+        of_label.template add<false>(label, sums.target * weighted, sums.others * weighted, ce, weight);
 #pragma unroll
-        for (int c = 0; c < kClasses; ++c) counts[kClasses + c] += others[c] * inverse;
+        for (int c = 0; c < kClasses; ++c) counts[kClasses + c] += others[c] * weighted;
       }
     }
   });
@@ -221,7 +224,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         if (kCrossEntropy && !kSquared) weight_sum += weight;
         A missed = sums[k].others * weighted, ce = A(0);
         if (kSquared) missed *= sums[k].others * inverse;
-        if (kCrossEntropy) ce = (below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]))) * weight;
+        if (kCrossEntropy) {
+          const A term = below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]));
+          ce = with_focal_factor(v, sums[k].others * inverse, term) * weight;
+        }
         of_label.template add<kSquared>(recomputed(lane.index_of(labels[k])), sums[k].target * weighted, missed, ce,
                                         weight);
       }
@@ -354,10 +360,12 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       const SoftmaxSums<A> total = softmax_of_tile(tile, layout, labels, reduction, classes, tile_voxels, t, top);
       if (t.group == 0) {
         const bool counts = labels[t.voxel] != kUncounted;
-        const A inverse = counts ? scale[t.voxel] * reciprocal(total.target + total.others) : A(0);
+        const A unweighted = reciprocal(total.target + total.others);
+        const A inverse = counts ? scale[t.voxel] * unweighted : A(0);
         if (kCrossEntropy) {
           weights[t.voxel] = counts ? scale[t.voxel] : A(0);
-          const A of_label = (top - at_label) + log_one_plus(exponentials_beyond_one(total));
+          const A term = (top - at_label) + log_one_plus(exponentials_beyond_one(total));
+          const A of_label = with_focal_factor(v, total.others * unweighted, term);
           cross_entropy[t.voxel] = counts ? of_label * scale[t.voxel] : A(0);
         }
         scale[t.voxel] = inverse;

@@ -23,6 +23,22 @@ __device__ __forceinline__ A positive_part(A z) {
   return z > A(0) ? z : A(0);
 }
 
+// A term of the cross-entropy times its focal factor.
+template <typename A>
+__device__ __forceinline__ A with_focal_factor(const Volume& v, A complement, A term) {
+  return v.focal_gamma != 0 ? term * focal_factor(complement, static_cast<A>(v.focal_gamma), FocalPower{}) : term;
+}
+
+// What a focal exponent makes of dL/dCE of a softmax's label. -log p = log(1 + others / target), which nothing reads
+// where the target's exponential is 0, for p is 0 there.
+template <typename A>
+__device__ __forceinline__ A with_focal_slope(const Volume& v, const SoftmaxSums<A>& sums, A inverse, A k_target) {
+  if (v.focal_gamma == 0) return k_target;
+  const Probability<A> p{sums.target * inverse, sums.others * inverse};
+  const A minus_log_p = log_one_plus(sums.others * reciprocal(sums.target));
+  return k_target * focal_slope(p, minus_log_p, static_cast<A>(v.focal_gamma), FocalPower{});
+}
+
 // Whether a target is 0 or 1, so that a binary cross-entropy has one term.
 template <typename A>
 __device__ __forceinline__ bool is_hard(const Volume& v, A g) {
@@ -85,11 +101,6 @@ struct GeneralSums {
     if (g != A(0)) ce += g * of_one * weight;
     if (g != A(1)) ce += (A(1) - g) * of_zero * weight;
     if (v.cross_entropy == CrossEntropy::kSmoothed) smoothing += (of_one + of_zero) * weight;
-  }
-
- private:
-  static __device__ __forceinline__ A with_focal_factor(const Volume& v, A complement, A term) {
-    return v.focal_gamma != 0 ? term * focal_factor(complement, static_cast<A>(v.focal_gamma), FocalPower{}) : term;
   }
 };
 

@@ -94,7 +94,13 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         }
         A dz = logistic_gradient(e, inverse, difference);
         if constexpr (kCrossEntropy) {
-          dz += label == 1 ? -u[1].ce * p.complement : u[0].ce * p.p;
+          A slope = label == 1 ? -u[1].ce * p.complement : u[0].ce * p.p;
+          if (v.focal_gamma != 0) {
+            const A minus_log_p = log_one_plus_small(e) + larger(label == 1 ? -d : d, A(0));
+            const Probability<A> right = of_outcome(label == 1, p);
+            slope *= focal_slope(right, minus_log_p, static_cast<A>(v.focal_gamma), FocalPower{});
+          }
+          dz += slope;
         }
         dz *= weight;
         z[0].values[k] = static_cast<T>(-dz);
@@ -111,7 +117,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         const A inverse = reciprocal(sums.target + sums.others);
         SoftmaxGradient<A> gradient =
             softmax_gradient(sums, weighted_others, of_class[label].foreground, inverse, weight);
-        if (kCrossEntropy) gradient.add_cross_entropy(sums, of_class[label].ce);
+        if (kCrossEntropy) {
+          gradient.add_cross_entropy(sums, with_focal_slope(v, sums, inverse, of_class[label].ce));
+        }
         const int target = recomputed(label);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
@@ -182,7 +190,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
           u_target = squared_slope_of_target(sums[k].others * inverse, of_class[label].background, u_target);
         }
         SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
-        if (kCrossEntropy) gradient.add_cross_entropy(sums[k], of_class[label].ce);
+        if (kCrossEntropy) {
+          gradient.add_cross_entropy(sums[k], with_focal_slope(v, sums[k], inverse, of_class[label].ce));
+        }
 #pragma unroll
         for (int j = 0; j < kClasses; ++j) {
           const A slope = slope_of_other<kSquared>(others[j][k] * inverse, u_background[j]);
@@ -306,7 +316,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         const A u_target = of_class[label].foreground;
         const A inverse = label == kUncounted ? A(0) : reciprocal(total.target + total.others);
         SoftmaxGradient<A> gradient = softmax_gradient(total, weighted_others[0], u_target, inverse, scale[t.voxel]);
-        if (kCrossEntropy) gradient.add_cross_entropy(total, of_class[label].ce);
+        if (kCrossEntropy) {
+          gradient.add_cross_entropy(total, with_focal_slope(v, total, inverse, of_class[label].ce));
+        }
         scale[t.voxel] = gradient.scale;
         offset[t.voxel] = gradient.offset;
         at_target[t.voxel] = gradient.at_target;

@@ -342,14 +342,21 @@ def test_any_combination(case):
     check_case(case, BACKEND, DEVICE, rounding=2.0 if WHERE == "interpreter" else 1.0)
 
 
-@pytest.mark.parametrize("classes", [2, 4, 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 4, 20] if BACKEND == "triton" else [2, 3, 4, 7, 20, 129])
+@pytest.mark.parametrize("dtype", TWO_DTYPES)
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"label_smoothing": 0.1, "ce_class_weight": True},
+        {"label_smoothing": 0.1, "ignore_index": 1, "reduction": "none"},
+        {"label_smoothing": 0.1, "focal_gamma": 2.0},
+        {"label_smoothing": 0.1, "squared": True, "alpha": 0.5, "beta": 0.5},
         {"focal_gamma": 2.0, "ignore_index": 1},
+        {"focal_gamma": 0.7, "ce_class_weight": True},
+        {"focal_gamma": 3.0, "squared": True, "alpha": 0.5, "beta": 0.5},
+        {"activation": "sigmoid", "focal_gamma": 2.0, "ignore_index": 1},
+        {"activation": "sigmoid", "focal_gamma": 0.7},
         {"activation": "sigmoid"},
         {"reduction": "none", "include_background": False, "batch": True},
     ],

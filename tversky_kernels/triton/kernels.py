@@ -9,7 +9,8 @@ them, then the chunks once more out of the cache.
 The arithmetic is that of csrc/tversky_math.h, which says why; docs/mathematics.md derives it.
 
 What decides the code of a kernel: GENERAL, that every class of a voxel has a target g of its own (DENSE, or class
-indices as one-hot, also for squares where the classes are in chunks); OVERLAP, how it is measured (see enum
+indices as one-hot: of a sigmoid with a cross-entropy, of label smoothing together with a focal exponent or squares, and
+of squares or smoothing where the classes are in chunks); OVERLAP, how it is measured (see enum
 OverlapForm); CE: 0 no cross-entropy, 1 its sums, 2 and those for label smoothing; FOCAL: 0 no exponent of it, 1 any, 2
 that of 2; RESAMPLED, that target and weight have other sizes than the logits. The counts have 3 columns, or 6 with a
 cross-entropy (see enum Count); the coefficients 2, or 4.
@@ -402,22 +403,34 @@ def _of_target(x, c, label):
 
 
 @triton.jit
-def _label_cross_entropy(below_top, sum_target, sum_others, w, REAL: tl.constexpr):
-    # -log p of the label, weighted. below_top: the largest logit less the label's; 0 where the voxel does not count,
-    # whatever it holds.
-    ce = below_top + _log1p(sum_others + (sum_target - 1.0), REAL)
-    return tl.where(w == 0, 0.0, ce * w)
+def _label_cross_entropy(below_top, sum_target, sum_others, w, focal_gamma, FOCAL: tl.constexpr, REAL: tl.constexpr):
+    # -> -log p of the label, weighted, and log(sum of exponentials). below_top: the largest logit less the label's; 0
+    # where the voxel does not count, whatever it holds.
+    log_sum = _log1p(sum_others + (sum_target - 1.0), REAL)
+    ce = below_top + log_sum
+    if FOCAL:
+        ce *= _focal_factor(_divide(sum_others, sum_target + sum_others), focal_gamma, FOCAL, REAL)
+    return tl.where(w == 0, 0.0, ce * w), log_sum
 
 
 @triton.jit
-def _gradient_terms(target, others, weighted_others, u_target, k_target, w):
+def _label_focal_slope(target, others, focal_gamma, FOCAL: tl.constexpr, REAL: tl.constexpr):
+    # What a focal exponent makes of dL/dCE of the label: see with_focal_slope in csrc/cuda/general.cuh
+    inverse = _divide(1.0, target + others)
+    minus_log_p = _log1p(_divide(others, target), REAL)
+    return _focal_slope(target * inverse, others * inverse, minus_log_p, focal_gamma, FOCAL, REAL)
+
+
+@triton.jit
+def _gradient_terms(target, others, weighted_others, u_target, k_target, s_target, s_all, w):
     # -> scale, offset, gradient at the target: see SoftmaxGradient
     inverse = _divide(1.0, target + others)
     shift = tl.where(target > others, u_target, 0.0)
     above = u_target - shift
     excess = (weighted_others + above * target - shift * others) * inverse
     scale = inverse * w
-    return scale, k_target - shift - excess, scale * (target * (above - excess) - k_target * others)
+    at_target = target * (above - excess + (s_all - s_target)) - (k_target + s_target) * others
+    return scale, k_target + s_all - shift - excess, scale * at_target
 
 
 # ---- Count pass ------------------------------------------------------------------------------------------------------
@@ -577,7 +590,7 @@ def all_classes_count_kernel(
                 missed *= sum_others * inverse
             of_label = missed
             if CE > 0:
-                of_label = _label_cross_entropy(top - z_target, sum_target, sum_others, w, REAL)
+                of_label, log_sum = _label_cross_entropy(top - z_target, sum_target, sum_others, w, gamma, FOCAL, REAL)
             label = _again(label, sum_others)
             for i in tl.static_range(TILES):
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
@@ -597,7 +610,11 @@ def all_classes_count_kernel(
                 label_weights = sums[6 * i + 5]
                 if CE > 0 and LABEL_WEIGHTS:
                     label_weights += _sum_packs(_of_target(w[None, :], c, label), MAIN if i == 0 else TAIL, PACKS, PACK)
-                new_sums += (ce, sums[6 * i + 4], label_weights)
+                smoothing = sums[6 * i + 4]
+                if CE == 2:
+                    term = ((top[None, :] - zs[i]) + log_sum[None, :]) * w[None, :]
+                    smoothing += _sum_packs(term, MAIN if i == 0 else TAIL, PACKS, PACK)
+                new_sums += (ce, smoothing, label_weights)
         else:
             for i in tl.static_range(TILES):
                 terms = _channel_counts(
@@ -628,12 +645,15 @@ def two_classes_count_kernel(
     """partial[n, program, column, 2]: the softmax of two classes is one sigmoid."""
     n, program, begin, step, last = _share(programs, voxels, BLOCK)
     rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
+    gamma = _double(focal_gamma).to(REAL)
     right0 = tl.zeros([BLOCK], REAL)
     right1 = tl.zeros([BLOCK], REAL)
     missed0 = tl.zeros([BLOCK], REAL)
     missed1 = tl.zeros([BLOCK], REAL)
     ce0 = tl.zeros([BLOCK], REAL)
     ce1 = tl.zeros([BLOCK], REAL)
+    smoothing0 = tl.zeros([BLOCK], REAL)
+    smoothing1 = tl.zeros([BLOCK], REAL)
     weights0 = tl.zeros([BLOCK], REAL)  # of label 0 or, without squares, of all voxels
     weights1 = tl.zeros([BLOCK], REAL)
     for at in tl.range(begin, voxels, step):
@@ -646,9 +666,15 @@ def two_classes_count_kernel(
         is1 = label == 1
         if CE > 0:
             of1, of0 = _sigmoid_logs(difference, REAL)
-            of1, of0 = of1 * w, of0 * w
-            ce1 += tl.where(is1, of1, 0.0)
-            ce0 += tl.where(is1, 0.0, of0)
+            of_label = tl.where(is1, of1, of0)
+            if FOCAL:
+                of_label *= _focal_factor(tl.where(is1, p0, p1), gamma, FOCAL, REAL)
+            of_label *= w
+            ce1 += tl.where(is1, of_label, 0.0)
+            ce0 += tl.where(is1, 0.0, of_label)
+            if CE == 2:
+                smoothing0 += of0 * w
+                smoothing1 += of1 * w
             if OVERLAP == 2:
                 weights0 += tl.where(is1, 0.0, w)
                 weights1 += tl.where(is1, w, 0.0)
@@ -671,8 +697,8 @@ def two_classes_count_kernel(
     if CE > 0:
         tl.store(partial + 6, tl.sum(ce0, 0))
         tl.store(partial + 7, tl.sum(ce1, 0))
-        tl.store(partial + 8, 0.0)
-        tl.store(partial + 9, 0.0)
+        tl.store(partial + 8, tl.sum(smoothing0, 0))
+        tl.store(partial + 9, tl.sum(smoothing1, 0))
         tl.store(partial + 10, tl.sum(weights0, 0))
         tl.store(partial + 11, tl.sum(weights1 if OVERLAP == 2 else weights0, 0))
 
@@ -740,7 +766,7 @@ def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label
         fn = tl.sum(_of_target((sum_others * inverse)[None, :], c, label), 1)
         if CE > 0:
             below_top = tl.sum(_of_target(top[None, :] - z, c, label), 0)
-            of_label = _label_cross_entropy(below_top, sum_target, sum_others, w, REAL)
+            of_label, _ = _label_cross_entropy(below_top, sum_target, sum_others, w, gamma, FOCAL, REAL)
             ce = tl.sum(_of_target(of_label[None, :], c, label), 1)
     else:
         tps, fps, fns = _channel_counts(z, c, label, w, FIRST_LABEL, ACTIVATION)
@@ -781,8 +807,8 @@ def many_classes_count_kernel(
     rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
     gamma = _double(focal_gamma).to(REAL)
     partial += (n * programs + program) * (6 if CE > 0 else 3) * C
-    for at in tl.range(begin, voxels, step):
-        start = begin + last - at  # from the end: see enum Order in csrc/cuda/kernels.h
+    for passed in tl.range(begin, voxels, step):
+        start = begin + last - passed  # from the end: see enum Order in csrc/cuda/kernels.h
         label, w, counts, at = _voxels(
             target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
             ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
@@ -1112,6 +1138,10 @@ def all_classes_gradient_kernel(
             _coefficients(coefficients, grad_loss, _classes(i * MAIN, MAIN if i == 0 else TAIL), n * row_stride, C,
                           GRAD_CLASSES, KEPT, OVERLAP, CE, REAL),
         )  # fmt: skip
+    s_all = 0.0
+    if CE == 2:
+        for i in tl.static_range(TILES):
+            s_all += tl.sum(coefficients_of[i][3])
     for start in tl.range(begin, voxels, step):
         label, w, counts, dense, zs, top = _all_classes(
             rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1,
@@ -1151,8 +1181,9 @@ def all_classes_gradient_kernel(
             u_target = tl.zeros([BLOCK], REAL)
             k_target = tl.zeros([BLOCK], REAL)
             b_target = tl.zeros([BLOCK], REAL)
+            s_target = tl.zeros([BLOCK], REAL)
             for i in tl.static_range(TILES):
-                background, foreground, ce, _smoothing = coefficients_of[i]
+                background, foreground, ce, smoothing = coefficients_of[i]
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
                 of_tile, more_others, more_target = _split(zs[i], top, c, label)
                 others += (of_tile,)
@@ -1164,17 +1195,25 @@ def all_classes_gradient_kernel(
                     b_target += tl.sum(_of_target(background, c, label), 0)
                 if CE > 0:
                     k_target += tl.sum(_of_target(ce, c, label), 0)
+                if CE == 2:
+                    s_target += tl.sum(_of_target(smoothing, c, label), 0)
             inverse = _divide(1.0, sum_target + sum_others)
             if OVERLAP == 2:
                 weighted_others *= inverse  # the slopes were made of exponentials
                 u_target = _squared_slope_of_target(sum_others * inverse, b_target, u_target)
-            scale, offset, target_dz = _gradient_terms(sum_target, sum_others, weighted_others, u_target, k_target, w)
+            if FOCAL:
+                k_target *= _label_focal_slope(sum_target, sum_others, gamma, FOCAL, REAL)
+            scale, offset, target_dz = _gradient_terms(
+                sum_target, sum_others, weighted_others, u_target, k_target, s_target, s_all, w
+            )
             label = _again(label, sum_others)
             for i in tl.static_range(TILES):
-                background, _foreground, _ce, _smoothing = coefficients_of[i]
+                background, _foreground, _ce, smoothing = coefficients_of[i]
                 c = _classes(i * MAIN, MAIN if i == 0 else TAIL)
                 slope = _slope_of_other(others[i] * inverse[None, :], background, OVERLAP)
                 dz = others[i] * scale[None, :] * (slope + offset[None, :])
+                if CE == 2:
+                    dz -= smoothing * w[None, :]
                 dz = tl.where(c[:, None] == label[None, :], target_dz[None, :], dz)
                 _store_gradient(out, dz, i * MAIN, start, voxels, gs_c, gs_v, C, MAIN if i == 0 else TAIL,
                                 (MAIN if i == 0 else MAIN + TAIL) <= C, BLOCK, PACK)  # fmt: skip
@@ -1204,7 +1243,8 @@ def two_classes_gradient_kernel(
     """dL/dlogits of two classes: dz_1 = p_0 p_1 (u_1 - u_0) = -dz_0."""
     n, _program, begin, step, _last = _share(programs, voxels, BLOCK)
     rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
-    background, foreground, ce, _no_smoothing = _coefficients(
+    gamma = _double(focal_gamma).to(REAL)
+    background, foreground, ce, smoothing = _coefficients(
         coefficients, grad_loss, tl.arange(0, 2), n * row_stride, 2, GRAD_CLASSES, KEPT, OVERLAP, CE, REAL
     )
     sign = tl.where(tl.arange(0, 2) == 1, 1.0, -1.0).to(REAL)[:, None]
@@ -1218,6 +1258,8 @@ def two_classes_gradient_kernel(
     backgrounds = tl.sum(background)
     ce_1 = tl.sum(tl.where(is_class_1, ce, 0.0))
     ce_0 = tl.sum(tl.where(is_class_1, 0.0, ce))
+    smoothing_1 = tl.sum(tl.where(is_class_1, smoothing, 0.0))
+    smoothing_0 = tl.sum(tl.where(is_class_1, 0.0, smoothing))
     for start in tl.range(begin, voxels, step):
         label, w, counts, _ = _voxels(
             target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
@@ -1232,8 +1274,18 @@ def two_classes_gradient_kernel(
                 -_squared_slope_of_target(p1, backgrounds, foreground_0),
             )
         dz = product * slope
-        if CE > 0:
-            dz += tl.where(label == 1, -ce_1 * p0, ce_0 * p1)
+        if CE == 2:  # p_1 b_0 - p_0 b_1
+            b0 = tl.where(label == 1, smoothing_0, ce_0 + smoothing_0)
+            b1 = tl.where(label == 1, ce_1 + smoothing_1, smoothing_1)
+            dz += p1 * b0 - p0 * b1
+        elif CE > 0:
+            of_label = tl.where(label == 1, -ce_1 * p0, ce_0 * p1)
+            if FOCAL:
+                of1, of0 = _sigmoid_logs(difference, REAL)
+                right, wrong = tl.where(label == 1, p1, p0), tl.where(label == 1, p0, p1)
+                minus_log_p = tl.where(label == 1, of1, of0)
+                of_label *= _focal_slope(right, wrong, minus_log_p, gamma, FOCAL, REAL)
+            dz += of_label
         dz *= w
         offsets = _offsets(start, BLOCK, PACK)
         inside = offsets < voxels
@@ -1368,7 +1420,11 @@ def many_classes_gradient_kernel(
                     rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, top, beyond_one, inverse,
                     gamma, weighted_others, u_target, b_all, coefficients, grad_loss, row, C, CHUNK, WHOLE, CLEAR,
                     BLOCK, PACK, FIRST_LABEL, GRAD_CLASSES, KEPT, DENSE, OVERLAP, CE, FOCAL, REAL)  # fmt: skip
-        scale, offset, target_dz = _gradient_terms(sum_target, sum_others, weighted_others, u_target, k_target, w)
+        if FOCAL and ACTIVATION == SOFTMAX and not GENERAL:
+            k_target *= _label_focal_slope(sum_target, sum_others, gamma, FOCAL, REAL)
+        scale, offset, target_dz = _gradient_terms(
+            sum_target, sum_others, weighted_others, u_target, k_target, 0.0, 0.0, w
+        )
         for first in tl.range(0, C, CHUNK):
             _gradient_chunk(rows, out, target, first, start, voxels, ls_c, ls_v, gs_c, gs_v, ts_c, at, label, counts, w,
                             top, scale, offset, target_dz, gamma, weighted_others, u_target, b_all, beyond_one, inverse,

@@ -41,12 +41,12 @@ def plan(
     heavy: bool = False,
     packed: bool = True,
     cross_entropy: bool = False,
-    squared: bool = False,
+    more_sums: bool = False,
 ) -> Plan:
     """Block sizes by the number of classes and the logits' size. A function, for autotuning needs a GPU.
 
     heavy: what takes about twice the registers, as a target of its own for every class. packed: the voxels lie one
-    beside the other.
+    beside the other. more_sums: the cross-entropy has another sum for each class, as for label smoothing or squares.
 
     Few enough elements a thread that nothing spills (tests/triton_aot.py reads what the compiler says), and pieces of
     at least 32 bytes of a class, which is what the memory hands out.
@@ -65,7 +65,7 @@ def plan(
         tail = max(4, next_power_of_two(classes - main))
     least = (2 if itemsize == 8 else 8) if heavy else 32 // itemsize
     block = max(32 * elements // (main if tail <= main // 4 else 2 * main), least)
-    many_registers = heavy or block * (main + tail) > 32 * 36 or (cross_entropy and (squared or tail > 0))
+    many_registers = heavy or block * (main + tail) > 32 * 36 or (cross_entropy and (more_sums or tail > 0))
     return Plan(main, tail, 0, block, pack, 1, 8 if many_registers else 12)
 
 
@@ -126,13 +126,21 @@ class _Volume:
         self.columns = 6 if cross_entropy else 3
         if overlap == 1 and not dense:
             overlap = 0  # for class indices these forms are the same
+        focal = 0 if cross_entropy == 0 or focal_gamma == 0 else 2 if focal_gamma == 2 else 1
+        chunked = self.classes > ALL_CLASSES
         general = (
             dense
-            or (overlap == 2 and (activation != 0 or self.classes > ALL_CLASSES))
-            or (cross_entropy > 0 and (activation != 0 or cross_entropy == 2 or focal_gamma != 0))
+            or (overlap == 2 and (activation != 0 or chunked))
+            or (cross_entropy > 0 and activation != 0)
+            or (cross_entropy == 2 and (focal > 0 or overlap == 2 or chunked))
         )
         self.plan = plan(
-            self.classes, logits.element_size(), general or resampled, self.ls_v == 1, cross_entropy > 0, overlap == 2
+            self.classes,
+            logits.element_size(),
+            general or resampled,
+            self.ls_v == 1,
+            cross_entropy > 0,
+            overlap == 2 or cross_entropy == 2,
         )
         if (
             INTERPRETED and self.plan.num_warps == 1
@@ -154,7 +162,7 @@ class _Volume:
             "RESAMPLED": resampled,
             "OVERLAP": overlap,
             "CE": cross_entropy,
-            "FOCAL": 0 if cross_entropy == 0 or focal_gamma == 0 else 2 if focal_gamma == 2 else 1,
+            "FOCAL": focal,
             "GENERAL": general,
             "HAS_IGNORE": ignorable,
             "HAS_WEIGHT": voxel_weight is not None,
