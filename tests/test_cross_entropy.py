@@ -154,6 +154,27 @@ def test_nearly_perfect_prediction(capability, classes):
     truth_checked(logits, target, upstream=upstream, tversky_weight=0.0, activation="sigmoid", focal_gamma=1.0)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("classes", [2, 3, 9])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1}, {"focal_gamma": 2.0}, {"focal_gamma": 0.7}, {"focal_gamma": 2.0, "squared": True}],
+    ids=str,
+)
+def test_what_does_not_count_may_be_nan(capability, options, classes, activation):
+    logits, target = inputs(1, classes, (300,))
+    target[:, 7:200] = 99
+    weight = torch.ones(1, 300)
+    weight[:, 250:] = 0
+    options = {"ignore_index": 99, "voxel_weight": weight, "activation": activation, "beta": 0.3, **options}
+    expected = loss_and_gradient(cpu, logits, target, **options)
+    logits[:, :, 7:200] = torch.nan
+    logits[:, :, 250:] = torch.inf
+    loss, gradient = loss_and_gradient(cpu, logits, target, **options)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
+
+
 def test_minus_infinity_excludes_a_class():
     logits, target = inputs(1, 4, (30,))
     target[target == 2] = 1

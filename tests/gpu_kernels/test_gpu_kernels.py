@@ -204,16 +204,18 @@ def test_a_bad_label_gives_nan(classes, bad):
 
 @pytest.mark.parametrize("dtype", TWO_DTYPES)
 @pytest.mark.parametrize("classes", [2, 3, 20])
-def test_what_does_not_count_may_be_nan(classes, dtype):
+@pytest.mark.parametrize("options", [None, {"label_smoothing": 0.1}, {"focal_gamma": 2.0}, {"focal_gamma": 0.7}])
+def test_what_does_not_count_may_be_nan(options, classes, dtype):
+    function, options = kernel_ce_loss if options else kernel_loss, {"ignore_index": 99, **(options or {})}
     logits, target = inputs(1, classes, (96,), dtype)
     target[:, 7:60] = 99
-    expected = loss_and_gradient(kernel_loss, logits, target, ignore_index=99)
+    expected = loss_and_gradient(function, logits, target, **options)
     logits[:, :, 7:60] = torch.nan
-    loss, gradient = loss_and_gradient(kernel_loss, logits, target, ignore_index=99)
+    loss, gradient = loss_and_gradient(function, logits, target, **options)
     assert torch.equal(loss, expected[0])
     assert torch.equal(gradient, expected[1])
     logits[0, 0, 80] = torch.inf
-    assert torch.isnan(kernel_loss(logits, target, ignore_index=99))
+    assert torch.isnan(function(logits, target, **options))
 
 
 @pytest.mark.parametrize("classes", [2, 3, 20])
@@ -291,9 +293,9 @@ def test_many_blocks_of_dense_targets(activation, classes):
     check(logits, target, function=kernel_ce_loss, activation=activation)
 
 
-@pytest.mark.parametrize("classes", [7, 33] if BACKEND == "triton" else [5, 7, 8, 9, 33, 64, 65, 118, 128, 129])
+@pytest.mark.parametrize("classes", [7, 33, 130] if BACKEND == "triton" else [5, 7, 8, 9, 33, 64, 65, 118, 128, 129])
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"focal_gamma": 1.5}, {"dense": True}])
-def test_many_classes_of_general_kernels(options, classes):
+def test_many_classes_of_other_options(options, classes):
     options = dict(options)
     logits, target = inputs(1, classes, (6, 10))
     if options.pop("dense", False):
