@@ -16,7 +16,7 @@ import torch
 import tversky_kernels as tk
 from benchmarks.cases import Case
 
-TVERSKY, DICE_CE, SQUARED = TASKS = ("tversky", "dice_ce", "squared")
+TVERSKY, DICE_CE, SQUARED, SMOOTHED, FOCAL = TASKS = ("tversky", "dice_ce", "squared", "smoothed", "focal")
 ALPHA, BETA, SMOOTH = 0.3, 0.7, 1e-5
 PACKAGES = {
     "MONAI": "monai",
@@ -102,17 +102,18 @@ def _ours(backend: str, inplace: bool = False) -> Callable[[Case], Loss]:
     return make
 
 
-def _our_dice_ce(backend: str, inplace: bool = False, **changed) -> Callable[[Case], Loss]:
+def our_dice_ce(backend: str, inplace: bool = False, **changed) -> Callable[[Case], Loss]:
+    """Our Dice and cross-entropy, with these options besides."""
     options = {"alpha": 0.5, "beta": 0.5, **HALF, "backend": backend, "inplace_backward": inplace, **changed}
-    return lambda case: tk.TverskyCELoss(activation=case.activation, **options)
+    return lambda case: tk.TverskyCELoss(**{"activation": case.activation, **options})
 
 
-def _monai(name: str, **options) -> Callable[[Case], Loss]:
+def _monai(name: str, activation: str | None = None, **options) -> Callable[[Case], Loss]:
     def make(case: Case) -> Loss:
         import monai.losses
 
-        activation = {case.activation: True, "to_onehot_y": case.form == "index"}
-        loss = getattr(monai.losses, name)(**activation, **options)
+        form = {activation or case.activation: True, "to_onehot_y": case.form == "index"}
+        loss = getattr(monai.losses, name)(**form, **options)
         if options.get("squared_pred") and case.form == "dense":
             return lambda z, t: loss(z, t.to(z.dtype))  # it takes the norm of the target, which integers have not
         return loss
@@ -166,6 +167,9 @@ HALF = {"smooth_nr": SMOOTH / 2, "smooth_dr": SMOOTH / 2}
 DICE = {"alpha": 0.5, "beta": 0.5, **HALF}
 WITH_CE = {"ce_weight": 1.0}
 SQUARES = {"squared": True}
+SMOOTHING = {"label_smoothing": 0.1}
+#: MONAI's focal loss is always that of a sigmoid.
+FOCAL_CE = {"activation": "sigmoid", "focal_gamma": 2.0}
 
 PROVIDERS = {
     p.name: p
@@ -190,15 +194,15 @@ PROVIDERS = {
             _exacta("TverskyLoss", compiled=True, alpha=ALPHA, beta=BETA),
             device="cpu",
         ),
-        Provider("our Dice + CE", _our_dice_ce("auto"), DICE | WITH_CE, DICE_CE),
-        Provider("our Dice + CE, in place", _our_dice_ce("auto", inplace=True), DICE | WITH_CE, DICE_CE),
+        Provider("our Dice + CE", our_dice_ce("auto"), DICE | WITH_CE, DICE_CE),
+        Provider("our Dice + CE, in place", our_dice_ce("auto", inplace=True), DICE | WITH_CE, DICE_CE),
         *(
-            Provider(f"our Dice + CE, {backend}", _our_dice_ce(backend), DICE | WITH_CE, DICE_CE, device="cuda")
+            Provider(f"our Dice + CE, {backend}", our_dice_ce(backend), DICE | WITH_CE, DICE_CE, device="cuda")
             for backend in ("cuda", "triton")
         ),
-        Provider("our Dice alone", _our_dice_ce("auto", ce_weight=0.0), DICE, DICE_CE),
-        Provider("our Dice alone, in place", _our_dice_ce("auto", inplace=True, ce_weight=0.0), DICE, DICE_CE),
-        Provider("our reference, Dice + CE", _our_dice_ce("reference"), DICE | WITH_CE, DICE_CE),
+        Provider("our Dice alone", our_dice_ce("auto", ce_weight=0.0), DICE, DICE_CE),
+        Provider("our Dice alone, in place", our_dice_ce("auto", inplace=True, ce_weight=0.0), DICE, DICE_CE),
+        Provider("our reference, Dice + CE", our_dice_ce("reference"), DICE | WITH_CE, DICE_CE),
         Provider("MONAI DiceCELoss", _monai("DiceCELoss"), DICE | WITH_CE, DICE_CE),
         Provider("nnU-Net DC_and_CE_loss", _nnunet(), DICE | WITH_CE, DICE_CE, offset=-1.0),
         Provider("nnU-Net DC_and_CE_loss, compiled", _nnunet(True), DICE | WITH_CE, DICE_CE, offset=-1.0),
@@ -206,7 +210,7 @@ PROVIDERS = {
         *(
             Provider(
                 name,
-                _our_dice_ce(backend, inplace, ce_weight=0.0, **SQUARES),
+                our_dice_ce(backend, inplace, ce_weight=0.0, **SQUARES),
                 DICE | SQUARES,
                 SQUARED,
                 takes=EVERYTHING,
@@ -217,6 +221,20 @@ PROVIDERS = {
                 ("our reference, squared Dice", "reference", False),
             )
         ),
+        *(
+            Provider(name, our_dice_ce(backend, inplace, **changed), DICE | WITH_CE | changed, task)
+            for task, changed, ours in (
+                (SMOOTHED, SMOOTHING, "Dice + smoothed CE"),
+                (FOCAL, FOCAL_CE, "Dice + focal CE"),
+            )
+            for name, backend, inplace in (
+                (f"our {ours}", "auto", False),
+                (f"our {ours}, in place", "auto", True),
+                (f"our reference, {ours}", "reference", False),
+            )
+        ),
+        Provider("MONAI DiceCELoss, smoothed", _monai("DiceCELoss", **SMOOTHING), DICE | WITH_CE | SMOOTHING, SMOOTHED),
+        Provider("MONAI DiceFocalLoss", _monai("DiceFocalLoss", "sigmoid"), DICE | WITH_CE | FOCAL_CE, FOCAL),
         Provider(
             "MONAI DiceLoss, squared", _monai("DiceLoss", squared_pred=True), DICE | SQUARES, SQUARED, takes=EVERYTHING
         ),

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import tversky_kernels as tk
 from benchmarks.cases import SETS, Case
 from benchmarks.memory import measure, measure_in_own_process
-from benchmarks.providers import DICE_CE, PROVIDERS, SQUARED, TASKS, TVERSKY, Provider
+from benchmarks.providers import DICE_CE, FOCAL, PROVIDERS, SMOOTHED, SQUARED, TASKS, TVERSKY, Provider
 from benchmarks.results_table import ResultsTable
 from benchmarks.timing import Timing, spread, timed
 
@@ -44,7 +44,13 @@ LOSS_SCALE = 2.0**15
 CARD_COPY_BYTES = 2**31
 #: Copies of the logits in float64 that our reference holds at its peak.
 REFERENCE_COPIES = 15
-OURS = {TVERSKY: "ours", DICE_CE: "our Dice + CE", SQUARED: "our squared Dice"}
+OURS = {
+    TVERSKY: "ours",
+    DICE_CE: "our Dice + CE",
+    SQUARED: "our squared Dice",
+    SMOOTHED: "our Dice + smoothed CE",
+    FOCAL: "our Dice + focal CE",
+}
 
 
 def machine() -> str:

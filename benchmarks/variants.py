@@ -1,4 +1,5 @@
-"""What dense targets, a sigmoid and channels_last cost us beside the plain case: python -m benchmarks.variants.
+"""What dense targets, a sigmoid, channels_last and the options of a cross-entropy cost us beside the plain case:
+python -m benchmarks.variants.
 
 The variants of one shape take turns, with one copy of the logits, in one run: the machine's speed drops out. Printed
 are milliseconds, multiples of the plain case's, and multiples of its multiple of the floor (a dense target has more
@@ -15,7 +16,7 @@ import statistics
 import torch
 
 from benchmarks.cases import Case, plain
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import FOCAL_CE, PROVIDERS, SMOOTHING, our_dice_ce
 from benchmarks.results_table import ResultsTable
 from benchmarks.run import OURS, describe_run
 from benchmarks.timing import spread, timed
@@ -26,10 +27,15 @@ VARIANTS = {
     "sigmoid": {"activation": "sigmoid"},
     "dense, sigmoid": {"form": "dense", "activation": "sigmoid"},
     "channels_last": {"layout": "channels_last"},
-    "Dice + CE": {},
 }
-FRESH = {"Dice + CE": "our Dice + CE"}
-IN_PLACE = {"Dice + CE": "our Dice + CE, in place"}
+#: Of a Dice loss with a cross-entropy.
+OPTIONS = {
+    "Dice + CE": {},
+    "label smoothing": SMOOTHING,
+    "focal exponent 2": {"focal_gamma": 2.0},
+    "focal exponent 1.5": {"focal_gamma": 1.5},
+    "sigmoid, focal exponent 2": FOCAL_CE,
+}
 FIELDS = [
     "variant",
     "gradient",
@@ -45,11 +51,14 @@ FIELDS = [
 
 def measure(shape: Case, repeats: int) -> list[dict]:
     runs = {}
-    for name, changed in VARIANTS.items():
-        case = dataclasses.replace(shape, **changed)
+    for name in (*VARIANTS, *OPTIONS):
+        case = dataclasses.replace(shape, **VARIANTS.get(name, {}))
         source, target = case.inputs(seed=0)
-        for gradient, providers, usual in (("fresh", FRESH, OURS["tversky"]), ("in place", IN_PLACE, "ours, in place")):
-            loss = PROVIDERS[providers.get(name, usual)].make(case)
+        for gradient, usual in (("fresh", OURS["tversky"]), ("in place", "ours, in place")):
+            make = PROVIDERS[usual].make
+            if name in OPTIONS:
+                make = our_dice_ce("auto", gradient == "in place", **OPTIONS[name])
+            loss = make(case)
             runs[name, gradient] = (case, source, target, torch.empty_like(source), loss, [])
     copies, other = [], torch.empty_like(runs["plain", "fresh"][1])
     for repeat in range(repeats + 2):  # two to warm up
@@ -96,7 +105,7 @@ def main() -> None:
         print(f"\n{shape.name}: a copy takes {rows[0]['copy_ms']:.3f} ms")
         for r in rows:
             print(
-                f"  {r['gradient']:9} {r['variant']:15} {r['milliseconds']:8.3f} ms +-{100 * r['spread']:3.0f}%  "
+                f"  {r['gradient']:9} {r['variant']:25} {r['milliseconds']:8.3f} ms +-{100 * r['spread']:3.0f}%  "
                 f"{r['times_floor']:5.2f} x floor   {r['of_plain']:5.2f} x plain   "
                 f"{r['of_plain_floor']:5.2f} x its floor ratio"
             )
