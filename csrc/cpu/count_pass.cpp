@@ -474,7 +474,7 @@ void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, L
                 CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
   const int classes = static_cast<int>(v.classes), first_label = static_cast<int>(v.first_label);
-  if (tile.targets != nullptr) return count_general(v, tile, exponentials, counts);
+  if (takes_general_kernels(v)) return count_general(v, tile, exponentials, counts);
   switch (v.activation) {
     case Activation::kSoftmax:
       return with_softmax_options(v, tile, [&](auto labels, auto ce_form, auto squared) {

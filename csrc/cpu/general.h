@@ -1,5 +1,6 @@
-// What both passes share where every class of a voxel has a target g of its own (Volume::is_general): the softmax with
-// all its terms. Voxels that do not count have logits, targets and weight 0 here, so that what follows needs no masks.
+// What both passes share where every class of a voxel has a target g of its own (takes_general_kernels): the softmax
+// with all its terms. Voxels that do not count have logits, targets and weight 0 here, so that what follows needs no
+// masks.
 #pragma once
 
 #include "tile.h"
@@ -23,7 +24,9 @@ TK_INLINE Vector<Compute<T>> general_logit(const Tile<T>& tile, int c, int at) {
 
 template <typename T>
 TK_INLINE Vector<Compute<T>> general_target(const Tile<T>& tile, int c, int at) {
-  using V = Vector<Compute<T>>;
+  using A = Compute<T>;
+  using V = Vector<A>;
+  if (tile.targets == nullptr) return load<IntVector<A>>(tile.labels + at) == tile.first_label + c ? V{} + 1 : V{};
   const V g = load<V>(tile.targets + c * tile.target_stride + at);
   return tile.masked ? (general_counted(tile, at) ? g : V{}) : g;
 }

@@ -428,7 +428,7 @@ void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Pr
                    Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
   const int classes = static_cast<int>(v.classes), first_label = static_cast<int>(v.first_label);
-  if (tile.targets != nullptr) return general_gradient(v, tile, u, scratch, out);
+  if (takes_general_kernels(v)) return general_gradient(v, tile, u, scratch, out);
   switch (v.activation) {
     case Activation::kSoftmax:
       return with_softmax_options(v, tile, [&](auto labels, auto ce_form, auto squared) {

@@ -37,8 +37,8 @@ TK_INLINE bool has_ce_option(const Volume& v) {
   return ce_form(v) == CeForm::kFocal || ce_form(v) == CeForm::kSmoothed;
 }
 
-// Whether every class of a voxel is given a target of its own, which the kernels for one label a voxel do without.
-TK_INLINE bool needs_targets(const Volume& v) {
+// Whether every class of a voxel needs its own g and its own term, which the kernels for one label a voxel do without.
+TK_INLINE bool takes_general_kernels(const Volume& v) {
   if (v.dense || v.activation != Activation::kSoftmax) return v.is_general();
   const bool both = v.focal_gamma != 0 && v.cross_entropy == CrossEntropy::kSmoothed;
   return both || (has_ce_option(v) && v.overlap == OverlapForm::kSquared);
@@ -55,12 +55,13 @@ struct Tile {
   const typename Lanes<A>::Int* labels;
   const uint8_t* bytes;  // in place of the labels; null: they are converted
   const A* weights;      // null: all are 1
-  const A* targets;      // g of class c: targets + c * target_stride; null but where needs_targets
+  const A* targets;      // g of class c: targets + c * target_stride; null: they follow from the labels
   int64_t target_stride;
-  int voxels;     // before padding
-  bool masked;    // some label is kUncounted
-  bool is_inner;  // the few classes of a voxel lie side by side from `rows` on, and are read there
-  A focal_gamma;  // of the cross-entropy; 0: it has none
+  typename Lanes<A>::Int first_label;  // of class 0
+  int voxels;                          // before padding
+  bool masked;                         // some label is kUncounted
+  bool is_inner;                       // the few classes of a voxel lie side by side from `rows` on, and are read there
+  A focal_gamma;                       // of the cross-entropy; 0: it has none
 
   int padded_voxels() const { return (voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>; }
   template <Labels kLabels>
@@ -243,7 +244,7 @@ TK_INLINE const uint8_t* labels_in_place(const Volume& v, int64_t sample, int64_
                      v.target.type == ElementType::kInt8;
   const bool ignores_a_class = v.has_ignore_index && v.ignore_index >= 0 && v.ignore_index < v.classes;
   if (!bytes || ignores_a_class || v.classes > kFewClasses || v.activation != Activation::kSoftmax ||
-      needs_targets(v) || has_ce_option(v) || v.weight.data != nullptr || v.target.resampling.active ||
+      takes_general_kernels(v) || has_ce_option(v) || v.weight.data != nullptr || v.target.resampling.active ||
       v.target.voxel_stride != 1 || count % kVectorBytes) {
     return nullptr;
   }
@@ -465,7 +466,7 @@ TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, const Vector<Co
 
 // Whether memory with these strides is read and written so.
 TK_INLINE bool is_inner(const Volume& v, int64_t class_stride, int64_t voxel_stride) {
-  return v.activation == Activation::kSoftmax && !needs_targets(v) && !has_ce_option(v) &&
+  return v.activation == Activation::kSoftmax && !takes_general_kernels(v) && !has_ce_option(v) &&
          v.overlap != OverlapForm::kSquared && v.classes <= kMostInner && class_stride == 1 &&
          voxel_stride == v.classes;
 }
@@ -575,16 +576,16 @@ struct TileBuffers {
   using Int = typename Lanes<A>::Int;
   int tile_voxels, row_voxels;
   T* rows;     // [C][row_voxels]
-  A* targets;  // [C][tile_voxels]; none but where needs_targets
+  A* targets;  // [C][tile_voxels] of a dense target
   Int* labels;
   A* weights;
   char* rest;
 
   static int64_t bytes_per_voxel(const Volume& v) {
-    return v.classes * static_cast<int64_t>(sizeof(T) + (needs_targets(v) ? sizeof(A) : 0));
+    return v.classes * static_cast<int64_t>(sizeof(T) + (v.dense ? sizeof(A) : 0));
   }
   // Whether whole blocks of logits are read where they are.
-  static bool is_direct(const Volume& v) { return v.logits.voxel_stride == 1 && !needs_targets(v); }
+  static bool is_direct(const Volume& v) { return v.logits.voxel_stride == 1 && !v.dense; }
   static int voxels_per_tile(const Volume& v) {
     if (is_direct(v)) return kTileVoxels;
     // Halved, so that partial sums end at the same voxels in every layout.
@@ -597,7 +598,7 @@ struct TileBuffers {
   // The rows that are copied: of what is read where it is, the last voxels that are no whole block.
   static int voxels_per_row(const Volume& v) { return is_direct(v) ? kBlock<A> : voxels_per_tile(v); }
   static int64_t bytes(const Volume& v) {
-    const int64_t target_bytes = needs_targets(v) ? v.classes * static_cast<int64_t>(sizeof(A)) : 0;
+    const int64_t target_bytes = v.dense ? v.classes * static_cast<int64_t>(sizeof(A)) : 0;
     return voxels_per_tile(v) * (target_bytes + static_cast<int64_t>(sizeof(Int) + sizeof(A))) +
            voxels_per_row(v) * v.classes * static_cast<int64_t>(sizeof(T));
   }
@@ -605,7 +606,7 @@ struct TileBuffers {
     labels = static_cast<Int*>(scratch);
     weights = reinterpret_cast<A*>(labels + tile_voxels);
     targets = weights + tile_voxels;
-    rows = reinterpret_cast<T*>(targets + (needs_targets(v) ? v.classes * tile_voxels : 0));
+    rows = reinterpret_cast<T*>(targets + (v.dense ? v.classes * tile_voxels : 0));
     rest = reinterpret_cast<char*>(rows + v.classes * row_voxels);
   }
 
@@ -623,7 +624,8 @@ Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, con
   tile.voxels = count;
   tile.labels = buffers.labels;
   tile.weights = nullptr;
-  tile.targets = needs_targets(v) ? buffers.targets : nullptr;
+  tile.targets = v.dense ? buffers.targets : nullptr;
+  tile.first_label = static_cast<typename TileBuffers<T>::Int>(v.first_label);
   tile.target_stride = buffers.tile_voxels;
   tile.focal_gamma = static_cast<typename Tile<T>::A>(v.focal_gamma);
   tile.masked = false;
@@ -646,13 +648,7 @@ Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, con
     buffers.weights[i] = 0;
     tile.masked = true;
   }
-  if (tile.targets != nullptr && !v.dense) {  // the labels as one-hot rows
-    for (int64_t c = 0; c < v.classes; ++c) {
-      typename Tile<T>::A* row = buffers.targets + c * tile.target_stride;
-      const auto label = static_cast<typename TileBuffers<T>::Int>(c + v.first_label);
-      for (int i = 0; i < padded; ++i) row[i] = buffers.labels[i] == label;
-    }
-  } else if (tile.targets != nullptr) {
+  if (tile.targets != nullptr) {
     for (int64_t c = 0; c < v.classes; ++c) {
       for (int i = count; i < padded; ++i) buffers.targets[c * tile.target_stride + i] = 0;
     }
