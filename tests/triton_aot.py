@@ -127,9 +127,17 @@ def cases(quick: bool):
         yield 33, dtype, torch.float32, {"dense": True, "overlap": 1, "ce": 2, "focal": 2.0}
         for classes in (2, 4, 14, 33, 118):
             yield classes, dtype, torch.uint8, {"overlap": 2}
-        for classes in (4, 14, 33):
+        for classes in (4, 14, 33, 118):
             yield classes, dtype, torch.uint8, {"overlap": 2, "ce": 1}
+        for classes in (4, 14, 33):
             yield classes, dtype, torch.uint8, {"overlap": 2, "dense": True, "activation": 1}
+        for classes in (33, 118) if quick else (2, 4, 14, 33, 118, 1000):
+            yield classes, dtype, torch.uint8, {"ce": 2}
+        for classes in (4,) if quick else (2, 4, 33, 1000):
+            yield classes, dtype, torch.uint8, {"ce": 1, "focal": 2.0}
+            yield classes, dtype, torch.uint8, {"ce": 1, "focal": 1.5}
+        yield 4, dtype, torch.uint8, {"ce": 2, "focal": 2.0}
+        yield 4, dtype, torch.uint8, {"activation": 1, "ce": 1, "focal": 2.0}
         yield 4, dtype, torch.uint8, {"activation": 1, "ce": 2, "focal": 2.0}
         yield 33, dtype, torch.uint8, {"activation": 1, "ce": 1, "dense": True}
         for activation in (1, 2):

@@ -477,8 +477,8 @@ void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, L
   if (takes_general_kernels(v)) return count_general(v, tile, exponentials, counts);
   switch (v.activation) {
     case Activation::kSoftmax:
-      return with_softmax_options(v, tile, [&](auto labels, auto ce_form, auto squared) {
-        count_softmax_tile<T, decltype(labels)::value, decltype(ce_form)::value, decltype(squared)::value>(
+      return with_softmax_options(v, tile, [&](auto labels, auto cross_entropy, auto squared) {
+        count_softmax_tile<T, decltype(labels)::value, decltype(cross_entropy)::value, decltype(squared)::value>(
             tile, classes, present, exponentials, counts);
       });
     case Activation::kSigmoid:

@@ -431,8 +431,8 @@ void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Pr
   if (takes_general_kernels(v)) return general_gradient(v, tile, u, scratch, out);
   switch (v.activation) {
     case Activation::kSoftmax:
-      return with_softmax_options(v, tile, [&](auto labels, auto ce_form, auto squared) {
-        softmax_gradient_tile<T, decltype(labels)::value, decltype(ce_form)::value, decltype(squared)::value>(
+      return with_softmax_options(v, tile, [&](auto labels, auto cross_entropy, auto squared) {
+        softmax_gradient_tile<T, decltype(labels)::value, decltype(cross_entropy)::value, decltype(squared)::value>(
             tile, classes, u, present, scratch, out);
       });
     case Activation::kSigmoid:

@@ -91,11 +91,11 @@ TK_INLINE void with_labels(const Tile<T>& tile, const F& work) {
 template <typename T, typename F>
 TK_INLINE void with_softmax_options(const Volume& v, const Tile<T>& tile, const F& work) {
   with_labels(tile, [&](auto labels) __attribute__((always_inline)) {
-    const auto with_form = [&](auto ce_form) __attribute__((always_inline)) {
+    const auto with_form = [&](auto cross_entropy) __attribute__((always_inline)) {
       if (v.overlap == OverlapForm::kSquared) {
-        work(labels, ce_form, std::true_type{});
+        work(labels, cross_entropy, std::true_type{});
       } else {
-        work(labels, ce_form, std::false_type{});
+        work(labels, cross_entropy, std::false_type{});
       }
     };
     const CeForm form = ce_form(v);

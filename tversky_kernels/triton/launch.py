@@ -64,6 +64,8 @@ def plan(
         main //= 2
         tail = max(4, next_power_of_two(classes - main))
     least = (2 if itemsize == 8 else 8) if heavy else 32 // itemsize
+    if cross_entropy and more_sums:
+        least = min(least, 8)
     block = max(32 * elements // (main if tail <= main // 4 else 2 * main), least)
     many_registers = heavy or block * (main + tail) > 32 * 36 or (cross_entropy and (more_sums or tail > 0))
     return Plan(main, tail, 0, block, pack, 1, 8 if many_registers else 12)
