@@ -215,7 +215,8 @@ TK_MATH V focal_factor(V complement, A focal_gamma, const Pow& pow) {
 }
 
 // -p d/dp [(1 - p)^f (-log p)] = (1 - p)^f - f p (1 - p)^f (log p / (1 - p)), which is 1 for f = 0. Where p = 1 the
-// factor is 0, and so is this; where p = 0 it is 1, though -log p is infinite.
+// factor is 0, and so is this; where p = 0 it is 1, and -log p is not read. So of a softmax's label, from SoftmaxSums,
+// log(1 + others / target) will do for it: nothing cancels, and where it overflows p is 0.
 template <typename V, typename A, typename Pow>
 TK_MATH V focal_slope(const Probability<V>& p, V minus_log_p, A focal_gamma, const Pow& pow) {
   const V entropy = p.p > 0 ? p.p * minus_log_p : V{};

@@ -81,7 +81,8 @@ struct Volume {
   TK_MATH bool sums_label_weights() const {
     return overlap == OverlapForm::kSquared && !dense && activation == Activation::kSoftmax;
   }
-  // Whether every class of a voxel needs its own g and its own term, which the kernels for class indices do not make.
+  // Whether every class of a voxel needs its own g and its own term, which CUDA's kernels for one label a voxel do not
+  // make. Those of the CPU make more: see takes_general_kernels.
   TK_MATH bool is_general() const {
     return dense || (overlap == OverlapForm::kSquared && activation != Activation::kSoftmax) ||
            (cross_entropy != CrossEntropy::kNone &&

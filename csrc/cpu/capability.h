@@ -16,7 +16,7 @@ Capability widest_capability();
 Capability current_capability();
 void set_capability(Capability);  // at most the widest
 
-const Kernels& kernels(ElementType logits);  // of the current capability
+const Kernels& kernels(ElementType logits);  // of the current capability, for logits of this type
 
 }  // namespace cpu
 }  // namespace tversky_kernels

@@ -109,7 +109,6 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   SoftmaxSums<V> sums[kVectors];
   V weighted_others[kVectors] = {}, u_target[kVectors] = {}, k_target[kVectors] = {};
   V u_background[kVectors] = {}, s_target[kVectors] = {};  // the target's
-  V below_top[kVectors] = {};                              // z_top - z_t
   // kPresent: class c is the label of some voxel here.
   const auto add_class = [&](int c, auto is_present) __attribute__((always_inline)) {
     constexpr bool kPresent = decltype(is_present)::value;
@@ -117,8 +116,7 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
     const V background = broadcast<A>(of_class[kBackground]);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
-      const V difference = logits[c * kVectors + k] - top[k];
-      const V e = exp_nonpositive<A>(difference);
+      const V e = exp_nonpositive<A>(logits[c * kVectors + k] - top[k]);
       V other;
       if constexpr (kPresent) {
         const I is_target = label[k] == static_cast<Int>(c);
@@ -128,7 +126,6 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
         if (kSquared) u_background[k] = is_target ? background : u_background[k];
         if (kCrossEntropy) k_target[k] = is_target ? broadcast<A>(of_class[kCeCoefficient]) : k_target[k];
         if (kSmoothed) s_target[k] = is_target ? broadcast<A>(of_class[kSmoothingCoefficient]) : s_target[k];
-        if (kFocal) below_top[k] = is_target ? -difference : below_top[k];
       } else {
         other = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
       }
@@ -152,11 +149,9 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
     }
     gradient[k] = softmax_gradient(sums[k], weighted_others[k], u_target[k], inverse[k], weight[k]);
     if constexpr (kFocal) {
-      const V beyond_one = exponentials_beyond_one(sums[k]);
-      const V minus_log_p = below_top[k] + (kFew ? log1p_to_three<A>(beyond_one) : log1p<A>(beyond_one));
       const Probability<V> p{sums[k].target * inverse[k], sums[k].others * inverse[k]};
-      const V slope = focal_slope(p, minus_log_p, tile.focal_gamma, FocalPower{});
-      k_target[k] *= !kMasked || label[k] >= 0 ? slope : V{};
+      const V minus_log_p = log1p<A>(sums[k].others * reciprocal<A>(sums[k].target));  // see focal_slope
+      k_target[k] *= focal_slope(p, minus_log_p, tile.focal_gamma, FocalPower{});
     }
     if constexpr (kSmoothed) {
       gradient[k].add_smoothed_cross_entropy(sums[k], k_target[k], s_target[k], broadcast<A>(s_all));
@@ -492,7 +487,7 @@ namespace cpu {
 
 void TK_JOIN(gradient_pass, TK_CAPABILITY)(const Volume& v, int64_t sample, int64_t begin, int64_t end,
                                            const void* coefficients, const GradientView& out, void* scratch) {
-#if defined(TK_ONLY_BFLOAT16)
+#if defined(TK_ONLY_BFLOAT16)  // see setup.py and kernels()
   return gradient<BFloat16>(v, sample, begin, end, coefficients, out, scratch);
 #else
   switch (v.logits.type) {

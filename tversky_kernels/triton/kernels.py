@@ -10,10 +10,10 @@ The arithmetic is that of csrc/tversky_math.h, which says why; docs/mathematics.
 
 What decides the code of a kernel: GENERAL, that every class of a voxel has a target g of its own (DENSE, or class
 indices as one-hot: of a sigmoid with a cross-entropy, of label smoothing together with a focal exponent or squares, and
-of squares or smoothing where the classes are in chunks); OVERLAP, how it is measured (see enum
-OverlapForm); CE: 0 no cross-entropy, 1 its sums, 2 and those for label smoothing; FOCAL: 0 no exponent of it, 1 any, 2
-that of 2; RESAMPLED, that target and weight have other sizes than the logits. The counts have 3 columns, or 6 with a
-cross-entropy (see enum Count); the coefficients 2, or 4.
+of squares or smoothing where the classes are in chunks); OVERLAP, how it is measured (see enum OverlapForm); CE: 0 no
+cross-entropy, 1 its sums, 2 and those for label smoothing; FOCAL: 0 without an exponent, 1 with any, 2 with that of 2;
+RESAMPLED, that target and weight have other sizes than the logits. The counts have 3 columns, or 6 with a cross-entropy
+(see enum Count); the coefficients 2, or 4.
 """
 
 import triton
@@ -415,7 +415,7 @@ def _label_cross_entropy(below_top, sum_target, sum_others, w, focal_gamma, FOCA
 
 @triton.jit
 def _label_focal_slope(target, others, focal_gamma, FOCAL: tl.constexpr, REAL: tl.constexpr):
-    # What a focal exponent makes of dL/dCE of the label: see with_focal_slope in csrc/cuda/general.cuh
+    # What a focal exponent makes of dL/dCE of the label: see focal_slope in csrc/tversky_math.h
     inverse = _divide(1.0, target + others)
     minus_log_p = _log1p(_divide(others, target), REAL)
     return _focal_slope(target * inverse, others * inverse, minus_log_p, focal_gamma, FOCAL, REAL)
