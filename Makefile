@@ -101,10 +101,10 @@ gpu-build:
 	$(PYTHON) -c 'import tversky_kernels as tk; b = tk.available_backends(); print(b); assert b["cuda"] is True, b["cuda"]'
 	mkdir -p $(OUT)
 
-# Side by side: hardly any of them fills a card or a processor. With pytest-xdist, where it is there, Triton's some 600
-# kernels are compiled on several.
+# Side by side: hardly any of them fills a card or a processor; with pytest-xdist, where it is there, each in several
+# processes, for Triton's some 600 kernels have to be compiled.
 GPU_CHECKS := cuda triton card memcheck racecheck
-GPU_JOBS = $(shell $(PYTHON) -c 'import xdist; print("-n 6")' 2>/dev/null)
+GPU_JOBS = $(shell $(PYTHON) -c 'import xdist; print("-n $(1)")' 2>/dev/null)
 GPU_PYTEST = OMP_NUM_THREADS=2 timeout -k 5 150 $(PYTHON) -m pytest -q
 # Memory of each tensor's own, or the tool sees what lies beyond a tensor as torch's.
 GPU_SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 TK_GPU_KERNELS=cuda OMP_NUM_THREADS=2 timeout -k 5 150 \
@@ -113,11 +113,11 @@ GPU_SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 TK_GPU_KERNELS=cuda OMP_NUM_THRE
 .PHONY: gpu-check $(addprefix gpu-check-,$(GPU_CHECKS))
 gpu-check: $(addprefix gpu-check-,$(GPU_CHECKS))
 gpu-check-cuda:
-	TK_GPU_KERNELS=cuda $(GPU_PYTEST) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
+	TK_GPU_KERNELS=cuda $(GPU_PYTEST) $(call GPU_JOBS,4) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
 gpu-check-triton:
-	TK_GPU_KERNELS=triton $(GPU_PYTEST) $(GPU_JOBS) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
+	TK_GPU_KERNELS=triton $(GPU_PYTEST) $(call GPU_JOBS,6) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
 gpu-check-card:
-	$(GPU_PYTEST) -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
+	$(GPU_PYTEST) $(call GPU_JOBS,3) -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
 gpu-check-memcheck:
 	$(call GPU_SANITIZE,memcheck)
 gpu-check-racecheck:

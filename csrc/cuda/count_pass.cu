@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   store_block_sums<A, kClasses, kCrossEntropy, kSquared>(counts, bad, out);
 }
 
-// The sums of split kernels, [warps][lanes][kValues] in shared memory.
+// The sums of split kernels, [groups of warps][lanes][kValues] in shared memory.
 template <typename A, int kValues>
 struct SplitBlockSums {
   A* memory;
@@ -164,17 +164,17 @@ struct SplitBlockSums {
       for (int i = 0; i < kValues; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
     }
     __syncthreads();  // the memory has been read
-    A* mine = memory + ((threadIdx.x / kWarp << lane.log_lanes) + lane.first_class) * kValues;
+    A* mine = memory + ((lane.group << lane.log_lanes) + lane.first_class) * kValues;
     if (lane.slot == 0) {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) mine[i] = values[i];
     }
   }
-  // Value i of the lane that has the class, over the warps.
+  // Value i of the lane that has the class, over the groups of warps.
   __device__ __forceinline__ A total(int c, int i) const {
     A sum = A(0);
-    for (int w = 0; w < Plan::kThreads / kWarp; ++w) {
-      sum += memory[((w << lane.log_lanes) + (c & ((1 << lane.log_lanes) - 1))) * kValues + i];
+    for (int group = 0; group < lane.groups(); ++group) {
+      sum += memory[((group << lane.log_lanes) + (c & ((1 << lane.log_lanes) - 1))) * kValues + i];
     }
     return sum;
   }
@@ -183,14 +183,15 @@ struct SplitBlockSums {
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
 template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, int log_lanes) {
+    split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitPart<T, kCrossEntropy>, kPackVoxels = kSplitPack<T>;
   constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
-  const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses);
-  const SplitLane lane(log_lanes, static_cast<int>(v.classes));
+  SplitLane lane(shape, static_cast<int>(v.classes), reinterpret_cast<float*>(memory));
+  A* of_sums = reinterpret_cast<A*>(memory) + lane.exchange_size();
+  const LabelSums<A, kCrossEntropy> of_label(of_sums, kClasses);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
@@ -207,15 +208,18 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       Packed<T, kVoxels> z[kClasses];
       A weights[kVoxels];
       weighed_part<Reads::kSameSize>(v, share.sample, at, first, pack, labels, all_known, z, weights, bad);
-      A others[kClasses][kVoxels], sum_others[kVoxels], below_top[kVoxels];
+      A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
 #pragma unroll
-      for (int k = 0; k < kVoxels; ++k) sum_others[k] = sums[k].others;
-      sum_over_lanes(sum_others, lane);
+      for (int k = 0; k < kVoxels; ++k) {
+        totals[k] = sums[k].others;
+        totals[kVoxels + k] = sums[k].target;
+      }
+      sum_over_lanes<kVoxels>(totals, lane);
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
-        sums[k].others = sum_others[k];
+        sums[k] = {totals[kVoxels + k], totals[k]};
         const A weight = weights[k], inverse = reciprocal(sums[k].target + sums[k].others), weighted = weight * inverse;
 #pragma unroll
         for (int j = 0; j < kClasses; ++j) {
@@ -244,14 +248,14 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     if constexpr (kCrossEntropy && kSquared) values[kSmoothing * kClasses + j] = of_label.weight(j);
   }
   if constexpr (kCrossEntropy && !kSquared) values[kSmoothing * kClasses] = weight_sum;
-  const SplitBlockSums<A, kValues> sums{reinterpret_cast<A*>(memory), lane};
+  const SplitBlockSums<A, kValues> sums{of_sums, lane};
   sums.store(values, bad);
   __syncthreads();
   A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * v.classes;
   for (int i = threadIdx.x; i < kColumns * static_cast<int>(v.classes); i += Plan::kThreads) {
     const int column = i / static_cast<int>(v.classes), c = i % static_cast<int>(v.classes);
     const int first = column == Count::kVoxels ? kSmoothing * kClasses : column * kClasses;
-    const int of_lane = first + (column == Count::kVoxels && !kSquared ? 0 : c >> log_lanes);
+    const int of_lane = first + (column == Count::kVoxels && !kSquared ? 0 : c >> shape.log_lanes);
     out[i] = column == kSmoothing ? A(0) : sums.total(c, of_lane);
   }
 }
@@ -260,11 +264,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     general_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks,
-                                    int log_lanes) {
+                                    SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels, kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   const int classes = static_cast<int>(v.classes);
-  const SplitLane lane(log_lanes, classes);
+  TK_SHARED(memory);
+  SplitLane lane(shape, classes, reinterpret_cast<float*>(memory));
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   GeneralSums<A> counts[kClasses];
@@ -298,14 +303,13 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) values[i * kClasses + j] = all[i];
   }
-  TK_SHARED(memory);
-  const SplitBlockSums<A, kColumns * kClasses> sums{reinterpret_cast<A*>(memory), lane};
+  const SplitBlockSums<A, kColumns * kClasses> sums{reinterpret_cast<A*>(memory) + lane.exchange_size(), lane};
   sums.store(values, bad);
   __syncthreads();
   A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * classes;
   for (int i = threadIdx.x; i < kColumns * classes; i += Plan::kThreads) {
     const int column = i / classes, c = i % classes;
-    out[i] = sums.total(c, column * kClasses + (c >> log_lanes));
+    out[i] = sums.total(c, column * kClasses + (c >> shape.log_lanes));
   }
 }
 
@@ -529,11 +533,11 @@ struct CountPass {
   }
   template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
   void split() const {
-    launch<T>(split_count_pass_kernel<T, kClasses, kCrossEntropy, kSquared>, plan.log_lanes());
+    launch<T>(split_count_pass_kernel<T, kClasses, kCrossEntropy, kSquared>, plan.shape());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {
-    launch<T>(general_split_count_pass_kernel<T, kClasses, kCrossEntropy>, plan.log_lanes());
+    launch<T>(general_split_count_pass_kernel<T, kClasses, kCrossEntropy>, plan.shape());
   }
   template <typename T, Activation kActivation, bool kCrossEntropy>
   void channel() const {

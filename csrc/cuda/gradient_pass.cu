@@ -135,17 +135,17 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
 template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, int log_lanes) {
+    split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels, kPackVoxels = kSplitPack<T>;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
+  SplitLane lane(shape, classes, reinterpret_cast<float*>(memory));
   const Share share = share_of_block<kOrder>(v, blocks);
-  const Coefficients<A>* of_class =
-      fill_coefficients<kCrossEntropy>(v, a, share.sample, reinterpret_cast<Coefficients<A>*>(memory));
+  const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(
+      v, a, share.sample, reinterpret_cast<Coefficients<A>*>(lane.exchange + lane.exchange_size()));
   __syncthreads();
 
-  const SplitLane lane(log_lanes, classes);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   A u_background[kClasses];
 #pragma unroll
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       Packed<T, kVoxels> z[kClasses];
       A weights[kVoxels];
       weighed_part<Reads::kSameSize>(v, share.sample, at, first, pack, labels, all_known, z, weights, bad);
-      A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
+      A others[kClasses][kVoxels], totals[3 * kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<false>(z, labels, lane, others, sums, below_top);
 #pragma unroll
@@ -176,11 +176,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         for (int j = 0; j < kClasses; ++j) {
           totals[kVoxels + k] += others[j][k] * slope_of_other<kSquared>(others[j][k], u_background[j]);
         }
+        totals[2 * kVoxels + k] = sums[k].target;
       }
-      sum_over_lanes(totals, lane);
+      sum_over_lanes<kVoxels>(totals, lane);
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
-        sums[k].others = totals[k];
+        sums[k] = {totals[2 * kVoxels + k], totals[k]};
         const int label = labels[k], target = recomputed(lane.index_of(label));
         const A inverse = reciprocal(sums[k].target + sums[k].others);
         const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
@@ -209,17 +210,18 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 // A target of its own for every class, and all options of a softmax's cross-entropy.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    general_split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, int log_lanes) {
+    general_split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks,
+                                       SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
+  SplitLane lane(shape, classes, reinterpret_cast<float*>(memory));
   const Share share = share_of_block<kOrder>(v, blocks);
-  const Coefficients<A>* of_class =
-      fill_coefficients<kCrossEntropy>(v, a, share.sample, reinterpret_cast<Coefficients<A>*>(memory));
+  const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(
+      v, a, share.sample, reinterpret_cast<Coefficients<A>*>(lane.exchange + lane.exchange_size()));
   __syncthreads();
 
-  const SplitLane lane(log_lanes, classes);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   Coefficients<A> u[kClasses] = {};
 #pragma unroll
@@ -485,11 +487,11 @@ struct GradientPass {
   }
   template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
   void split() const {
-    launch(split_gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared>, plan.log_lanes());
+    launch(split_gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared>, plan.shape());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {
-    launch(general_split_gradient_pass_kernel<T, kClasses, kCrossEntropy>, plan.log_lanes());
+    launch(general_split_gradient_pass_kernel<T, kClasses, kCrossEntropy>, plan.shape());
   }
   template <typename T, Activation kActivation, bool kCrossEntropy>
   void channel() const {

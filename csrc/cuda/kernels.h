@@ -25,22 +25,26 @@ struct Blocks {
 // from its beginning, where the count pass has: there the L2 cache has them.
 enum class Order { kForward, kBackward };
 
+// The lanes that share a voxel and the warps that these are in, as logarithms.
+struct SplitShape {
+  int log_lanes;
+  int log_warps;
+};
+
 // How a pass is cut up. The same for both passes and for every value of the data.
 struct Plan {
   Blocks blocks;
   int voxels;        // a thread (in registers) or a block (tiled) takes at once
   int lanes;         // threads in whose registers all classes of a voxel are; 0: none, but see by_channel, or tiled
+  int warps;         // over which these threads are spread
   bool split;        // the classes of a voxel are split over the lanes (it may be one): see split.cuh
   bool general;      // split: by the kernels for a target of its own for every class, which also read resampled ones
   bool by_channel;   // a block takes one channel: the blocks are a sample's and class's
   int shared_bytes;  // of a block
   static constexpr int kThreads = 256;
 
-  int log_lanes() const {
-    int log = 0;
-    while ((1 << log) < lanes) ++log;
-    return log;
-  }
+  static int log2(int power) { return power > 1 ? 1 + log2(power / 2) : 0; }
+  SplitShape shape() const { return {log2(lanes), log2(warps)}; }
 };
 
 // out: of the gradient pass; null: the count pass. multiprocessors: of the device.
@@ -124,6 +128,12 @@ constexpr int kSplitPack = sizeof(T) == 2 ? 2 * kSplitVoxels : kSplitVoxels;
 template <typename T, bool kCrossEntropy>
 constexpr int kSplitPart = sizeof(T) == 2 && kCrossEntropy ? kSplitVoxels / 2 : kSplitVoxels;
 constexpr int kMostLanes = 16, kMostOfLane = 8, kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
+// Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
+// bytes (64 where a lane takes 8 bytes of each): in smaller ones memory comes at half its speed.
+constexpr int kMostLanesOfWarp = 4;
+// Values that a warp tells others that share its voxels, at most three of each voxel; floats of shared memory.
+constexpr int kExchanged = 3 * kSplitVoxels * kWarp / kMostLanesOfWarp,
+              kExchange = 2 * Plan::kThreads / kWarp * kExchanged;
 
 // Lanes that share a voxel: as few as possible. 0: there are too many classes.
 inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {

@@ -204,6 +204,8 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     });
   }
   if (out != nullptr) values = kAllCoefficients * (classes + 1);
+  plan.warps = std::max(1, plan.lanes / kMostLanesOfWarp);
+  if (plan.warps > 1) values += kExchange;
   plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>));
   return plan.lanes > 0 && ((!plan.split && interleaved) || can_be_read(v, sizeof(T), plan.voxels));
 }

@@ -213,6 +213,15 @@ __device__ __forceinline__ int byte_of(uint32_t bytes, int i) {
 #endif
 }
 
+// A barrier of some of a block's warps, `threads` in all; number: 1 to 15, one for each group of warps.
+__device__ __forceinline__ void synchronise_warps(int number, int threads) {
+#if defined(TK_CUDA_ON_HOST)
+  emulation::barrier(__LINE__, number, threads);
+#else
+  asm volatile("barrier.sync %0, %1;" : : "r"(number), "r"(threads) : "memory");
+#endif
+}
+
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 

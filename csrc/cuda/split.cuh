@@ -1,7 +1,9 @@
-// The classes of a voxel split over lanes of a warp, each with up to kClasses of them in its registers.
+// The classes of a voxel split over lanes, each with up to kClasses of them in its registers.
 //
-// Lane l works on classes l / slots + j * lanes, j = 0, 1, ..., of the voxels of slot l % slots, a pack of them at
-// once: neighbouring lanes take neighbouring packs, so that a warp reads `slots` packs of `lanes` classes at once.
+// Lane l of a warp works on the voxels of slot l % slots, a pack of them at once: neighbouring lanes take neighbouring
+// packs, so that a warp reads `slots` packs of a class at once. These are whole lines of memory: where more lanes are
+// needed, neighbouring warps share the voxels, and what goes over the classes of a voxel goes through shared memory
+// between them. Lane q of all that share a voxel works on classes q + j * lanes, j = 0, 1, ...
 #pragma once
 
 #include "general.cuh"
@@ -12,37 +14,94 @@ namespace tversky_kernels {
 namespace cuda {
 
 struct SplitLane {
-  int log_lanes;  // log2 of the lanes that share a voxel
-  int slots;      // packs of voxels that a warp takes at once
-  int slot;
+  int log_lanes;    // log2 of the lanes that share a voxel, in all warps
+  int warps;        // that share a voxel
+  int group;        // which of the block's groups of such warps
+  int place;        // of this warp in its group
+  int slots;        // packs of voxels that a warp takes at once
+  int slot;         // of this lane
+  int lane;         // which of the warp's lanes of this slot
   int first_class;  // of this lane; the next ones are `lanes` apart
   int own;          // how many they are
+  int most_own;     // of the lanes of this warp
+  float* exchange;  // [2][warps of the block][kExchanged], where warps share voxels
+  int half = 0;     // of it that is written next; the other one may still be read
 
-  __device__ __forceinline__ SplitLane(int log_lanes_, int classes)
-      : log_lanes(log_lanes_),
-        slots(kWarp >> log_lanes_),
-        slot(static_cast<int>(threadIdx.x) & (slots - 1)),
-        first_class((static_cast<int>(threadIdx.x) % kWarp) >> (5 - log_lanes_)),
-        own((classes - first_class + (1 << log_lanes_) - 1) >> log_lanes_) {}
+  __device__ __forceinline__ SplitLane(const SplitShape& shape, int classes, float* exchange_)
+      : log_lanes(shape.log_lanes), warps(1 << shape.log_warps), exchange(exchange_) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, of_warp = static_cast<int>(threadIdx.x) % kWarp;
+    const int log_of_warp = shape.log_lanes - shape.log_warps;
+    group = warp >> shape.log_warps;
+    place = warp & (warps - 1);
+    slots = kWarp >> log_of_warp;
+    slot = of_warp & (slots - 1);
+    lane = of_warp >> (5 - log_of_warp);
+    first_class = (place << log_of_warp) + lane;
+    const int lanes = 1 << log_lanes;
+    own = (classes - first_class + lanes - 1) >> log_lanes;
+    most_own = (classes - (place << log_of_warp) + lanes - 1) >> log_lanes;
+  }
 
   __device__ __forceinline__ int class_of(int j) const { return first_class + (j << log_lanes); }
-  // Whether class_of(j) exists, of at most kClasses. with_split_classes takes kClasses so that only the last two may
-  // not.
+  // Whether class_of(j) exists, of at most kClasses; and whether it does in any lane of the warp. with_split_classes
+  // takes kClasses so that only the last two may not.
   template <int kClasses>
   __device__ __forceinline__ bool has(int j) const {
     return j < kClasses - 2 || j < own;
+  }
+  template <int kClasses>
+  __device__ __forceinline__ bool warp_has(int j) const {
+    return j < kClasses - 2 || j < most_own;
   }
   // Which of this lane's classes the label is, -1 where none.
   __device__ __forceinline__ int index_of(int label) const {
     return (label & ((1 << log_lanes) - 1)) == first_class ? label >> log_lanes : -1;
   }
-  // The lane of this lane's voxels that has the label's class.
-  __device__ __forceinline__ int owner(int label) const { return (label & ((1 << log_lanes) - 1)) * slots + slot; }
+  // The lane of this lane's voxels that has the label's class, if one of this warp has.
+  __device__ __forceinline__ int owner(int label) const { return (label & (kWarp / slots - 1)) * slots + slot; }
+  __device__ __forceinline__ int groups() const { return Plan::kThreads / kWarp / warps; }
+  __device__ __forceinline__ int exchange_size() const { return warps > 1 ? kExchange : 0; }
 };
 
+// Where warps share voxels: replaces the values of a warp's voxels, the same in all its lanes of a slot, by
+// combine(.., ..) of those of all warps, in their order.
+template <int kValues, typename F>
+__device__ __forceinline__ void over_warps(float (&values)[kValues], SplitLane& lane, F&& combine) {
+  constexpr int kWord = kValues < 4 ? kValues : 4, kWords = kValues / kWord;
+  static_assert(kValues % kWord == 0 && kValues * kWarp / kMostLanesOfWarp <= kExchanged, "they fit in the memory");
+  if (lane.warps == 1) return;
+  float* first = lane.exchange + (lane.half * Plan::kThreads / kWarp + lane.group * lane.warps) * kExchanged;
+  lane.half ^= 1;
+  const auto words_of = [&](int place) { return first + place * kExchanged + lane.slot * kWord; };
+  if (lane.lane == 0) {
+    float* mine = words_of(lane.place);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      Packed<float, kWord> word;
+#pragma unroll
+      for (int k = 0; k < kWord; ++k) word.values[k] = values[i * kWord + k];
+      store_shared(mine + i * lane.slots * kWord, word);
+    }
+  }
+  synchronise_warps(1 + lane.group, lane.warps * kWarp);
+#pragma unroll 1
+  for (int place = 0; place < lane.warps; ++place) {
+    const float* from = words_of(place);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const auto word = load_packed<float, kWord>(from + i * lane.slots * kWord);
+#pragma unroll
+      for (int k = 0; k < kWord; ++k) {
+        float& value = values[i * kWord + k];
+        value = place == 0 ? word.values[k] : combine(value, word.values[k]);
+      }
+    }
+  }
+}
+
 // The largest over the lanes that share a voxel, in all of them.
-template <typename A, int kValues>
-__device__ __forceinline__ void max_over_lanes(A (&values)[kValues], const SplitLane& lane) {
+template <int kValues>
+__device__ __forceinline__ void max_over_lanes(float (&values)[kValues], SplitLane& lane) {
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
 #pragma unroll
@@ -50,16 +109,19 @@ __device__ __forceinline__ void max_over_lanes(A (&values)[kValues], const Split
       values[i] = larger(values[i], __shfl_xor_sync(kFullWarp, values[i], distance));
     }
   }
+  over_warps(values, lane, [](float a, float b) { return larger(a, b); });
 }
 
-// The sums over the lanes that share a voxel, in all of them, always in the same order.
-template <typename A, int kValues>
-__device__ __forceinline__ void sum_over_lanes(A (&values)[kValues], const SplitLane& lane) {
+// The sums over the lanes that share a voxel, in all of them, always in the same order. The last kOfWarp values are the
+// same in all lanes of a warp, and only the warps' are added.
+template <int kOfWarp = 0, int kValues>
+__device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], SplitLane& lane) {
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
+    for (int i = 0; i < kValues - kOfWarp; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
   }
+  over_warps(values, lane, [](float a, float b) { return a + b; });
 }
 
 // A lane's logits of its voxels from `at` on; -inf where there is no such class. Lanes beyond the last voxel read
@@ -94,12 +156,12 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
   }
 }
 
-// Calls f(at) for the packs of each lane in the block's share, kPackVoxels from `at` on; the lanes of a warp together,
-// also where some are beyond the last voxel.
+// Calls f(at) for the packs of each lane in the block's share, kPackVoxels from `at` on; the lanes of all warps that
+// share voxels together, also where some are beyond the last voxel.
 template <Order kOrder, int kPackVoxels, typename F>
 __device__ __forceinline__ void for_each_pack(const Share& share, const SplitLane& lane, F&& f) {
-  const int of_warp = lane.slots * kPackVoxels, warp = static_cast<int>(threadIdx.x) / kWarp;
-  for_each_piece<kOrder>(share, warp * of_warp, [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
+  const int of_group = lane.slots * kPackVoxels;
+  for_each_piece<kOrder>(share, lane.group * of_group, [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
 }
 
 // Voxels first to first + kVoxels of a pack, and the same put back; without instructions where `first` is a constant.
@@ -152,31 +214,41 @@ __device__ __forceinline__ void weighed_part(const Volume& v, int64_t sample, in
 }
 
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
-// over all lanes, but `others` only over this one's classes.
+// `others` only over this lane's classes, the target's in all lanes of the warp that has it.
 // kExact: the largest exponential is 1, not only nearly, and below_top is z_top - z_target in the lane that has the
 // target.
 template <bool kExact, typename A, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
-                                                 const SplitLane& lane, A (&others)[kClasses][kVoxels],
+                                                 SplitLane& lane, A (&others)[kClasses][kVoxels],
                                                  SoftmaxSums<A> (&sums)[kVoxels], A (&below_top)[kVoxels]) {
-  A top[kVoxels];
+  A top[kVoxels], scaled_top[kVoxels];
   largest_of_thread(z, top);
   max_over_lanes(top, lane);
   if (!kExact) take_off_huge(z, top);
+  int target[kVoxels];
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
-    const int target = lane.index_of(labels[k]);
-    const A scaled_top = scale_top(top[k]);
+    target[k] = lane.index_of(labels[k]);
+    scaled_top[k] = scale_top(top[k]);
     below_top[k] = A(0);
-#pragma unroll
-    for (int j = 0; j < kClasses; ++j) {
-      const A x = static_cast<A>(z[j].values[k]);
-      const A e = kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top);
-      if (kExact) below_top[k] = target == j ? top[k] - x : below_top[k];
-      others[j][k] = sums[k].add(target == j, target != j, e);
-    }
-    sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
   }
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    if (lane.warp_has<kClasses>(j)) {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) {
+        const A x = static_cast<A>(z[j].values[k]);
+        const A e = kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top[k]);
+        if (kExact) below_top[k] = target[k] == j ? top[k] - x : below_top[k];
+        others[j][k] = sums[k].add(target[k] == j, target[k] != j, e);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) others[j][k] = A(0);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
 }
 
 // ---- A target of its own for every class (Volume::is_general)
@@ -209,7 +281,7 @@ __device__ __forceinline__ void load_dense_of(const Volume& v, const SplitLane& 
 // The targets of a lane's classes, labels (only kUncounted means something) and weights of its voxels. All lanes of the
 // warp must call.
 template <typename A, int kClasses, int kVoxels>
-__device__ __forceinline__ void load_split_targets(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
+__device__ __forceinline__ void load_split_targets(const Volume& v, SplitLane& lane, int64_t sample, int64_t at,
                                                    A (&g)[kClasses][kVoxels], int (&labels)[kVoxels],
                                                    A (&weights)[kVoxels], bool& bad) {
   if (!v.dense) {
@@ -248,7 +320,7 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
 
 // Softmax of a lane's classes: z_top - z, inf where there is no such class, and the voxel's sums over all lanes.
 template <typename A, typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void top_of_split(const Packed<T, kVoxels> (&z)[kClasses], const SplitLane& lane,
+__device__ __forceinline__ void top_of_split(const Packed<T, kVoxels> (&z)[kClasses], SplitLane& lane,
                                              A (&below_top)[kClasses][kVoxels], A (&beyond_one)[kVoxels]) {
   A top[kVoxels], sums[2 * kVoxels];
   largest_of_thread(z, top);

@@ -56,6 +56,8 @@ struct Thread {
   unsigned index = 0;
   State state = State::kReady;
   int line = 0;             // of the barrier
+  int barrier = 0;          // its number, and how many threads it is for
+  size_t expected = 0;
   unsigned mask = 0;        // of the warp operation
   unsigned operations = 0;  // warp operations so far: lanes that meet must have the same number
 };
@@ -100,8 +102,12 @@ inline void run_thread() {
   wait_as(State::kDone);
 }
 
-inline void barrier(int line) {
-  current_thread()->line = line;
+// Of all threads, or one with a number for some warps.
+inline void barrier(int line, int number = 0, size_t threads = 0) {
+  Thread* self = current_thread();
+  self->line = line;
+  self->barrier = number;
+  self->expected = threads > 0 ? threads : current_block()->threads.size();
   wait_as(State::kAtBarrier);
 }
 
@@ -125,22 +131,31 @@ T exchange(unsigned mask, T value, unsigned source) {
 // Lets those go on who wait for nobody any more, of the warps in a random order only some. False: none could.
 inline bool release(Block& block, std::mt19937* random) {
   bool any = false;
-  size_t done = 0, waiting = 0;
-  const Thread* first = nullptr;
+  constexpr int kBarriers = 16;
+  size_t done = 0, waiting[kBarriers] = {};
+  const Thread* first[kBarriers] = {};
   for (const Thread& t : block.threads) {
     done += t.state == State::kDone;
     if (t.state != State::kAtBarrier) continue;
-    ++waiting;
-    if (first == nullptr) first = &t;
-    if (t.line != first->line) {
+    ++waiting[t.barrier];
+    const Thread*& earlier = first[t.barrier];
+    if (earlier == nullptr) earlier = &t;
+    if (t.line != earlier->line || t.expected != earlier->expected) {
       fail(block, t,
-           "waits at the barrier of line " + std::to_string(t.line) + ", thread " + std::to_string(first->index) +
-               " at that of line " + std::to_string(first->line));
+           "waits at the barrier of line " + std::to_string(t.line) + ", thread " + std::to_string(earlier->index) +
+               " at that of line " + std::to_string(earlier->line));
     }
   }
-  if (waiting > 0 && waiting + done == block.threads.size()) {
-    if (done > 0) fail(block, *first, "waits at a barrier that other threads have left the kernel without");
-    for (Thread& t : block.threads) t.state = State::kReady;
+  for (int i = 0; i < kBarriers; ++i) {
+    if (first[i] == nullptr) continue;
+    if (i == 0 && done > 0 && waiting[0] + done == block.threads.size()) {
+      fail(block, *first[0], "waits at a barrier that other threads have left the kernel without");
+    }
+    if (waiting[i] < first[i]->expected) continue;
+    if (waiting[i] > first[i]->expected) fail(block, *first[i], "waits at a barrier with too many others");
+    for (Thread& t : block.threads) {
+      if (t.state == State::kAtBarrier && t.barrier == i) t.state = State::kReady;
+    }
     any = true;
   }
   std::vector<size_t> warps;
