@@ -8,6 +8,12 @@ namespace {
 
 constexpr Order kOrder = Order::kBackward;
 
+// What every block does first. finished: TableArguments::finished.
+__device__ __forceinline__ void begin_count(unsigned* finished) {
+  let_next_launch_begin();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;
+}
+
 // Sums kValues values of every thread over the block, in a fixed order, and calls store(i, sum), each in one thread;
 // NaN where a thread is bad.
 template <typename A, int kValues, typename F>
@@ -57,9 +63,10 @@ __device__ __forceinline__ Probability<A> ratio_to_one(A e) {
 // All classes of kVoxels voxels in the registers of one thread, in whole loads.
 template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
-    count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks) {
+    count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks) {
   using A = Compute<T>;
   constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
+  begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
@@ -183,7 +190,8 @@ struct SplitBlockSums {
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
 template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, SplitShape shape) {
+    split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
+                            SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitPart<T, kCrossEntropy>, kPackVoxels = kSplitPack<T>;
   constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
@@ -192,6 +200,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   SplitLane lane(shape, static_cast<int>(v.classes), reinterpret_cast<float*>(memory));
   A* of_sums = reinterpret_cast<A*>(memory) + lane.exchange_size();
   const LabelSums<A, kCrossEntropy> of_label(of_sums, kClasses);
+  begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
@@ -263,13 +272,14 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 // A target of its own for every class, and all options of a softmax's cross-entropy.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    general_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks,
-                                    SplitShape shape) {
+    general_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished,
+                                    const Blocks blocks, SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels, kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
   SplitLane lane(shape, classes, reinterpret_cast<float*>(memory));
+  begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   GeneralSums<A> counts[kClasses];
@@ -326,7 +336,8 @@ __device__ void store_tile_sums(const A* sums, int halves, int values, bool bad,
 // Any number of classes: a tile of voxels of all classes in shared memory, read once.
 template <typename T, Activation kActivation, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
-    tiled_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, int tile_voxels) {
+    tiled_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
+                            int tile_voxels) {
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes);
   const TileLayout layout(classes, tile_voxels, Plan::kThreads);
@@ -345,6 +356,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
+  begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   for (int i = thread; i < kColumns * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
@@ -418,7 +430,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 // Every class of a voxel with a target of its own, and all options of the cross-entropy.
 template <typename T, Activation kActivation>
 __global__ void __launch_bounds__(Plan::kThreads, 2)
-    general_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks, int tile_voxels) {
+    general_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
+                              int tile_voxels) {
   using A = Compute<T>;
   const int classes = static_cast<int>(v.classes), columns = v.count_columns();
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
@@ -436,6 +449,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 
   const int thread = threadIdx.x;
   const TileThread t(layout, tile_voxels);
+  begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   for (int i = thread; i < columns * classes * layout.halves; i += Plan::kThreads) sums[i] = A(0);
@@ -488,10 +502,12 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 // Channels by themselves, with any target: a block takes one channel, its threads kVoxels voxels at once.
 template <typename T, Activation kActivation>
 __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
-    channel_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, const Blocks blocks) {
+    channel_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished,
+                              const Blocks blocks) {
   using A = Compute<T>;
   constexpr int kVoxels = kChannelVoxels<T>, kPacks = kVoxels / kPack<T>;
   const int classes = static_cast<int>(v.classes), columns = v.count_columns();
+  begin_count(finished);
   const ChannelShare of_channel = channel_share_of_block<kOrder>(v, blocks);
   const Share share = of_channel.share;
   const int64_t channel = of_channel.channel;
@@ -523,6 +539,7 @@ struct CountPass {
   const Volume& v;
   const Plan& plan;
   void* partial;
+  unsigned* finished;
   cudaStream_t stream;
 
   template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
@@ -556,14 +573,14 @@ struct CountPass {
   template <typename T, typename Kernel, typename... More>
   void launch(Kernel kernel, More... more) const {
     TK_LAUNCH((kernel), grid_of(v, plan), dim3(Plan::kThreads), plan.shared_bytes, stream, v,
-              static_cast<Compute<T>*>(partial), plan.blocks, more...);
+              static_cast<Compute<T>*>(partial), finished, plan.blocks, more...);
   }
 };
 
 }  // namespace
 
-void launch_count_pass(const Volume& v, const Plan& plan, void* partial, cudaStream_t stream) {
-  with_kernel(v, plan, CountPass{v, plan, partial, stream});
+void launch_count_pass(const Volume& v, const Plan& plan, void* partial, unsigned* finished, cudaStream_t stream) {
+  with_kernel(v, plan, CountPass{v, plan, partial, finished, stream});
 }
 
 }  // namespace cuda

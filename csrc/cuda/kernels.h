@@ -50,13 +50,16 @@ struct Plan {
 // out: of the gradient pass; null: the count pass. multiprocessors: of the device.
 Plan make_plan(const Volume& volume, const GradientView* out, int multiprocessors);
 
-// partial[sample][program][column][C] for the columns of enum Count, float (double for double logits).
-void launch_count_pass(const Volume& volume, const Plan& plan, void* partial, cudaStream_t stream);
+// partial[sample][program][column][C] for the columns of enum Count, float (double for double logits). *finished
+// becomes 0.
+void launch_count_pass(const Volume& volume, const Plan& plan, void* partial, unsigned* finished, cudaStream_t stream);
 
 struct TableArguments {
   Table table;
   const void* partial;  // as above, or null: `counts` holds the sums already
   bool partial_is_double;
+  bool begins_early;   // its launch may begin while the count pass, launched right before, is still running
+  unsigned* finished;  // blocks that have summed their part of partial; 0
   int programs;
   double* counts;  // [N][C][columns], written from partial
   void* loss;      // null: the counts are all that is wanted
@@ -131,9 +134,10 @@ constexpr int kMostLanes = 16, kMostOfLane = 8, kMostLanesGeneral = 32, kMostOfL
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 where a lane takes 8 bytes of each): in smaller ones memory comes at half its speed.
 constexpr int kMostLanesOfWarp = 4;
-// Values that a warp tells others that share its voxels, at most three of each voxel; floats of shared memory.
-constexpr int kExchanged = 3 * kSplitVoxels * kWarp / kMostLanesOfWarp,
-              kExchange = 2 * Plan::kThreads / kWarp * kExchanged;
+// Floats of shared memory in which a warp tells others that share its voxels up to three values of each, a power of
+// two; and all of a block.
+constexpr int kExchanged = 4 * kSplitVoxels * kWarp / kMostLanesOfWarp;
+constexpr int kExchange = 2 * Plan::kThreads / kWarp * kExchanged;
 
 // Lanes that share a voxel: as few as possible. 0: there are too many classes.
 inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {
@@ -160,17 +164,21 @@ constexpr int label_sum_values(int classes) {
 }
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
-// kSquared: one lane for three and four classes too, which without squares have kernels of their own.
+// kSquared: one lane for three and four classes too, which without squares have kernels of their own; and fewer
+// numbers, for they are rare and every kernel is compiled.
 template <bool kSquared, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
   if constexpr (kSquared) {
     if (classes <= 4) return f(std::integral_constant<int, 4>{});
   }
-  if (classes <= lanes * 6) {
-    f(std::integral_constant<int, 6>{});
-  } else {
-    f(std::integral_constant<int, kMostOfLane>{});
+  if constexpr (!kSquared) {
+    if (classes <= lanes * 5) return f(std::integral_constant<int, 5>{});
   }
+  if (classes <= lanes * 6) return f(std::integral_constant<int, 6>{});
+  if constexpr (!kSquared) {
+    if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{});
+  }
+  f(std::integral_constant<int, kMostOfLane>{});
 }
 template <typename F>
 void with_general_split_classes(int64_t classes, F&& f) {

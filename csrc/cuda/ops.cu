@@ -28,7 +28,7 @@ namespace {
 #if defined(TK_CUDA_ON_HOST)
 struct Device {
   cudaStream_t stream = nullptr;
-  int multiprocessors = 2;
+  int multiprocessors = 2, capability = 9;
   explicit Device(const Tensor&) {}
   void check_launch() const {}
 };
@@ -36,12 +36,13 @@ struct Device {
 class Device {
  public:
   cudaStream_t stream = nullptr;
-  int multiprocessors = 0;
+  int multiprocessors = 0, capability = 0;
 
   explicit Device(const Tensor& x) : guard_(x.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), reinterpret_cast<void**>(&stream)));
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
+    check(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
   }
   void check_launch() const { check(cudaGetLastError()); }
 
@@ -55,26 +56,29 @@ bool is_double(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double;
 }
 
-// The count pass, and the table: one launch each.
+// The count pass, and the table: one launch each. a.counts: null where they are wanted for the table alone.
 void run_forward(const Tensor& logits, const Volume& v, TableArguments a) {
   const Device device(logits);
-  const ScalarType type = is_double(logits) ? ScalarType::Double : ScalarType::Float;
-  Tensor partial;
-  a.programs = 1;
-  if (v.samples * v.voxels > 0) {
-    const Plan plan = make_plan(v, nullptr, device.multiprocessors);
-    a.programs = plan.blocks.programs;
-    const std::vector<int64_t> shape{v.samples, a.programs, v.count_columns(), v.classes};
-    partial = torch::stable::new_empty(logits, shape, type);
-    launch_count_pass(v, plan, partial.mutable_data_ptr(), device.stream);
+  const bool any = v.samples * v.voxels > 0;
+  const Plan plan = any ? make_plan(v, nullptr, device.multiprocessors) : Plan{};
+  a.programs = any ? plan.blocks.programs : 1;  // where there is nothing to count, one block of zeros a sample
+  a.partial_is_double = is_double(logits);
+  // One allocation: counts, partial sums and TableArguments::finished, in doubles.
+  const int64_t all_counts = v.samples * v.count_columns() * v.classes, values = a.programs * all_counts;
+  const int64_t counts = a.counts == nullptr ? all_counts : 0,
+                partial = a.partial_is_double ? values : (values + 1) / 2;
+  const std::vector<int64_t> shape{counts + partial + 1};
+  const Tensor memory = any ? torch::stable::new_empty(logits, shape, ScalarType::Double)
+                            : torch::stable::new_zeros(logits, shape, ScalarType::Double);
+  double* const start = memory.mutable_data_ptr<double>();
+  if (a.counts == nullptr) a.counts = start;
+  a.finished = reinterpret_cast<unsigned*>(start + counts + partial);
+  if (any) {
+    launch_count_pass(v, plan, start + counts, a.finished, device.stream);
     device.check_launch();
-  } else {
-    // Nothing to count: one block of zeros a sample.
-    const std::vector<int64_t> shape{v.samples, 1, v.count_columns(), v.classes};
-    partial = torch::stable::new_zeros(logits, shape, type);
+    a.begins_early = device.capability >= 9;
   }
-  a.partial = partial.const_data_ptr();
-  a.partial_is_double = type == ScalarType::Double;
+  a.partial = v.samples > 0 ? start + counts : nullptr;
   launch_table(a, device.stream);
   device.check_launch();
 }
@@ -107,11 +111,8 @@ struct Cuda {
 
   static void forward(const Tensor& logits, const Volume& v, bool, const Table& t, const Tensor& loss,
                       const Tensor& coefficients) {
-    const std::vector<int64_t> shape{v.samples, v.classes, v.count_columns()};
-    const Tensor counts = torch::stable::new_empty(logits, shape, ScalarType::Double);
     TableArguments a{};
     a.table = t;
-    a.counts = counts.mutable_data_ptr<double>();
     set_results(a, loss, coefficients);
     run_forward(logits, v, a);
   }
@@ -239,6 +240,18 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
   plan.shared_bytes = static_cast<int>(bytes(plan.voxels));
 }
 
+// All blocks of a pass, for each multiprocessor: whole rounds of those that it holds at once, which are 4 for two
+// classes without a cross-entropy, 2 or 3 for most. Each round of the count pass costs some microseconds and a sum of
+// each block; of the gradient pass, more of them end closer together (measured on an H100).
+int blocks_of_multiprocessor(const Volume& v, const Plan& plan, bool gradient) {
+  const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
+  const bool four = plan.lanes == 1 && !plan.split && v.classes == 2 && !cross_entropy;
+  const bool half = v.logits.type == ElementType::kHalf || v.logits.type == ElementType::kBFloat16;
+  if (gradient) return !half ? 24 : four ? 4 : 6;
+  const bool many_registers = plan.lanes == 0 || (plan.split && v.classes > 6 * plan.lanes);
+  return four || (many_registers && !plan.by_channel) ? 4 : 6;
+}
+
 }  // namespace
 
 Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
@@ -249,10 +262,8 @@ Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
     if (plan_by_channel<T>(v, plan = {})) return;
     plan_tiled<T>(v, out, plan = {});
   });
-  // A multiple of the blocks that a multiprocessor holds at once, which are 2 to 5 where a thread has all it needs, 2
-  // where it has not. The count pass leaves a sum for each.
-  const bool alone = plan.lanes == 1 || plan.by_channel, tiled = plan.lanes == 0 && !plan.by_channel;
-  const int64_t blocks = static_cast<int64_t>(multiprocessors) * (out != nullptr ? 16 : alone ? 12 : 4);
+  const bool tiled = plan.lanes == 0 && !plan.by_channel;
+  const int64_t blocks = static_cast<int64_t>(multiprocessors) * blocks_of_multiprocessor(v, plan, out != nullptr);
   const int64_t rows = std::max<int64_t>(1, plan.by_channel ? v.samples * v.classes : v.samples);
   const int64_t of_block = tiled ? plan.voxels : int64_t{plan.voxels} * Plan::kThreads / std::max(1, plan.lanes);
   const int64_t pieces = (v.voxels + of_block - 1) / of_block;

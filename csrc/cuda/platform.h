@@ -17,6 +17,11 @@
 #define TK_UNPAREN(...) __VA_ARGS__
 #define TK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   TK_UNPAREN kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+// The same for a kernel that may begin while the one before it on the stream is still running: that one calls
+// let_next_launch_begin, and this one wait_for_launch_before before it reads what that one wrote. Since compute
+// capability 9.0.
+#define TK_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
+  tversky_kernels::cuda::launch_early(TK_UNPAREN kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define TK_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
@@ -210,6 +215,35 @@ __device__ __forceinline__ int byte_of(uint32_t bytes, int i) {
   return static_cast<int>(bytes >> (8 * i) & 0xff);
 #else
   return static_cast<int>(__byte_perm(bytes, 0, 0x4440 | i));
+#endif
+}
+
+#if !defined(TK_CUDA_ON_HOST)
+template <typename... Parameters>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                  Parameters... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // the caller asks for the last error, as after any launch
+}
+#endif
+__device__ __forceinline__ void let_next_launch_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Until all that the launch before has written is there.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
 #endif
 }
 

@@ -23,9 +23,8 @@ struct SplitLane {
   int lane;         // which of the warp's lanes of this slot
   int first_class;  // of this lane; the next ones are `lanes` apart
   int own;          // how many they are
-  int most_own;     // of the lanes of this warp
   float* exchange;  // [2][warps of the block][kExchanged], where warps share voxels
-  int half = 0;     // of it that is written next; the other one may still be read
+  int exchange_at;  // where this warp writes next; the other half may still be read
 
   __device__ __forceinline__ SplitLane(const SplitShape& shape, int classes, float* exchange_)
       : log_lanes(shape.log_lanes), warps(1 << shape.log_warps), exchange(exchange_) {
@@ -33,25 +32,20 @@ struct SplitLane {
     const int log_of_warp = shape.log_lanes - shape.log_warps;
     group = warp >> shape.log_warps;
     place = warp & (warps - 1);
+    exchange_at = warp * kExchanged;
     slots = kWarp >> log_of_warp;
     slot = of_warp & (slots - 1);
     lane = of_warp >> (5 - log_of_warp);
     first_class = (place << log_of_warp) + lane;
-    const int lanes = 1 << log_lanes;
-    own = (classes - first_class + lanes - 1) >> log_lanes;
-    most_own = (classes - (place << log_of_warp) + lanes - 1) >> log_lanes;
+    own = (classes - first_class + (1 << log_lanes) - 1) >> log_lanes;
   }
 
   __device__ __forceinline__ int class_of(int j) const { return first_class + (j << log_lanes); }
-  // Whether class_of(j) exists, of at most kClasses; and whether it does in any lane of the warp. with_split_classes
-  // takes kClasses so that only the last two may not.
+  // Whether class_of(j) exists, of at most kClasses. with_split_classes takes kClasses so that only the last two may
+  // not.
   template <int kClasses>
   __device__ __forceinline__ bool has(int j) const {
     return j < kClasses - 2 || j < own;
-  }
-  template <int kClasses>
-  __device__ __forceinline__ bool warp_has(int j) const {
-    return j < kClasses - 2 || j < most_own;
   }
   // Which of this lane's classes the label is, -1 where none.
   __device__ __forceinline__ int index_of(int label) const {
@@ -63,40 +57,41 @@ struct SplitLane {
   __device__ __forceinline__ int exchange_size() const { return warps > 1 ? kExchange : 0; }
 };
 
-// Where warps share voxels: replaces the values of a warp's voxels, the same in all its lanes of a slot, by
-// combine(.., ..) of those of all warps, in their order.
+// Where warps share voxels: combine(.., ..) of the values of a warp's voxels, the same in all its lanes of a slot, and
+// those of the other warps, for each warp in an order of its own.
 template <int kValues, typename F>
 __device__ __forceinline__ void over_warps(float (&values)[kValues], SplitLane& lane, F&& combine) {
   constexpr int kWord = kValues < 4 ? kValues : 4, kWords = kValues / kWord;
   static_assert(kValues % kWord == 0 && kValues * kWarp / kMostLanesOfWarp <= kExchanged, "they fit in the memory");
   if (lane.warps == 1) return;
-  float* first = lane.exchange + (lane.half * Plan::kThreads / kWarp + lane.group * lane.warps) * kExchanged;
-  lane.half ^= 1;
-  const auto words_of = [&](int place) { return first + place * kExchanged + lane.slot * kWord; };
+  const int mine = lane.exchange_at + lane.slot * kWord, stride = lane.slots * kWord;
+  lane.exchange_at ^= Plan::kThreads / kWarp * kExchanged;
   if (lane.lane == 0) {
-    float* mine = words_of(lane.place);
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       Packed<float, kWord> word;
 #pragma unroll
       for (int k = 0; k < kWord; ++k) word.values[k] = values[i * kWord + k];
-      store_shared(mine + i * lane.slots * kWord, word);
+      store_shared(lane.exchange + mine + i * stride, word);
     }
   }
   synchronise_warps(1 + lane.group, lane.warps * kWarp);
-#pragma unroll 1
-  for (int place = 0; place < lane.warps; ++place) {
-    const float* from = words_of(place);
+  const auto take = [&](int distance) {
+    const float* from = lane.exchange + (mine ^ (distance * kExchanged));
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const auto word = load_packed<float, kWord>(from + i * lane.slots * kWord);
+      const auto word = load_packed<float, kWord>(from + i * stride);
 #pragma unroll
-      for (int k = 0; k < kWord; ++k) {
-        float& value = values[i * kWord + k];
-        value = place == 0 ? word.values[k] : combine(value, word.values[k]);
-      }
+      for (int k = 0; k < kWord; ++k) values[i * kWord + k] = combine(values[i * kWord + k], word.values[k]);
     }
+  };
+  take(1);
+  if (lane.warps >= 4) {
+    take(2);
+    take(3);
   }
+#pragma unroll 1
+  for (int distance = 4; distance < lane.warps; ++distance) take(distance);
 }
 
 // The largest over the lanes that share a voxel, in all of them.
@@ -221,34 +216,24 @@ template <bool kExact, typename A, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
                                                  SplitLane& lane, A (&others)[kClasses][kVoxels],
                                                  SoftmaxSums<A> (&sums)[kVoxels], A (&below_top)[kVoxels]) {
-  A top[kVoxels], scaled_top[kVoxels];
+  A top[kVoxels];
   largest_of_thread(z, top);
   max_over_lanes(top, lane);
   if (!kExact) take_off_huge(z, top);
-  int target[kVoxels];
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
-    target[k] = lane.index_of(labels[k]);
-    scaled_top[k] = scale_top(top[k]);
+    const int target = lane.index_of(labels[k]);
+    const A scaled_top = scale_top(top[k]);
     below_top[k] = A(0);
-  }
 #pragma unroll
-  for (int j = 0; j < kClasses; ++j) {
-    if (lane.warp_has<kClasses>(j)) {
-#pragma unroll
-      for (int k = 0; k < kVoxels; ++k) {
-        const A x = static_cast<A>(z[j].values[k]);
-        const A e = kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top[k]);
-        if (kExact) below_top[k] = target[k] == j ? top[k] - x : below_top[k];
-        others[j][k] = sums[k].add(target[k] == j, target[k] != j, e);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < kVoxels; ++k) others[j][k] = A(0);
+    for (int j = 0; j < kClasses; ++j) {
+      const A x = static_cast<A>(z[j].values[k]);
+      const A e = kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top);
+      if (kExact) below_top[k] = target == j ? top[k] - x : below_top[k];
+      others[j][k] = sums[k].add(target == j, target != j, e);
     }
+    sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
   }
-#pragma unroll
-  for (int k = 0; k < kVoxels; ++k) sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
 }
 
 // ---- A target of its own for every class (Volume::is_general)

@@ -1,4 +1,5 @@
-// The table on CUDA: partial sums of all blocks in, loss and coefficients out. One block.
+// The table on CUDA: partial sums of all blocks in, loss and coefficients out. Every block sums some columns, and the
+// one that is the last to finish goes on with the table.
 #include "kernels.h"
 
 namespace tversky_kernels {
@@ -6,42 +7,54 @@ namespace cuda {
 namespace {
 
 constexpr int kTableThreads = 512, kTableWarps = kTableThreads / kWarp;
-constexpr int kTogether = 4 * kWarp;  // columns of the partial sums that are summed before a barrier
+// Columns of the partial sums that a block adds up: 32 bytes of each row, which memory hands out at once.
+constexpr int kTogether = 8;
 
 // Of x > 0. By logarithm, for pow is a call, around which the registers would be spilled.
 struct Power {
   __device__ double operator()(double x, double y) const { return exp(log(x) * y); }
 };
 
-// counts from the partial sums of all blocks: neighbouring lanes take neighbouring columns, the warps every 16th block;
-// always in the same order. sums: [warps][kTogether].
+// This block's columns of the counts, from the partial sums of all blocks of the count pass: neighbouring threads take
+// neighbouring columns, and those of every k-th row; always in the same order. sums: [threads].
 template <typename A>
 __device__ void sum_partial(const TableArguments& a, double* sums) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int columns = a.table.columns();
-  const int64_t classes = a.table.classes, row = columns * classes, total = a.table.samples * row;
-  for (int64_t first = 0; first < total; first += kTogether) {
-#pragma unroll
-    for (int i = lane; i < kTogether; i += kWarp) {
-      const int64_t at = first + i;
-      double sum = 0;
-      if (at < total) {
-        const A* from = static_cast<const A*>(a.partial) + at / row * a.programs * row + at % row;
+  const int columns = a.table.columns(), classes = static_cast<int>(a.table.classes), row = columns * classes;
+  const int slices = (row + kTogether - 1) / kTogether, first = static_cast<int>(blockIdx.x) % slices * kTogether;
+  const int64_t sample = static_cast<int>(blockIdx.x) / slices;
+  const int width = row - first < kTogether ? row - first : kTogether, rows = kTableThreads / width;
+  const int thread = static_cast<int>(threadIdx.x), r = thread / width, column = first + thread % width;
+  double sum = 0;
+  if (r < rows) {
+    const A* from = static_cast<const A*>(a.partial) + sample * a.programs * row + column;
 #pragma unroll 8
-        for (int p = warp; p < a.programs; p += kTableWarps) sum += static_cast<double>(from[p * row]);
-      }
-      sums[warp * kTogether + i] = sum;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kTogether && first + i < total; i += kTableThreads) {
-      double sum = 0;
-#pragma unroll
-      for (int w = 0; w < kTableWarps; ++w) sum += sums[w * kTogether + i];
-      const int64_t n = (first + i) / row, column = (first + i) % row;
-      a.counts[(n * classes + column % classes) * columns + column / classes] = sum;
-    }
-    __syncthreads();
+    for (int p = r; p < a.programs; p += rows) sum += static_cast<double>(from[static_cast<int64_t>(p) * row]);
   }
+  sums[thread] = sum;
+  __syncthreads();
+  const int warp = thread / kWarp, lane = thread % kWarp;
+  if (warp < width) {  // a warp for each column
+    double total = 0;
+#pragma unroll 1
+    for (int i = lane; i < rows; i += kWarp) total += sums[i * width + warp];
+    total = warp_sum(total);
+    const int of_warp = first + warp;
+    if (lane == 0) a.counts[(sample * classes + of_warp % classes) * columns + of_warp / classes] = total;
+  }
+}
+
+// Whether all other blocks have written their counts, which this one may read then.
+__device__ bool is_last_block(const TableArguments& a, double* sums) {
+  __syncthreads();
+  if (gridDim.x == 1) return true;
+  bool& last = *reinterpret_cast<bool*>(sums);
+  if (threadIdx.x == 0) {  // for all threads of the block, by the barriers
+    __threadfence();
+    last = atomicAdd(a.finished, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
 }
 
 __device__ void store_loss(const TableArguments& a, int64_t i, double value) {
@@ -56,16 +69,24 @@ __device__ void add_loss(const TableArguments& a, int64_t i, double value) {
   store_loss(a, i, value + (a.loss_is_double ? static_cast<double*>(a.loss)[i] : static_cast<float*>(a.loss)[i]));
 }
 
-// The sum over the block in every thread. sums: [warps].
-__device__ double block_sum(double x, double* sums) {
+// The sums over the block in every thread, of what the first `threads` threads have. sums: [values][warps].
+template <int kValues>
+__device__ void block_sums(double (&values)[kValues], int64_t threads, double* sums) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  x = warp_sum(x);
+  const int warps = threads < kTableThreads ? (static_cast<int>(threads) + kWarp - 1) / kWarp : kTableWarps;
   __syncthreads();
-  if (lane == 0) sums[warp] = x;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    const double sum = warp_sum(values[i]);
+    if (lane == 0) sums[i * kTableWarps + warp] = sum;
+  }
   __syncthreads();
-  double total = 0;
-  for (int w = 0; w < kTableWarps; ++w) total += sums[w];
-  return total;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    values[i] = 0;
+#pragma unroll 1
+    for (int w = 0; w < warps; ++w) values[i] += sums[i * kTableWarps + w];
+  }
 }
 
 // The counts of a row and class: the sum over its samples.
@@ -77,7 +98,7 @@ __device__ void row_counts(const TableArguments& a, int64_t r, int64_t c, double
   for (int64_t n = r * t.together(); n < (r + 1) * t.together(); ++n) {
     const double* from = a.counts + (n * t.classes + c) * t.columns();
 #pragma unroll
-    for (int i = 0; i < kAllCounts; ++i) q[i] += i < t.columns() ? from[i] : 0.0;
+    for (int i = 0; i < kAllCounts; ++i) q[i] += i < t.columns() ? __ldcg(from + i) : 0.0;  // of other blocks
   }
 }
 
@@ -154,6 +175,7 @@ __global__ void __launch_bounds__(kTableThreads, 1) table_kernel(const TableArgu
   TK_SHARED(memory);
   double* sums = reinterpret_cast<double*>(memory);
   if (a.partial != nullptr) {
+    wait_for_launch_before();
     if (a.partial_is_double) {
       sum_partial<double>(a, sums);
     } else {
@@ -161,17 +183,15 @@ __global__ void __launch_bounds__(kTableThreads, 1) table_kernel(const TableArgu
     }
   }
   if (a.loss == nullptr) return;
+  if (a.partial != nullptr && !is_last_block(a, sums)) return;
   const Sums tversky = tversky_part(a);
   const Sums ce = t.has_cross_entropy ? ce_part(a) : Sums{0, 0};
   if (t.reduction == Reduction::kNone) return;
-  double scale = 1.0, ce_scale = 1.0;
-  if (t.reduction == Reduction::kMean) {
-    scale = inverse_or_zero(block_sum(tversky.count, sums));
-    ce_scale = inverse_or_zero(block_sum(ce.count, sums));
-  }
-  const double total = block_sum(tversky.value, sums) * scale;
-  const double ce_total = block_sum(ce.value, sums) * ce_scale;
-  if (threadIdx.x == 0) store_loss(a, 0, total + t.ce.ce_weight * ce_total);
+  double all[4] = {tversky.value, tversky.count, ce.value, ce.count};
+  block_sums(all, t.rows * t.classes, sums);
+  const bool mean = t.reduction == Reduction::kMean;
+  const double scale = mean ? inverse_or_zero(all[1]) : 1.0, ce_scale = mean ? inverse_or_zero(all[3]) : 1.0;
+  if (threadIdx.x == 0) store_loss(a, 0, all[0] * scale + t.ce.ce_weight * (all[2] * ce_scale));
   const int width = t.coefficient_columns();
   for (int64_t i = threadIdx.x; i < t.rows * t.classes; i += blockDim.x) {  // each thread its own
     double* u = a.coefficients + i * width;
@@ -186,8 +206,14 @@ __global__ void __launch_bounds__(kTableThreads, 1) table_kernel(const TableArgu
 
 }  // namespace
 
-void launch_table(const TableArguments& arguments, cudaStream_t stream) {
-  TK_LAUNCH((table_kernel), dim3(1), dim3(kTableThreads), kTableWarps * kTogether * sizeof(double), stream, arguments);
+void launch_table(const TableArguments& a, cudaStream_t stream) {
+  const int64_t slices = (a.table.columns() * a.table.classes + kTogether - 1) / kTogether;
+  const dim3 grid(a.partial != nullptr ? static_cast<unsigned>(a.table.samples * slices) : 1);
+  if (a.partial != nullptr && a.begins_early) {
+    TK_LAUNCH_EARLY((table_kernel), grid, dim3(kTableThreads), kTableThreads * sizeof(double), stream, a);
+  } else {
+    TK_LAUNCH((table_kernel), grid, dim3(kTableThreads), kTableThreads * sizeof(double), stream, a);
+  }
 }
 
 }  // namespace cuda

@@ -272,6 +272,8 @@ uint32_t larger_pair(uint32_t a, uint32_t b) {
 #define TK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), emulation::launch(grid, block, shared_bytes, [&] { (TK_UNPAREN kernel)(__VA_ARGS__); }))
 
+#define TK_LAUNCH_EARLY TK_LAUNCH
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return emulation::exchange(mask, value, (emulation::current_thread()->index % emulation::kWarpSize) ^ lanes);
@@ -283,4 +285,15 @@ T __shfl_sync(unsigned mask, T value, int lane) {
 template <typename T>
 void __stcs(T* p, T value) {
   *p = value;
+}
+template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
+inline void __threadfence() {}
+template <typename T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p += value;
+  return before;
 }

@@ -50,8 +50,10 @@ def kernel_loss(logits, target, voxel_weight=None, **options):
     )
 
 
-def kernel_ce_loss(logits, target, **options):
-    return tk.tversky_ce_loss(logits.to(DEVICE), target.to(DEVICE), backend=BACKEND, **options).to(logits.device)
+def kernel_ce_loss(logits, target, voxel_weight=None, **options):
+    weight = None if voxel_weight is None else voxel_weight.to(DEVICE)
+    options = {"voxel_weight": weight, "backend": BACKEND, **options}
+    return tk.tversky_ce_loss(logits.to(DEVICE), target.to(DEVICE), **options).to(logits.device)
 
 
 def check(logits, target, function=kernel_loss, **options):

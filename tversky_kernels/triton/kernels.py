@@ -39,8 +39,9 @@ def _divide(x, y):
 
 @triton.jit
 def _offsets(start, BLOCK: tl.constexpr, PACK: tl.constexpr):
-    # PACK of them a thread, whatever the type of what is read there, so that it need not change threads
-    return start + tl.max_contiguous(tl.arange(0, BLOCK), PACK)
+    # PACK of them a thread, whatever the type of what is read there, so that it need not change threads; and no more is
+    # known of where these begin, or what follows from it is taken for aligned
+    return start + tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), PACK), PACK)
 
 
 @triton.jit
@@ -500,7 +501,7 @@ def _share(programs, voxels, BLOCK: tl.constexpr):
     # -> the sample, which of its programs this is, its first voxel, the distance of its tiles, its last tile
     n = tl.program_id(0) // programs
     program = tl.program_id(0) % programs
-    step = programs.to(tl.int64) * BLOCK
+    step = tl.cast(programs, tl.int64) * BLOCK  # a 1 is a constant there
     begin = program.to(tl.int64) * BLOCK
     return n.to(tl.int64), program, begin, step, begin + (voxels - 1 - begin) // step * step
 
@@ -524,9 +525,12 @@ def all_classes_count_kernel(
     PACK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, C] of tiles that hold all classes at once: MAIN and, where TILES is 2, TAIL more."""
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
+    if INTERLEAVED:  # the classes of a voxel lie side by side, and how these are aligned follows from C
+        ls_v = C
     PACKS: tl.constexpr = BLOCK // PACK
     # Of all voxels, or (CE's divisor where tp + fn is not that) of those with each label.
     LABEL_WEIGHTS: tl.constexpr = OVERLAP == 2 and ACTIVATION == SOFTMAX and not DENSE
@@ -1126,9 +1130,13 @@ def all_classes_gradient_kernel(
     KEPT: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits by tiles that hold all classes at once. row_stride: 0 where the batch shares one row, else 1."""
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
+    if INTERLEAVED:  # as in the count pass
+        ls_v = C
+        gs_v = C
     n, _program, begin, step, _last = _share(programs, voxels, BLOCK)
     rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
     gamma = _double(focal_gamma).to(REAL)

@@ -181,6 +181,13 @@ class _Volume:
             else:
                 self.flags.update(MAIN=self.plan.main, TAIL=self.plan.tail, TILES=2 if self.plan.tail else 1)
 
+    def interleaved(self, *tensors) -> dict:
+        """For kernels whose tiles hold all classes: whether those of a voxel lie side by side in all of these."""
+        if self.two or self.plan.chunk:
+            return {}
+        strides = {(x.stride(1), voxel_stride(x, 2)) for x in tensors}
+        return {"INTERLEAVED": strides == {(1, self.classes)}}
+
     def kernel(self, kind: str):
         size = "two" if self.two else "many" if self.plan.chunk else "all"
         return getattr(kernels, f"{size}_classes_{kind}_kernel")[(self.samples * self.programs,)]
@@ -211,7 +218,7 @@ def count_pass(logits, target, voxel_weight, *arguments):
     with _device_of(logits):
         v.kernel("count")(
             z, v.target, v.weight, partial, v.voxels, z.stride(0), z.stride(1), v.ls_v, *v.strides, *v.tail,
-            **v.flags, num_warps=v.plan.num_warps,
+            **v.flags, **v.interleaved(z), num_warps=v.plan.num_warps,
         )  # fmt: skip
         together = 8  # 32 bytes of a row
         kernels.sum_partial_kernel[(v.samples, -(-v.columns * v.classes // together))](
@@ -267,7 +274,7 @@ def _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, 
             grad_loss.contiguous(), z, v.target, v.weight, coefficients.contiguous(), out, v.voxels,
             z.stride(0), z.stride(1), v.ls_v, out.stride(0), out.stride(1), voxel_stride(out, 2),
             *v.strides, *v.tail, row_stride,
-            **v.flags, GRAD_CLASSES=grad_classes, KEPT=next_power_of_two(max(grad_classes, 1)),
+            **v.flags, **v.interleaved(z, out), GRAD_CLASSES=grad_classes, KEPT=next_power_of_two(max(grad_classes, 1)),
             num_warps=v.plan.num_warps,
         )  # fmt: skip
 
