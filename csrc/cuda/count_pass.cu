@@ -171,7 +171,7 @@ struct SplitBlockSums {
       for (int i = 0; i < kValues; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
     }
     __syncthreads();  // the memory has been read
-    A* mine = memory + ((lane.group << lane.log_lanes) + lane.first_class) * kValues;
+    A* mine = memory + ((lane.group() << lane.shape.log_lanes) + lane.first_class) * kValues;
     if (lane.slot == 0) {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) mine[i] = values[i];
@@ -181,7 +181,7 @@ struct SplitBlockSums {
   __device__ __forceinline__ A total(int c, int i) const {
     A sum = A(0);
     for (int group = 0; group < lane.groups(); ++group) {
-      sum += memory[((group << lane.log_lanes) + (c & ((1 << lane.log_lanes) - 1))) * kValues + i];
+      sum += memory[((group << lane.shape.log_lanes) + (c & (lane.lanes() - 1))) * kValues + i];
     }
     return sum;
   }
@@ -191,13 +191,13 @@ struct SplitBlockSums {
 template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
-                            SplitShape shape) {
+                            const SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitPart<T, kCrossEntropy>, kPackVoxels = kSplitPack<T>;
   constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
-  SplitLane lane(shape, static_cast<int>(v.classes), reinterpret_cast<float*>(memory));
+  const SplitLane lane(shape, static_cast<int>(v.classes));
   A* of_sums = reinterpret_cast<A*>(memory) + lane.exchange_size();
   const LabelSums<A, kCrossEntropy> of_label(of_sums, kClasses);
   begin_count(finished);
@@ -273,12 +273,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     general_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished,
-                                    const Blocks blocks, SplitShape shape) {
+                                    const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels, kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  SplitLane lane(shape, classes, reinterpret_cast<float*>(memory));
+  const SplitLane lane(shape, classes);
   begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;

@@ -135,15 +135,15 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
 template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
-    split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, SplitShape shape) {
+    split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels, kPackVoxels = kSplitPack<T>;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  SplitLane lane(shape, classes, reinterpret_cast<float*>(memory));
+  const SplitLane lane(shape, classes);
   const Share share = share_of_block<kOrder>(v, blocks);
   const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(
-      v, a, share.sample, reinterpret_cast<Coefficients<A>*>(lane.exchange + lane.exchange_size()));
+      v, a, share.sample, reinterpret_cast<Coefficients<A>*>(reinterpret_cast<float*>(memory) + lane.exchange_size()));
   __syncthreads();
 
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
@@ -211,15 +211,15 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     general_split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks,
-                                       SplitShape shape) {
+                                       const SplitShape shape) {
   using A = Compute<T>;
   constexpr int kVoxels = kSplitVoxels;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  SplitLane lane(shape, classes, reinterpret_cast<float*>(memory));
+  const SplitLane lane(shape, classes);
   const Share share = share_of_block<kOrder>(v, blocks);
   const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(
-      v, a, share.sample, reinterpret_cast<Coefficients<A>*>(lane.exchange + lane.exchange_size()));
+      v, a, share.sample, reinterpret_cast<Coefficients<A>*>(reinterpret_cast<float*>(memory) + lane.exchange_size()));
   __syncthreads();
 
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;

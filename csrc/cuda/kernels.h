@@ -134,10 +134,12 @@ constexpr int kMostLanes = 16, kMostOfLane = 8, kMostLanesGeneral = 32, kMostOfL
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 where a lane takes 8 bytes of each): in smaller ones memory comes at half its speed.
 constexpr int kMostLanesOfWarp = 4;
-// Floats of shared memory in which a warp tells others that share its voxels up to three values of each, a power of
-// two; and all of a block.
-constexpr int kExchanged = 4 * kSplitVoxels * kWarp / kMostLanesOfWarp;
-constexpr int kExchange = 2 * Plan::kThreads / kWarp * kExchanged;
+// Where warps share voxels, the floats of shared memory at its start in which each tells the others what it has: one
+// value of each voxel, twice, and up to three (but a power of two).
+constexpr int kExchangedTops = kSplitVoxels * kWarp / kMostLanesOfWarp, kExchangedSums = 4 * kExchangedTops;
+constexpr int kTops = 0, kDiffers = kTops + Plan::kThreads / kWarp * kExchangedTops;
+constexpr int kSums = kDiffers + Plan::kThreads / kWarp * kExchangedTops;
+constexpr int kExchange = kSums + Plan::kThreads / kWarp * kExchangedSums;
 
 // Lanes that share a voxel: as few as possible. 0: there are too many classes.
 inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {

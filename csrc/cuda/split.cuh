@@ -14,33 +14,29 @@ namespace tversky_kernels {
 namespace cuda {
 
 struct SplitLane {
-  int log_lanes;    // log2 of the lanes that share a voxel, in all warps
-  int warps;        // that share a voxel
-  int group;        // which of the block's groups of such warps
-  int place;        // of this warp in its group
+  const SplitShape& shape;
   int slots;        // packs of voxels that a warp takes at once
   int slot;         // of this lane
-  int lane;         // which of the warp's lanes of this slot
   int first_class;  // of this lane; the next ones are `lanes` apart
   int own;          // how many they are
-  float* exchange;  // [2][warps of the block][kExchanged], where warps share voxels
-  int exchange_at;  // where this warp writes next; the other half may still be read
 
-  __device__ __forceinline__ SplitLane(const SplitShape& shape, int classes, float* exchange_)
-      : log_lanes(shape.log_lanes), warps(1 << shape.log_warps), exchange(exchange_) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, of_warp = static_cast<int>(threadIdx.x) % kWarp;
-    const int log_of_warp = shape.log_lanes - shape.log_warps;
-    group = warp >> shape.log_warps;
-    place = warp & (warps - 1);
-    exchange_at = warp * kExchanged;
+  __device__ __forceinline__ SplitLane(const SplitShape& shape_, int classes) : shape(shape_) {
+    const int thread = static_cast<int>(threadIdx.x), log_of_warp = shape.log_lanes - shape.log_warps;
+    const int place = thread / kWarp & (warps() - 1);
     slots = kWarp >> log_of_warp;
-    slot = of_warp & (slots - 1);
-    lane = of_warp >> (5 - log_of_warp);
-    first_class = (place << log_of_warp) + lane;
-    own = (classes - first_class + (1 << log_lanes) - 1) >> log_lanes;
+    slot = thread & (slots - 1);
+    first_class = (place << log_of_warp) + (thread % kWarp >> (5 - log_of_warp));
+    own = (classes - first_class + lanes() - 1) >> shape.log_lanes;
   }
 
-  __device__ __forceinline__ int class_of(int j) const { return first_class + (j << log_lanes); }
+  __device__ __forceinline__ int lanes() const { return 1 << shape.log_lanes; }
+  __device__ __forceinline__ int warps() const { return 1 << shape.log_warps; }
+  // Which of the block's groups of warps that share voxels, and how many there are.
+  __device__ __forceinline__ int group() const { return static_cast<int>(threadIdx.x) / kWarp >> shape.log_warps; }
+  __device__ __forceinline__ int groups() const { return Plan::kThreads / kWarp >> shape.log_warps; }
+  __device__ __forceinline__ int exchange_size() const { return shape.log_warps > 0 ? kExchange : 0; }
+
+  __device__ __forceinline__ int class_of(int j) const { return first_class + (j << shape.log_lanes); }
   // Whether class_of(j) exists, of at most kClasses. with_split_classes takes kClasses so that only the last two may
   // not.
   template <int kClasses>
@@ -49,54 +45,66 @@ struct SplitLane {
   }
   // Which of this lane's classes the label is, -1 where none.
   __device__ __forceinline__ int index_of(int label) const {
-    return (label & ((1 << log_lanes) - 1)) == first_class ? label >> log_lanes : -1;
+    return (label & (lanes() - 1)) == first_class ? label >> shape.log_lanes : -1;
   }
   // The lane of this lane's voxels that has the label's class, if one of this warp has.
   __device__ __forceinline__ int owner(int label) const { return (label & (kWarp / slots - 1)) * slots + slot; }
-  __device__ __forceinline__ int groups() const { return Plan::kThreads / kWarp / warps; }
-  __device__ __forceinline__ int exchange_size() const { return warps > 1 ? kExchange : 0; }
 };
 
 // Where warps share voxels: combine(.., ..) of the values of a warp's voxels, the same in all its lanes of a slot, and
-// those of the other warps, for each warp in an order of its own.
-template <int kValues, typename F>
-__device__ __forceinline__ void over_warps(float (&values)[kValues], SplitLane& lane, F&& combine) {
-  constexpr int kWord = kValues < 4 ? kValues : 4, kWords = kValues / kWord;
-  static_assert(kValues % kWord == 0 && kValues * kWarp / kMostLanesOfWarp <= kExchanged, "they fit in the memory");
-  if (lane.warps == 1) return;
-  const int mine = lane.exchange_at + lane.slot * kWord, stride = lane.slots * kWord;
-  lane.exchange_at ^= Plan::kThreads / kWarp * kExchanged;
-  if (lane.lane == 0) {
+// those of the other warps, in all of them the same. Through kWarpFloats floats for each warp of the block's shared
+// memory, from kStart on. These may still be read when this returns, but no longer after the next call with another
+// kStart.
+template <int kStart, int kWarpFloats, int kValues, typename F>
+__device__ __forceinline__ void over_warps(float (&values)[kValues], const SplitLane& lane, F&& combine) {
+  constexpr int kWord = kValues < 4 ? kValues : 4, kWords = kValues / kWord, kSlots = kWarp / kMostLanesOfWarp;
+  static_assert(kValues % kWord == 0 && kValues * kSlots <= kWarpFloats, "they fit in the memory");
+  const int log_warps = lane.shape.log_warps;
+  if (log_warps == 0) return;
+  TK_SHARED(memory);
+  // Made again at every call: registers are few.
+  const int thread = recomputed(static_cast<int>(threadIdx.x)), warp = thread / kWarp, q = thread % kWarp / kSlots;
+  float* const of_slot = reinterpret_cast<float*>(memory) + kStart + thread % kSlots * kWord;
+  if (q == 0) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       Packed<float, kWord> word;
 #pragma unroll
       for (int k = 0; k < kWord; ++k) word.values[k] = values[i * kWord + k];
-      store_shared(lane.exchange + mine + i * stride, word);
+      store_shared(of_slot + warp * kWarpFloats + i * kSlots * kWord, word);
     }
   }
-  synchronise_warps(1 + lane.group, lane.warps * kWarp);
-  const auto take = [&](int distance) {
-    const float* from = lane.exchange + (mine ^ (distance * kExchanged));
+  synchronise_warps(1 + (warp >> log_warps), kWarp << log_warps);
+  // Each lane of a slot takes another warp's, and they put these together.
+  const int warps = 1 << log_warps;
+  const float* from = of_slot + ((warp & ~(warps - 1)) + (q & (warps - 1))) * kWarpFloats;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const auto word = load_packed<float, kWord>(from + i * kSlots * kWord);
+#pragma unroll
+    for (int k = 0; k < kWord; ++k) values[i * kWord + k] = word.values[k];
+  }
+  if (warps > kMostLanesOfWarp) {
+    static_assert(Plan::kThreads / kWarp == 2 * kMostLanesOfWarp, "all warps of a block, at the most");
+    from += kMostLanesOfWarp * kWarpFloats;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const auto word = load_packed<float, kWord>(from + i * stride);
+      const auto word = load_packed<float, kWord>(from + i * kSlots * kWord);
 #pragma unroll
       for (int k = 0; k < kWord; ++k) values[i * kWord + k] = combine(values[i * kWord + k], word.values[k]);
     }
-  };
-  take(1);
-  if (lane.warps >= 4) {
-    take(2);
-    take(3);
   }
-#pragma unroll 1
-  for (int distance = 4; distance < lane.warps; ++distance) take(distance);
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) values[i] = combine(values[i], __shfl_xor_sync(kFullWarp, values[i], kSlots));
+  if (warps > 2) {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = combine(values[i], __shfl_xor_sync(kFullWarp, values[i], 2 * kSlots));
+  }
 }
 
-// The largest over the lanes that share a voxel, in all of them.
-template <int kValues>
-__device__ __forceinline__ void max_over_lanes(float (&values)[kValues], SplitLane& lane) {
+// The largest over the lanes that share a voxel, in all of them. kStart: of the shared memory, see over_warps.
+template <int kStart, int kValues>
+__device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const SplitLane& lane) {
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
 #pragma unroll
@@ -104,19 +112,19 @@ __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], SplitLa
       values[i] = larger(values[i], __shfl_xor_sync(kFullWarp, values[i], distance));
     }
   }
-  over_warps(values, lane, [](float a, float b) { return larger(a, b); });
+  over_warps<kStart, kExchangedTops>(values, lane, [](float a, float b) { return larger(a, b); });
 }
 
 // The sums over the lanes that share a voxel, in all of them, always in the same order. The last kOfWarp values are the
 // same in all lanes of a warp, and only the warps' are added.
 template <int kOfWarp = 0, int kValues>
-__device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], SplitLane& lane) {
+__device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const SplitLane& lane) {
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
 #pragma unroll
     for (int i = 0; i < kValues - kOfWarp; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
   }
-  over_warps(values, lane, [](float a, float b) { return a + b; });
+  over_warps<kSums, kExchangedSums>(values, lane, [](float a, float b) { return a + b; });
 }
 
 // A lane's logits of its voxels from `at` on; -inf where there is no such class. Lanes beyond the last voxel read
@@ -125,7 +133,7 @@ template <typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void load_split(const Volume& v, const T* rows, const SplitLane& lane, int64_t at,
                                            Packed<T, kVoxels> (&z)[kClasses]) {
   const T* row = rows + lane.first_class * v.logits.class_stride + (at < v.voxels ? at : 0);
-  const int64_t step = v.logits.class_stride << lane.log_lanes;
+  const int64_t step = v.logits.class_stride << lane.shape.log_lanes;
 #pragma unroll
   for (int j = 0; j < kClasses; ++j, row += step) {
     if (lane.has<kClasses>(j)) {
@@ -144,7 +152,7 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
                                             const Packed<T, kVoxels> (&dz)[kClasses]) {
   if (at >= v.voxels) return;
   T* row = static_cast<T*>(out.data) + sample * out.sample_stride + lane.first_class * out.class_stride + at;
-  const int64_t step = out.class_stride << lane.log_lanes;
+  const int64_t step = out.class_stride << lane.shape.log_lanes;
 #pragma unroll
   for (int j = 0; j < kClasses; ++j, row += step) {
     if (lane.has<kClasses>(j)) store_packed(row, dz[j]);
@@ -156,7 +164,7 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
 template <Order kOrder, int kPackVoxels, typename F>
 __device__ __forceinline__ void for_each_pack(const Share& share, const SplitLane& lane, F&& f) {
   const int of_group = lane.slots * kPackVoxels;
-  for_each_piece<kOrder>(share, lane.group * of_group, [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
+  for_each_piece<kOrder>(share, lane.group() * of_group, [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
 }
 
 // Voxels first to first + kVoxels of a pack, and the same put back; without instructions where `first` is a constant.
@@ -214,11 +222,11 @@ __device__ __forceinline__ void weighed_part(const Volume& v, int64_t sample, in
 // target.
 template <bool kExact, typename A, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
-                                                 SplitLane& lane, A (&others)[kClasses][kVoxels],
+                                                 const SplitLane& lane, A (&others)[kClasses][kVoxels],
                                                  SoftmaxSums<A> (&sums)[kVoxels], A (&below_top)[kVoxels]) {
   A top[kVoxels];
   largest_of_thread(z, top);
-  max_over_lanes(top, lane);
+  max_over_lanes<kTops>(top, lane);
   if (!kExact) take_off_huge(z, top);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
@@ -242,7 +250,7 @@ __device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasse
 template <typename X, typename A, int kClasses, int kVoxels>
 __device__ __forceinline__ void load_dense_of(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
                                               A (&g)[kClasses][kVoxels]) {
-  const int64_t step = v.target.class_stride << lane.log_lanes, stride = v.target.voxel_stride;
+  const int64_t step = v.target.class_stride << lane.shape.log_lanes, stride = v.target.voxel_stride;
   const X* row =
       static_cast<const X*>(v.target.data) + sample * v.target.sample_stride + lane.first_class * v.target.class_stride;
   const bool resampled = v.target.resampling.active;
@@ -266,7 +274,7 @@ __device__ __forceinline__ void load_dense_of(const Volume& v, const SplitLane& 
 // The targets of a lane's classes, labels (only kUncounted means something) and weights of its voxels. All lanes of the
 // warp must call.
 template <typename A, int kClasses, int kVoxels>
-__device__ __forceinline__ void load_split_targets(const Volume& v, SplitLane& lane, int64_t sample, int64_t at,
+__device__ __forceinline__ void load_split_targets(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
                                                    A (&g)[kClasses][kVoxels], int (&labels)[kVoxels],
                                                    A (&weights)[kVoxels], bool& bad) {
   if (!v.dense) {
@@ -296,7 +304,7 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, SplitLane& l
         if (lane.has<kClasses>(j) && g[j][k] != static_cast<A>(v.ignore_index)) differs[k] = A(1);
       }
     }
-    max_over_lanes(differs, lane);
+    max_over_lanes<kDiffers>(differs, lane);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) labels[k] = differs[k] == A(0) ? kUncounted : labels[k];
   }
@@ -305,11 +313,11 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, SplitLane& l
 
 // Softmax of a lane's classes: z_top - z, inf where there is no such class, and the voxel's sums over all lanes.
 template <typename A, typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void top_of_split(const Packed<T, kVoxels> (&z)[kClasses], SplitLane& lane,
+__device__ __forceinline__ void top_of_split(const Packed<T, kVoxels> (&z)[kClasses], const SplitLane& lane,
                                              A (&below_top)[kClasses][kVoxels], A (&beyond_one)[kVoxels]) {
   A top[kVoxels], sums[2 * kVoxels];
   largest_of_thread(z, top);
-  max_over_lanes(top, lane);
+  max_over_lanes<kTops>(top, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
     TopSums<A> of_lane;
