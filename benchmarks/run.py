@@ -191,6 +191,25 @@ def run_case(
     return list(rows.values())
 
 
+def compile_all(cases: list[Case], names: list[str], share: tuple[int, int]) -> None:
+    """Runs each provider on each case once, every n-th of them from the k-th on: what is compiled stays in caches."""
+    k, n = share
+    for case, name in [(c, p) for c in cases for p in names if PROVIDERS[p].suits(c)][k::n]:
+        source, target = case.inputs(seed=0)
+        try:
+            PROVIDERS[name].make(case)(source.requires_grad_(), target).backward()
+        except Exception as error:  # the measurement tells
+            print(f"{case.name}, {name}: {type(error).__name__}")
+
+
+def share_of(text: str) -> tuple[int, int]:
+    """k/n with 0 <= k < n."""
+    k, n = (int(x) for x in text.split("/"))
+    if not 0 <= k < n:
+        raise ValueError(text)
+    return k, n
+
+
 def print_case(case: Case, rows: list[dict]) -> None:
     first = rows[0]
     print(
@@ -235,6 +254,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"), metavar="DIR")
+    parser.add_argument(
+        "--compile-only", type=share_of, metavar="K/N", help="run everything once and stop: share K of N, from 0"
+    )
     parser.add_argument("--list", action="store_true", help="print the providers and stop")
     arguments = parser.parse_args()
     try:
@@ -261,6 +283,9 @@ def main() -> int:
     cases = arguments.cases or SETS["quick" if arguments.quick else arguments.set or usual](arguments.device)
     repeats = min(arguments.repeats, 7) if arguments.quick else arguments.repeats
     memory = not arguments.no_memory and not arguments.quick
+    if arguments.compile_only:
+        compile_all(cases, names, arguments.compile_only)
+        return 0
     run = describe_run()
     print(f"{run['machine']}, {run['cores']} cores, {run['threads']} threads, torch {run['torch']}, {run['commit']}")
     fields = CARD_FIELDS if arguments.device == "cuda" else FIELDS

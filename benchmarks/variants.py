@@ -36,6 +36,8 @@ OPTIONS = {
     "focal exponent 1.5": {"focal_gamma": 1.5},
     "sigmoid, focal exponent 2": FOCAL_CE,
 }
+#: On a card by both backends, the one that "auto" does not take too; and the shapes there.
+ON_BOTH, OF_CARD = ("plain", "channels_last", "label smoothing"), (2, 14, 33)
 FIELDS = [
     "variant",
     "gradient",
@@ -54,10 +56,14 @@ def measure(shape: Case, repeats: int) -> list[dict]:
     for name in (*VARIANTS, *OPTIONS):
         case = dataclasses.replace(shape, **VARIANTS.get(name, {}))
         source, target = case.inputs(seed=0)
-        for gradient, usual in (("fresh", OURS["tversky"]), ("in place", "ours, in place")):
+        gradients = {"fresh": OURS["tversky"], "in place": "ours, in place"}
+        if shape.device == "cuda" and name in ON_BOTH:
+            gradients["fresh, triton"] = "ours, triton"
+        for gradient, usual in gradients.items():
             make = PROVIDERS[usual].make
             if name in OPTIONS:
-                make = our_dice_ce("auto", gradient == "in place", **OPTIONS[name])
+                backend = "triton" if gradient == "fresh, triton" else "auto"
+                make = our_dice_ce(backend, gradient == "in place", **OPTIONS[name])
             loss = make(case)
             runs[name, gradient] = (case, source, target, torch.empty_like(source), loss, [])
     copies, other = [], torch.empty_like(runs["plain", "fresh"][1])
@@ -99,13 +105,14 @@ def main() -> None:
     arguments = parser.parse_args()
     run = describe_run()
     table = ResultsTable(arguments.out / "variants.csv", [*run, *FIELDS])
-    for shape in (c for c in plain(arguments.device) if c.dtype == "float32"):
+    shapes = [c for c in plain(arguments.device) if arguments.device == "cpu" or c.classes in OF_CARD]
+    for shape in shapes:
         rows = measure(shape, arguments.repeats)
         table.append([{**run, **row} for row in rows])
         print(f"\n{shape.name}: a copy takes {rows[0]['copy_ms']:.3f} ms")
         for r in rows:
             print(
-                f"  {r['gradient']:9} {r['variant']:25} {r['milliseconds']:8.3f} ms +-{100 * r['spread']:3.0f}%  "
+                f"  {r['gradient']:13} {r['variant']:25} {r['milliseconds']:8.3f} ms +-{100 * r['spread']:3.0f}%  "
                 f"{r['times_floor']:5.2f} x floor   {r['of_plain']:5.2f} x plain   "
                 f"{r['of_plain_floor']:5.2f} x its floor ratio"
             )
