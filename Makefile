@@ -117,21 +117,21 @@ $(addprefix gpu-compile-,$(GPU_SHARES)): gpu-compile-%:
 # processes, for Triton's some 600 kernels have to be compiled.
 GPU_CHECKS := cuda triton card memcheck racecheck
 GPU_JOBS = $(shell $(PYTHON) -c 'import xdist; print("-n $(1)")' 2>/dev/null)
-GPU_PYTEST = OMP_NUM_THREADS=2 timeout -k 5 150 $(PYTHON) -m pytest -q
+GPU_PYTEST = OMP_NUM_THREADS=2 timeout -k 5 $(1) $(PYTHON) -m pytest -q
 # Memory of each tensor's own, or the tool sees what lies beyond a tensor as torch's.
-GPU_SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 TK_GPU_KERNELS=cuda OMP_NUM_THREADS=2 timeout -k 5 150 \
+GPU_SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 TK_GPU_KERNELS=cuda OMP_NUM_THREADS=2 timeout -k 5 100 \
   compute-sanitizer --error-exitcode 9 --tool $(1) $(PYTHON) -m pytest -q -x tests/gpu_kernels \
   -k 'test_softmax and spatial0 and float32 or test_dense_targets' 2>&1 | tee $(OUT)/sanitizer_$(1).log
 .PHONY: gpu-check gpu-check-built $(addprefix gpu-check-,$(GPU_CHECKS))
 gpu-check: $(addprefix gpu-check-,$(GPU_CHECKS))
 gpu-check-built: $(addprefix gpu-check-,$(filter-out triton,$(GPU_CHECKS)))
 gpu-check-cuda:
-	TK_GPU_KERNELS=cuda $(GPU_PYTEST) $(call GPU_JOBS,4) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
+	TK_GPU_KERNELS=cuda $(call GPU_PYTEST,100) $(call GPU_JOBS,4) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
 gpu-check-triton:
 	mkdir -p $(OUT)
-	TK_GPU_KERNELS=triton $(GPU_PYTEST) $(call GPU_JOBS,10) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
+	TK_GPU_KERNELS=triton $(call GPU_PYTEST,180) $(call GPU_JOBS,10) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
 gpu-check-card:
-	$(GPU_PYTEST) $(call GPU_JOBS,3) -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
+	$(call GPU_PYTEST,100) $(call GPU_JOBS,3) -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
 gpu-check-memcheck:
 	$(call GPU_SANITIZE,memcheck)
 gpu-check-racecheck:
@@ -143,20 +143,20 @@ GPU_RUN = timeout -k 5 $(1) $(PYTHON) -m benchmarks.$(2) --device cuda --out $(O
 .PHONY: gpu-bench gpu-report $(addprefix gpu-bench-,$(GPU_BENCHES))
 gpu-bench: $(addprefix gpu-bench-,$(GPU_BENCHES))
 gpu-bench-core:
-	$(call GPU_RUN,90,run) --set core --repeats 7 --provider ours --provider 'ours, in place' \
+	$(call GPU_RUN,75,run) --set core --repeats 7 --provider ours --provider 'ours, in place' \
 	  --provider 'exacta TverskyLoss'
 gpu-bench-peers:
-	$(call GPU_RUN,100,run) --set plain --repeats 5
+	$(call GPU_RUN,80,run) --set plain --repeats 5
 gpu-bench-dice-ce:
-	$(call GPU_RUN,50,run) --set plain --task dice_ce --repeats 5
+	$(call GPU_RUN,40,run) --set plain --task dice_ce --repeats 5
 gpu-bench-variants:
-	$(call GPU_RUN,40,variants) --repeats 7
+	$(call GPU_RUN,35,variants) --repeats 7
 gpu-bench-head:
-	$(call GPU_RUN,25,head) --dtype bfloat16
+	$(call GPU_RUN,20,head) --dtype bfloat16
 gpu-bench-step:
-	$(call GPU_RUN,25,training_step) --network 'demo FCN'
+	$(call GPU_RUN,20,training_step) --network 'demo FCN'
 gpu-bench-growth:
-	$(call GPU_RUN,25,growth) --no-memory --provider ours --provider 'MONAI TverskyLoss'
+	$(call GPU_RUN,20,growth) --no-memory --provider ours --provider 'MONAI TverskyLoss'
 # What was found, last: pictures, the tests' last lines, a line for each shape.
 gpu-report:
 	-$(PYTHON) -m benchmarks.plot --device cuda --results $(OUT)
