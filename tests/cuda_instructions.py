@@ -95,8 +95,9 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
         dtype, size = TYPES[kernel["type"]]
         classes, ce, squared = int(kernel["classes"]), kernel["ce"] == "1", kernel["squared"] == "1"
         split = kernel["kernel"].startswith("split")
-        # As kVoxelsOf and kSplitPack in csrc/cuda/kernels.h.
-        voxels = 16 // size if split or 16 // size * classes <= (16 if ce else 32) else 8 // size
+        # As kVoxelsOf and split_pack in csrc/cuda/kernels.h.
+        whole = classes <= 8 if split else 16 // size * classes <= (16 if ce else 32)
+        voxels = 16 // size if whole or size == 4 and split else 8 // size
         labels = r"(@!?P\d )?LDG\.E(\.CONSTANT)? " if voxels == 4 else r"(@!?P\d )?LDG\.E\.64(\.CONSTANT)? "
         stores = [r"(@!?P\d )?STG\.E\.EF\.(128|64) "] if "gradient" in kernel["kernel"] else []
         way = shortest_way(instructions, [labels, *stores])

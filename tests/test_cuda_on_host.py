@@ -39,7 +39,7 @@ def host_build(tmp_path_factory):
 def test_cuda_kernels_on_the_host(host_build, seed):
     """In the order of the threads, and in random orders: nothing may depend on it."""
     environment = {} if seed is None else {"TK_EMULATION_SEED": seed}
-    only = () if seed is None else ("-k", "softmax or classes or options")
+    only = () if seed is None else ("-k", "softmax or classes or options or dense")
     assert_passed(run_kernels_of(host_build[0], *only, environment=environment), 200 if seed is None else 100)
 
 
@@ -84,6 +84,13 @@ PLANTED = {
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
     "the wrong channel": ("voxels.cuh", "share.sample % v.classes", "0"),
     "a channel's voxels are not told apart": ("general.cuh", "start, voxel, v.target.voxel_stride", "start, 0, 1"),
+    "what other warps still read is overwritten": (
+        "split.cuh",
+        "max_over_lanes<kTops>(top, lane)",
+        "max_over_lanes<kSums>(top, lane)",
+    ),
+    "warps that share voxels do not wait": ("split.cuh", "synchronise_warps(1 + (warp >> log_warps)", "(void)((warp"),
+    "a warp is not asked": ("split.cuh", "if (warps > 2) {", "if (warps > 4) {"),
     "a class too many": ("split.cuh", "j < kClasses - 2 || j < own", "j < kClasses"),
 }
 

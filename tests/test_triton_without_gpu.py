@@ -38,6 +38,10 @@ def test_triton_kernels_compile_without_spills(arch, tmp_path):
             wide = [x for x in lines if re.search(rf"all_classes_\w+_kernel +C=(4|33) {dtype} uint8 +\d", x)]
             assert len(wide) == 4
             assert all(load in x for x in wide), wide
+        # The 40 bytes of a voxel's 20 classes are aligned to 8 of them.
+        aligned = [x for x in lines if re.search(r"all_classes_\w+_kernel +C=20 bfloat16 uint8 .'channels_last'", x)]
+        assert len(aligned) == 2
+        assert all("ld.global.v2.b32" in x and "global.v4" not in x for x in aligned), aligned
 
 
 PLANTED = {

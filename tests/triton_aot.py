@@ -118,7 +118,10 @@ def cases(quick: bool):
         yield 14, dtype, torch.int64, {}
         yield 4, dtype, torch.uint8, {"ignore": True, "weight": True}
         yield 33, dtype, torch.uint8, {"ignore": True, "weight": True}
-        yield 4, dtype, torch.uint8, {"channels_last": True}
+        for classes in (4, 20):
+            yield classes, dtype, torch.uint8, {"channels_last": True}
+        for classes in (2, 33, 1000):
+            yield classes, dtype, torch.uint8, {"tiny": True}
         for classes in (2, 4, 33):
             yield classes, dtype, torch.uint8, {"ce": 1}
             yield classes, dtype, torch.uint8, {"dense": True}
@@ -149,12 +152,13 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
     found: list = []
     stand_ins = {n: Collector(k, found) for n, k in vars(kernels).items() if n.endswith("_kernel")}
     saved = {n: getattr(kernels, n) for n in stand_ins}
-    logits = torch.zeros(2, classes, 32, 32, 16, dtype=dtype)
+    space = (2, 2, 2) if options.get("tiny") else (32, 32, 16)  # one program, and a constant in the kernel
+    logits = torch.zeros(1 if options.get("tiny") else 2, classes, *space, dtype=dtype)
     if options.get("channels_last"):
         logits = logits.contiguous(memory_format=torch.channels_last_3d)
-    space = (48, 64, 32) if options.get("resampled") else (32, 32, 16)
-    target = torch.zeros(2, *((classes,) if options.get("dense") else ()), *space, dtype=label_dtype)
-    weight = torch.zeros(2, *space) if options.get("weight") else None
+    space = (48, 64, 32) if options.get("resampled") else space
+    target = torch.zeros(len(logits), *((classes,) if options.get("dense") else ()), *space, dtype=label_dtype)
+    weight = torch.zeros(len(logits), *space) if options.get("weight") else None
     ignore, ce = 255 if options.get("ignore") else None, options.get("ce", 0)
     arguments = (options.get("activation", 0), ignore, options.get("overlap", 0), ce, options.get("focal", 0.0))
     try:

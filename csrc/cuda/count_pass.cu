@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
                             const SplitShape shape) {
   using A = Compute<T>;
-  constexpr int kVoxels = kSplitPart<T, kCrossEntropy>, kPackVoxels = kSplitPack<T>;
+  constexpr int kVoxels = kSplitPart<T, kClasses, kCrossEntropy>, kPackVoxels = split_pack<T>(kClasses);
   constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         totals[k] = sums[k].others;
         totals[kVoxels + k] = sums[k].target;
       }
-      sum_over_lanes<kVoxels>(totals, lane);
+      sum_over_lanes<kSums, kVoxels>(totals, lane);
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
         sums[k] = {totals[kVoxels + k], totals[k]};

@@ -137,7 +137,7 @@ template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
-  constexpr int kVoxels = kSplitVoxels, kPackVoxels = kSplitPack<T>;
+  constexpr int kVoxels = kSplitVoxels, kPackVoxels = split_pack<T>(kClasses);
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
   const SplitLane lane(shape, classes);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         }
         totals[2 * kVoxels + k] = sums[k].target;
       }
-      sum_over_lanes<kVoxels>(totals, lane);
+      sum_over_lanes<kSums, kVoxels>(totals, lane);
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
         sums[k] = {totals[2 * kVoxels + k], totals[k]};
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       sums[kVoxels + k] = top_u;
       sums[2 * kVoxels + k] = b_all;
     }
-    sum_over_lanes(sums, lane);
+    sum_over_lanes<kSums>(sums, lane);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A inverse = reciprocal(A(1) + beyond_one[k]), log_sum = focal ? log_one_plus(beyond_one[k]) : A(0);

@@ -124,22 +124,33 @@ void with_few_classes(int64_t classes, F&& f) {
 // registers, and the voxels that a lane works on at a time; the most lanes and the most classes of one, where a label
 // is the target and where every class has a target of its own.
 constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
-// Where a label is the target: the voxels that a lane loads and stores at once, 16 bytes of each class, and those that
-// the count pass works on at a time, for which it has registers.
+// Where a label is the target: the voxels that a lane loads and stores at once, 16 bytes of each class (8 in half
+// precision where it has more than eight classes), and those that the count pass works on at a time, for which it has
+// registers.
 template <typename T>
-constexpr int kSplitPack = sizeof(T) == 2 ? 2 * kSplitVoxels : kSplitVoxels;
-template <typename T, bool kCrossEntropy>
-constexpr int kSplitPart = sizeof(T) == 2 && kCrossEntropy ? kSplitVoxels / 2 : kSplitVoxels;
-constexpr int kMostLanes = 16, kMostOfLane = 8, kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
+constexpr int split_pack(int64_t classes_of_lane) {
+  return sizeof(T) == 2 && classes_of_lane <= 8 ? 2 * kSplitVoxels : kSplitVoxels;
+}
+template <typename T, int kClasses, bool kCrossEntropy>
+constexpr int kSplitPart = split_pack<T>(kClasses) > kSplitVoxels&& kCrossEntropy ? kSplitVoxels / 2 : kSplitVoxels;
+// A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
+constexpr int kMostLanes = 16, kMostOfLane = 9, kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 where a lane takes 8 bytes of each): in smaller ones memory comes at half its speed.
 constexpr int kMostLanesOfWarp = 4;
-// Where warps share voxels, the floats of shared memory at its start in which each tells the others what it has: one
-// value of each voxel, twice, and up to three (but a power of two).
-constexpr int kExchangedTops = kSplitVoxels * kWarp / kMostLanesOfWarp, kExchangedSums = 4 * kExchangedTops;
-constexpr int kTops = 0, kDiffers = kTops + Plan::kThreads / kWarp * kExchangedTops;
-constexpr int kSums = kDiffers + Plan::kThreads / kWarp * kExchangedTops;
-constexpr int kExchange = kSums + Plan::kThreads / kWarp * kExchangedSums;
+// Where warps share voxels, the first floats of the shared memory are for what each tells the others. Every exchange of
+// a voxel's values has a place of its own, for [warps of the block][so many of each voxel]: the next exchange may begin
+// while a warp still reads what it was told in this one.
+struct ExchangePlace {
+  int start, of_warp;
+};
+constexpr int kExchangedVoxels = kSplitVoxels * kWarp / kMostLanesOfWarp;  // of a warp
+constexpr ExchangePlace place_after(const ExchangePlace& before, int values) {
+  return {before.start + Plan::kThreads / kWarp * before.of_warp, values * kExchangedVoxels};
+}
+constexpr ExchangePlace kDiffers = place_after({0, 0}, 1), kTops = place_after(kDiffers, 1);
+constexpr ExchangePlace kTopSums = place_after(kTops, 2), kSums = place_after(kTopSums, 3);
+constexpr int kExchange = place_after(kSums, 0).start;
 
 // Lanes that share a voxel: as few as possible. 0: there are too many classes.
 inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {
@@ -180,7 +191,8 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   if constexpr (!kSquared) {
     if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{});
   }
-  f(std::integral_constant<int, kMostOfLane>{});
+  if (classes <= lanes * 8) return f(std::integral_constant<int, 8>{});
+  if constexpr (!kSquared) return f(std::integral_constant<int, kMostOfLane>{});
 }
 template <typename F>
 void with_general_split_classes(int64_t classes, F&& f) {

@@ -158,8 +158,8 @@ bool can_be_read(const Volume& v, int64_t element_size, int voxels) {
 
 // Voxels that a thread of the kernels for one label a voxel takes at once.
 template <typename T>
-int voxels_at_once(int64_t classes, bool cross_entropy, bool few) {
-  int voxels = kSplitPack<T>;
+int voxels_at_once(int64_t classes, bool cross_entropy, bool few, int lanes) {
+  int voxels = split_pack<T>((classes + lanes - 1) / std::max(1, lanes));
   if (few) {
     with_few_classes<T>(classes, [&](auto c) {
       constexpr int kClasses = decltype(c)::value;
@@ -180,7 +180,10 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   };
   int64_t values = 0;  // of Compute<T>, in shared memory
   const bool few = classes == 2 || (classes <= kMostInRegisters<T> && !squared);
-  plan.voxels = voxels_at_once<T>(classes, cross_entropy, few);
+  const int lanes = few             ? 1
+                    : sizeof(T) < 8 ? split_lanes(classes, kMostLanes, squared ? kMostOfLane - 1 : kMostOfLane)
+                                    : 0;
+  plan.voxels = voxels_at_once<T>(classes, cross_entropy, few, lanes);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
   const bool interleaved = few && v.voxels % plan.voxels == 0 && aligned_interleaved(v.logits, classes, sizeof(T)) &&
                            (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
@@ -198,7 +201,7 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     values = Plan::kThreads / kWarp * (cross_entropy ? count_values<true, true>(n) : count_values<false, false>(n));
     if (classes > 2) values = std::max<int64_t>(values, label_values(n));
   } else {
-    plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanes, kMostOfLane) : 0;
+    plan.lanes = lanes;
     with_bool(squared, [&](auto is_squared) {
       with_split_classes<decltype(is_squared)::value>(
           classes, plan.lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });

@@ -52,32 +52,30 @@ struct SplitLane {
 };
 
 // Where warps share voxels: combine(.., ..) of the values of a warp's voxels, the same in all its lanes of a slot, and
-// those of the other warps, in all of them the same. Through kWarpFloats floats for each warp of the block's shared
-// memory, from kStart on. These may still be read when this returns, but no longer after the next call with another
-// kStart.
-template <int kStart, int kWarpFloats, int kValues, typename F>
+// those of the other warps, in all of them the same. kPlace: of the exchange, another one than of the one before.
+template <const ExchangePlace& kPlace, int kValues, typename F>
 __device__ __forceinline__ void over_warps(float (&values)[kValues], const SplitLane& lane, F&& combine) {
   constexpr int kWord = kValues < 4 ? kValues : 4, kWords = kValues / kWord, kSlots = kWarp / kMostLanesOfWarp;
-  static_assert(kValues % kWord == 0 && kValues * kSlots <= kWarpFloats, "they fit in the memory");
+  static_assert(kValues % kWord == 0 && kValues * kSlots <= kPlace.of_warp, "they fit");
   const int log_warps = lane.shape.log_warps;
   if (log_warps == 0) return;
   TK_SHARED(memory);
   // Made again at every call: registers are few.
   const int thread = recomputed(static_cast<int>(threadIdx.x)), warp = thread / kWarp, q = thread % kWarp / kSlots;
-  float* const of_slot = reinterpret_cast<float*>(memory) + kStart + thread % kSlots * kWord;
+  float* const of_slot = reinterpret_cast<float*>(memory) + kPlace.start + thread % kSlots * kWord;
   if (q == 0) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       Packed<float, kWord> word;
 #pragma unroll
       for (int k = 0; k < kWord; ++k) word.values[k] = values[i * kWord + k];
-      store_shared(of_slot + warp * kWarpFloats + i * kSlots * kWord, word);
+      store_shared(of_slot + warp * kPlace.of_warp + i * kSlots * kWord, word);
     }
   }
   synchronise_warps(1 + (warp >> log_warps), kWarp << log_warps);
   // Each lane of a slot takes another warp's, and they put these together.
   const int warps = 1 << log_warps;
-  const float* from = of_slot + ((warp & ~(warps - 1)) + (q & (warps - 1))) * kWarpFloats;
+  const float* from = of_slot + ((warp & ~(warps - 1)) + (q & (warps - 1))) * kPlace.of_warp;
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const auto word = load_packed<float, kWord>(from + i * kSlots * kWord);
@@ -86,7 +84,7 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const Split
   }
   if (warps > kMostLanesOfWarp) {
     static_assert(Plan::kThreads / kWarp == 2 * kMostLanesOfWarp, "all warps of a block, at the most");
-    from += kMostLanesOfWarp * kWarpFloats;
+    from += kMostLanesOfWarp * kPlace.of_warp;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const auto word = load_packed<float, kWord>(from + i * kSlots * kWord);
@@ -102,8 +100,8 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const Split
   }
 }
 
-// The largest over the lanes that share a voxel, in all of them. kStart: of the shared memory, see over_warps.
-template <int kStart, int kValues>
+// The largest over the lanes that share a voxel, in all of them. kPlace: see over_warps.
+template <const ExchangePlace& kPlace, int kValues>
 __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const SplitLane& lane) {
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
@@ -112,19 +110,19 @@ __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const S
       values[i] = larger(values[i], __shfl_xor_sync(kFullWarp, values[i], distance));
     }
   }
-  over_warps<kStart, kExchangedTops>(values, lane, [](float a, float b) { return larger(a, b); });
+  over_warps<kPlace>(values, lane, [](float a, float b) { return larger(a, b); });
 }
 
 // The sums over the lanes that share a voxel, in all of them, always in the same order. The last kOfWarp values are the
 // same in all lanes of a warp, and only the warps' are added.
-template <int kOfWarp = 0, int kValues>
+template <const ExchangePlace& kPlace, int kOfWarp = 0, int kValues>
 __device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const SplitLane& lane) {
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
 #pragma unroll
     for (int i = 0; i < kValues - kOfWarp; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
   }
-  over_warps<kSums, kExchangedSums>(values, lane, [](float a, float b) { return a + b; });
+  over_warps<kPlace>(values, lane, [](float a, float b) { return a + b; });
 }
 
 // A lane's logits of its voxels from `at` on; -inf where there is no such class. Lanes beyond the last voxel read
@@ -329,7 +327,7 @@ __device__ __forceinline__ void top_of_split(const Packed<T, kVoxels> (&z)[kClas
     sums[k] = of_lane.rest;
     sums[kVoxels + k] = of_lane.tops;
   }
-  sum_over_lanes(sums, lane);
+  sum_over_lanes<kTopSums>(sums, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) beyond_one[k] = TopSums<A>{sums[k], sums[kVoxels + k]}.beyond_one();
 }

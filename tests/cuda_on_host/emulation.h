@@ -5,7 +5,7 @@
 // places; a warp operation whose lanes disagree about the mask or that some lane never reaches; a lane outside its own
 // mask. Shared memory is allocated anew for every block, exactly as large as was asked for and filled with NaN, so that
 // use before a store gives NaN and AddressSanitizer sees the bounds. TK_EMULATION_SEED=n runs the threads in a random
-// order between barriers, and lets some warps run ahead of others, n the seed: results must not depend on it.
+// order between barriers, and lets some warps run far ahead of others, n the seed: results must not depend on it.
 //
 // Not modelled: the memory model, the accuracy of device intrinsics, and time.
 #pragma once
@@ -60,6 +60,7 @@ struct Thread {
   size_t expected = 0;
   unsigned mask = 0;        // of the warp operation
   unsigned operations = 0;  // warp operations so far: lanes that meet must have the same number
+  unsigned delay = 0;       // rounds for which it does not run although it could
 };
 
 struct Block {
@@ -153,8 +154,12 @@ inline bool release(Block& block, std::mt19937* random) {
     }
     if (waiting[i] < first[i]->expected) continue;
     if (waiting[i] > first[i]->expected) fail(block, *first[i], "waits at a barrier with too many others");
+    unsigned delay = 0;  // of every second warp: what it reads next, others may have overwritten by then
     for (Thread& t : block.threads) {
-      if (t.state == State::kAtBarrier && t.barrier == i) t.state = State::kReady;
+      if (t.index % kWarpSize == 0) delay = random != nullptr && (*random)() % 2 == 0 ? (*random)() % 256 : 0;
+      if (t.state != State::kAtBarrier || t.barrier != i) continue;
+      t.state = State::kReady;
+      t.delay = delay;
     }
     any = true;
   }
@@ -194,6 +199,7 @@ inline void run_block(Block& block, std::mt19937* random) {
     t.index = i;
     t.state = State::kReady;
     t.operations = 0;
+    t.delay = 0;
     if (t.stack == nullptr) t.stack.reset(new char[kStackBytes]);
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
@@ -208,6 +214,10 @@ inline void run_block(Block& block, std::mt19937* random) {
       Thread& t = block.threads[i];
       if (t.state != State::kReady) continue;
       ran = true;
+      if (t.delay > 0) {
+        --t.delay;
+        continue;
+      }
       current_thread() = &t;
       swapcontext(&block.scheduler, &t.context);
       if (!block.error.empty()) throw std::runtime_error(block.error);
