@@ -97,7 +97,7 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
         split = kernel["kernel"].startswith("split")
         # As kVoxelsOf and split_pack in csrc/cuda/kernels.h.
         whole = classes <= 8 if split else 16 // size * classes <= (16 if ce else 32)
-        voxels = 16 // size if whole or size == 4 and split else 8 // size
+        voxels = 16 // size if whole or (size == 4 and split) else 8 // size
         labels = r"(@!?P\d )?LDG\.E(\.CONSTANT)? " if voxels == 4 else r"(@!?P\d )?LDG\.E\.64(\.CONSTANT)? "
         stores = [r"(@!?P\d )?STG\.E\.EF\.(128|64) "] if "gradient" in kernel["kernel"] else []
         way = shortest_way(instructions, [labels, *stores])

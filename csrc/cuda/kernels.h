@@ -132,7 +132,8 @@ constexpr int split_pack(int64_t classes_of_lane) {
   return sizeof(T) == 2 && classes_of_lane <= 8 ? 2 * kSplitVoxels : kSplitVoxels;
 }
 template <typename T, int kClasses, bool kCrossEntropy>
-constexpr int kSplitPart = split_pack<T>(kClasses) > kSplitVoxels&& kCrossEntropy ? kSplitVoxels / 2 : kSplitVoxels;
+constexpr int kSplitPart =
+    kCrossEntropy && split_pack<T>(kClasses) == 2 * kSplitVoxels ? kSplitVoxels / 2 : kSplitVoxels;
 // A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
 constexpr int kMostLanes = 16, kMostOfLane = 9, kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
