@@ -90,7 +90,7 @@ PLANTED = {
         "max_over_lanes<kTops>(top, lane)",
         "max_over_lanes<kSums>(top, lane)",
     ),
-    "warps that share voxels do not wait": ("split.cuh", "synchronise_warps(1 + (warp >> log_warps)", "(void)((warp"),
+    "warps that share voxels do not wait": ("split.cuh", "synchronise_warps(1", "if (warp < 0) synchronise_warps(1"),
     "a warp is not asked": ("split.cuh", "if (warps > 2) {", "if (warps > 4) {"),
     "a class too many": ("split.cuh", "j < kClasses - 2 || j < own", "j < kClasses"),
 }
