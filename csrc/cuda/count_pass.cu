@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
   const SplitLane lane(shape, static_cast<int>(v.classes));
-  A* of_sums = reinterpret_cast<A*>(memory) + lane.exchange_size();
+  A* of_sums = lane.beyond_exchange<A>(memory);
   const LabelSums<A, kCrossEntropy> of_label(of_sums, kClasses);
   begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) values[i * kClasses + j] = all[i];
   }
-  const SplitBlockSums<A, kColumns * kClasses> sums{reinterpret_cast<A*>(memory) + lane.exchange_size(), lane};
+  const SplitBlockSums<A, kColumns * kClasses> sums{lane.beyond_exchange<A>(memory), lane};
   sums.store(values, bad);
   __syncthreads();
   A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * classes;

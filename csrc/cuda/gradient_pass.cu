@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   TK_SHARED(memory);
   const SplitLane lane(shape, classes);
   const Share share = share_of_block<kOrder>(v, blocks);
-  const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(
-      v, a, share.sample, reinterpret_cast<Coefficients<A>*>(reinterpret_cast<float*>(memory) + lane.exchange_size()));
+  const Coefficients<A>* of_class =
+      fill_coefficients<kCrossEntropy>(v, a, share.sample, lane.beyond_exchange<Coefficients<A>>(memory));
   __syncthreads();
 
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
@@ -218,8 +218,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   TK_SHARED(memory);
   const SplitLane lane(shape, classes);
   const Share share = share_of_block<kOrder>(v, blocks);
-  const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(
-      v, a, share.sample, reinterpret_cast<Coefficients<A>*>(reinterpret_cast<float*>(memory) + lane.exchange_size()));
+  const Coefficients<A>* of_class =
+      fill_coefficients<kCrossEntropy>(v, a, share.sample, lane.beyond_exchange<Coefficients<A>>(memory));
   __syncthreads();
 
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;

@@ -135,7 +135,8 @@ template <typename T, int kClasses, bool kCrossEntropy>
 constexpr int kSplitPart =
     kCrossEntropy && split_pack<T>(kClasses) == 2 * kSplitVoxels ? kSplitVoxels / 2 : kSplitVoxels;
 // A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
-constexpr int kMostLanes = 16, kMostOfLane = 9, kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
+constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8;
+constexpr int kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 where a lane takes 8 bytes of each): in smaller ones memory comes at half its speed.
 constexpr int kMostLanesOfWarp = 4;
@@ -192,7 +193,7 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   if constexpr (!kSquared) {
     if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{});
   }
-  if (classes <= lanes * 8) return f(std::integral_constant<int, 8>{});
+  if (classes <= lanes * kMostOfLaneSquared) return f(std::integral_constant<int, kMostOfLaneSquared>{});
   if constexpr (!kSquared) return f(std::integral_constant<int, kMostOfLane>{});
 }
 template <typename F>

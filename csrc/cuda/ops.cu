@@ -156,6 +156,13 @@ bool can_be_read(const Volume& v, int64_t element_size, int voxels) {
          !(is_resampled(v) && v.voxels >= int64_t{1} << 31);
 }
 
+// Lanes that share a voxel where a label is the target and one thread does not hold all classes; 0: there is no such
+// kernel.
+template <typename T>
+int label_lanes(int64_t classes, bool squared) {
+  return sizeof(T) < 8 ? split_lanes(classes, kMostLanes, squared ? kMostOfLaneSquared : kMostOfLane) : 0;
+}
+
 // Voxels that a thread of the kernels for one label a voxel takes at once.
 template <typename T>
 int voxels_at_once(int64_t classes, bool cross_entropy, bool few, int lanes) {
@@ -180,9 +187,7 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   };
   int64_t values = 0;  // of Compute<T>, in shared memory
   const bool few = classes == 2 || (classes <= kMostInRegisters<T> && !squared);
-  const int lanes = few             ? 1
-                    : sizeof(T) < 8 ? split_lanes(classes, kMostLanes, squared ? kMostOfLane - 1 : kMostOfLane)
-                                    : 0;
+  const int lanes = few ? 1 : label_lanes<T>(classes, squared);
   plan.voxels = voxels_at_once<T>(classes, cross_entropy, few, lanes);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
   const bool interleaved = few && v.voxels % plan.voxels == 0 && aligned_interleaved(v.logits, classes, sizeof(T)) &&

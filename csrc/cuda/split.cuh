@@ -34,7 +34,11 @@ struct SplitLane {
   // Which of the block's groups of warps that share voxels, and how many there are.
   __device__ __forceinline__ int group() const { return static_cast<int>(threadIdx.x) / kWarp >> shape.log_warps; }
   __device__ __forceinline__ int groups() const { return Plan::kThreads / kWarp >> shape.log_warps; }
-  __device__ __forceinline__ int exchange_size() const { return shape.log_warps > 0 ? kExchange : 0; }
+  // The shared memory that is not for over_warps.
+  template <typename X>
+  __device__ __forceinline__ X* beyond_exchange(unsigned char* memory) const {
+    return reinterpret_cast<X*>(reinterpret_cast<float*>(memory) + (shape.log_warps > 0 ? kExchange : 0));
+  }
 
   __device__ __forceinline__ int class_of(int j) const { return first_class + (j << shape.log_lanes); }
   // Whether class_of(j) exists, of at most kClasses. with_split_classes takes kClasses so that only the last two may
