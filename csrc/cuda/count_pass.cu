@@ -188,12 +188,13 @@ struct SplitBlockSums {
 };
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
+template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
                             const SplitShape shape) {
   using A = Compute<T>;
-  constexpr int kVoxels = kSplitPart<T, kClasses, kCrossEntropy>, kPackVoxels = split_pack<T>(kClasses);
+  constexpr int kPackVoxels = kSplitPack<T, kClasses, kInterleaved>;
+  constexpr int kVoxels = kSplitPart<kPackVoxels, kCrossEntropy>;
   constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
@@ -206,17 +207,20 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
   A fp[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
+  unsigned char* const tiles = reinterpret_cast<unsigned char*>(of_sums + label_sum_values<kCrossEntropy>(kClasses));
   for_each_pack<kOrder, kPackVoxels>(share, lane, [&](int64_t at) {
-    Packed<T, kPackVoxels> pack[kClasses];
-    load_split(v, rows, lane, at, pack);
+    PackOf<T, kClasses, kPackVoxels, kInterleaved> pack(tiles, v, lane);
+    pack.load(v, rows, lane, at);
     int labels_of_pack[kPackVoxels];
     const bool all_known = load_split_labels(v, target_row, at, labels_of_pack, bad);
+    pack.share(v, lane, at);
 #pragma unroll
     for (int first = 0; first < kPackVoxels; first += kVoxels) {
       int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
       Packed<T, kVoxels> z[kClasses];
       A weights[kVoxels];
-      weighed_part<Reads::kSameSize>(v, share.sample, at, first, pack, labels, all_known, z, weights, bad);
+      weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, weights, bad);
+      if (first + kVoxels == kPackVoxels) pack.release(lane);
       A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
@@ -548,9 +552,9 @@ struct CountPass {
       launch<T>(count_pass_kernel<T, kClasses, kCrossEntropy, kSquared, decltype(interleaved)::value>);
     });
   }
-  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
+  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
   void split() const {
-    launch<T>(split_count_pass_kernel<T, kClasses, kCrossEntropy, kSquared>, plan.shape());
+    launch<T>(split_count_pass_kernel<T, kClasses, kCrossEntropy, kSquared, kInterleaved>, plan.shape());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {
@@ -572,6 +576,7 @@ struct CountPass {
  private:
   template <typename T, typename Kernel, typename... More>
   void launch(Kernel kernel, More... more) const {
+    allow_shared_bytes(kernel, plan.shared_bytes);
     TK_LAUNCH((kernel), grid_of(v, plan), dim3(Plan::kThreads), plan.shared_bytes, stream, v,
               static_cast<Compute<T>*>(partial), finished, plan.blocks, more...);
   }

@@ -133,38 +133,45 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
 }
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
+template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
-  constexpr int kVoxels = kSplitVoxels, kPackVoxels = split_pack<T>(kClasses);
+  constexpr int kVoxels = kInterleaved ? kSplitVoxels / 2 : kSplitVoxels;
+  constexpr int kPackVoxels = kSplitPack<T, kClasses, kInterleaved>;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
   const SplitLane lane(shape, classes);
   const Share share = share_of_block<kOrder>(v, blocks);
-  const Coefficients<A>* of_class =
-      fill_coefficients<kCrossEntropy>(v, a, share.sample, lane.beyond_exchange<Coefficients<A>>(memory));
+  Coefficients<A>* const coefficients = lane.beyond_exchange<Coefficients<A>>(memory);
+  const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(v, a, share.sample, coefficients);
+  unsigned char* const tiles = reinterpret_cast<unsigned char*>(coefficients + classes + 1);
   __syncthreads();
 
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   A u_background[kClasses];
+  const auto take_background = [&] {
 #pragma unroll
-  for (int j = 0; j < kClasses; ++j) {
-    u_background[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
-  }
+    for (int j = 0; j < kClasses; ++j) {
+      u_background[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
+    }
+  };
+  if (!kInterleaved) take_background();
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
   for_each_pack<kOrder, kPackVoxels>(share, lane, [&](int64_t at) {
-    Packed<T, kPackVoxels> pack[kClasses];
-    load_split(v, rows, lane, at, pack);
+    PackOf<T, kClasses, kPackVoxels, kInterleaved> pack(tiles, v, lane);
+    pack.load(v, rows, lane, at);
     int labels_of_pack[kPackVoxels];
     const bool all_known = load_split_labels(v, target_row, at, labels_of_pack, bad);
+    pack.share(v, lane, at);
 #pragma unroll
     for (int first = 0; first < kPackVoxels; first += kVoxels) {
       int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
       Packed<T, kVoxels> z[kClasses];
       A weights[kVoxels];
-      weighed_part<Reads::kSameSize>(v, share.sample, at, first, pack, labels, all_known, z, weights, bad);
+      weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, weights, bad);
+      if (kInterleaved) take_background();  // here registers are fewer
       A others[kClasses][kVoxels], totals[3 * kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<false>(z, labels, lane, others, sums, below_top);
@@ -200,10 +207,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
           const A other = gradient.other(others[j][k], slope);
           z[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
         }
+        pack.put(z, k, first, lane);
       }
-      put_part(z, first, pack);
     }
-    store_split(v, a.out, share.sample, lane, at, pack);
+    pack.store(v, a.out, share.sample, lane, at);
   });
 }
 
@@ -485,9 +492,9 @@ struct GradientPass {
       launch(gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared, decltype(interleaved)::value>);
     });
   }
-  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
+  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
   void split() const {
-    launch(split_gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared>, plan.shape());
+    launch(split_gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared, kInterleaved>, plan.shape());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {
@@ -509,6 +516,7 @@ struct GradientPass {
  private:
   template <typename Kernel, typename... More>
   void launch(Kernel kernel, More... more) const {
+    allow_shared_bytes(kernel, plan.shared_bytes);
     TK_LAUNCH((kernel), grid_of(v, plan), dim3(Plan::kThreads), plan.shared_bytes, stream, v, a, plan.blocks, more...);
   }
 };

@@ -39,6 +39,7 @@ struct Plan {
   int warps;         // over which these threads are spread
   bool split;        // the classes of a voxel are split over the lanes (it may be one): see split.cuh
   bool general;      // split: by the kernels for a target of its own for every class, which also read resampled ones
+  bool interleaved;  // split: the classes of a voxel lie side by side
   bool by_channel;   // a block takes one channel: the blocks are a sample's and class's
   int shared_bytes;  // of a block
   static constexpr int kThreads = 256;
@@ -131,11 +132,12 @@ template <typename T>
 constexpr int split_pack(int64_t classes_of_lane) {
   return sizeof(T) == 2 && classes_of_lane <= 8 ? 2 * kSplitVoxels : kSplitVoxels;
 }
-template <typename T, int kClasses, bool kCrossEntropy>
-constexpr int kSplitPart =
-    kCrossEntropy && split_pack<T>(kClasses) == 2 * kSplitVoxels ? kSplitVoxels / 2 : kSplitVoxels;
+template <typename T, int kClasses, bool kInterleaved>
+constexpr int kSplitPack = kInterleaved ? kSplitVoxels : split_pack<T>(kClasses);
+template <int kPackVoxels, bool kCrossEntropy>
+constexpr int kSplitPart = kCrossEntropy && kPackVoxels == 2 * kSplitVoxels ? kSplitVoxels / 2 : kSplitVoxels;
 // A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
-constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8;
+constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8, kMostOfLaneInterleaved = 8;
 constexpr int kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 where a lane takes 8 bytes of each): in smaller ones memory comes at half its speed.
@@ -196,6 +198,13 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   if (classes <= lanes * kMostOfLaneSquared) return f(std::integral_constant<int, kMostOfLaneSquared>{});
   if constexpr (!kSquared) return f(std::integral_constant<int, kMostOfLane>{});
 }
+// The same where the classes of a voxel lie side by side: fewer numbers, as above.
+template <typename F>
+void with_interleaved_classes(int64_t classes, int lanes, F&& f) {
+  if (classes <= lanes * 6) return f(std::integral_constant<int, 6>{});
+  if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{});
+  return f(std::integral_constant<int, kMostOfLaneInterleaved>{});
+}
 template <typename F>
 void with_general_split_classes(int64_t classes, F&& f) {
   if (classes <= 2) {
@@ -226,8 +235,8 @@ void with_activation(Activation activation, F&& f) {
 }
 
 // The kernels that a plan asks for: calls one of the launcher's few<T, kClasses, kCrossEntropy, kSquared>(), split (the
-// same), general_split<T, kClasses, kCrossEntropy>(), channel<T, kActivation, kCrossEntropy>(), general (the same),
-// tiled (the same).
+// same, and kInterleaved), general_split<T, kClasses, kCrossEntropy>(), channel<T, kActivation, kCrossEntropy>(),
+// general (the same), tiled (the same).
 template <typename Launcher>
 void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
   with_logits_type(v.logits.type, [&](auto element) {
@@ -240,11 +249,15 @@ void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
             with_general_split_classes(v.classes, [&](auto classes) {
               launcher.template general_split<T, decltype(classes)::value, kCrossEntropy>();
             });
+          } else if (plan.interleaved) {
+            with_interleaved_classes(v.classes, plan.lanes, [&](auto classes) {
+              launcher.template split<T, decltype(classes)::value, kCrossEntropy, false, true>();
+            });
           } else {
             with_bool(v.overlap == OverlapForm::kSquared, [&](auto squared) {
               constexpr bool kSquared = decltype(squared)::value;
               with_split_classes<kSquared>(v.classes, plan.lanes, [&](auto classes) {
-                launcher.template split<T, decltype(classes)::value, kCrossEntropy, kSquared>();
+                launcher.template split<T, decltype(classes)::value, kCrossEntropy, kSquared, false>();
               });
             });
           }

@@ -187,13 +187,18 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   };
   int64_t values = 0;  // of Compute<T>, in shared memory
   const bool few = classes == 2 || (classes <= kMostInRegisters<T> && !squared);
-  const int lanes = few ? 1 : label_lanes<T>(classes, squared);
+  const bool lie_side_by_side = aligned_interleaved(v.logits, classes, sizeof(T)) &&
+                                (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
+  const int lanes = few ? 1 : label_lanes<T>(classes, squared || lie_side_by_side);
   plan.voxels = voxels_at_once<T>(classes, cross_entropy, few, lanes);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
-  const bool interleaved = few && v.voxels % plan.voxels == 0 && aligned_interleaved(v.logits, classes, sizeof(T)) &&
-                           (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
-  plan.general = v.is_general() || is_resampled(v) || !(interleaved || can_be_read(v, sizeof(T), plan.voxels));
+  const bool few_interleaved = few && lie_side_by_side && v.voxels % plan.voxels == 0;
+  plan.interleaved =
+      lanes > 0 && !few && !squared && lie_side_by_side && v.voxels % (16 / static_cast<int>(sizeof(T))) == 0;
+  plan.general = v.is_general() || is_resampled(v) ||
+                 !(few_interleaved || plan.interleaved || can_be_read(v, sizeof(T), plan.voxels));
   plan.split = plan.general || !few;
+  plan.interleaved = plan.interleaved && !plan.general;
   if (plan.general) {
     plan.voxels = kSplitVoxels;
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, kMostOfLaneGeneral) : 0;
@@ -205,6 +210,10 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     const int n = static_cast<int>(classes);
     values = Plan::kThreads / kWarp * (cross_entropy ? count_values<true, true>(n) : count_values<false, false>(n));
     if (classes > 2) values = std::max<int64_t>(values, label_values(n));
+  } else if (plan.interleaved) {
+    plan.lanes = lanes;
+    plan.voxels = kSplitVoxels;
+    with_interleaved_classes(classes, lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
   } else {
     plan.lanes = lanes;
     with_bool(squared, [&](auto is_squared) {
@@ -216,7 +225,13 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   plan.warps = std::max(1, plan.lanes / kMostLanesOfWarp);
   if (plan.warps > 1) values += kExchange;
   plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>));
-  return plan.lanes > 0 && ((!plan.split && interleaved) || can_be_read(v, sizeof(T), plan.voxels));
+  // The block's tiles: rows of as many voxels as 16 bytes hold of one class, of an odd number of such bytes.
+  if (plan.interleaved) {
+    const int rows = Plan::kThreads / plan.lanes * kSplitVoxels * static_cast<int>(sizeof(T)) / 16;
+    plan.shared_bytes += rows * static_cast<int>(classes | 1) * 16;
+  }
+  return plan.lanes > 0 &&
+         ((!plan.split && few_interleaved) || plan.interleaved || can_be_read(v, sizeof(T), plan.voxels));
 }
 
 template <typename T>

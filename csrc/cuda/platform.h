@@ -256,8 +256,25 @@ __device__ __forceinline__ void synchronise_warps(int number, int threads) {
 #endif
 }
 
+// Before a launch: a kernel gets more than 48 KiB of shared memory only if it was asked for.
+template <typename Kernel>
+void allow_shared_bytes([[maybe_unused]] Kernel kernel, int bytes) {
+  if (bytes <= 48 * 1024) return;
+#if defined(TK_CUDA_ON_HOST)
+  emulation::allow_shared_bytes(bytes);
+#else
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);  // as launch_early
+#endif
+}
+
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// x, in a way that no compiler sees through, not even ptxas: what follows from it is not made once before a loop and
+// kept. All lanes of the warp must call.
+__device__ __forceinline__ int opaque(int x) {
+  return __shfl_sync(kFullWarp, x, static_cast<int>(threadIdx.x) % kWarp);
+}
 
 // The sum over a warp, in every lane, always in the same order.
 template <typename A>

@@ -59,7 +59,10 @@ struct SplitLane {
 // those of the other warps, in all of them the same. kPlace: of the exchange, another one than of the one before.
 template <const ExchangePlace& kPlace, int kValues, typename F>
 __device__ __forceinline__ void over_warps(float (&values)[kValues], const SplitLane& lane, F&& combine) {
-  constexpr int kWord = kValues < 4 ? kValues : 4, kWords = kValues / kWord, kSlots = kWarp / kMostLanesOfWarp;
+  constexpr int kWord = kValues % 4 == 0   ? 4
+                        : kValues % 2 == 0 ? 2
+                                           : 1,
+                kWords = kValues / kWord, kSlots = kWarp / kMostLanesOfWarp;
   static_assert(kValues % kWord == 0 && kValues * kSlots <= kPlace.of_warp, "they fit");
   const int log_warps = lane.shape.log_warps;
   if (log_warps == 0) return;
@@ -169,25 +172,138 @@ __device__ __forceinline__ void for_each_pack(const Share& share, const SplitLan
   for_each_piece<kOrder>(share, lane.group() * of_group, [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
 }
 
-// Voxels first to first + kVoxels of a pack, and the same put back; without instructions where `first` is a constant.
-template <int kVoxels, typename T, int kClasses, int kPackVoxels>
-__device__ __forceinline__ void take_part(const Packed<T, kPackVoxels> (&z)[kClasses], int first,
-                                          Packed<T, kVoxels> (&part)[kClasses]) {
-#pragma unroll
-  for (int j = 0; j < kClasses; ++j) {
-#pragma unroll
-    for (int k = 0; k < kVoxels; ++k) part[j].values[k] = z[j].values[first + k];
+// A lane's pack of logits, and its gradient in their place; kVoxels at a time are taken from it and each put back,
+// which are no instructions where `first` is a constant.
+template <typename T, int kClasses, int kPackVoxels>
+struct PackInRegisters {
+  Packed<T, kPackVoxels> z[kClasses];
+
+  __device__ __forceinline__ PackInRegisters(unsigned char*, const Volume&, const SplitLane&) {}
+  __device__ __forceinline__ void load(const Volume& v, const T* rows, const SplitLane& lane, int64_t at) {
+    load_split(v, rows, lane, at, z);
   }
-}
-template <int kVoxels, typename T, int kClasses, int kPackVoxels>
-__device__ __forceinline__ void put_part(const Packed<T, kVoxels> (&part)[kClasses], int first,
-                                         Packed<T, kPackVoxels> (&z)[kClasses]) {
+  __device__ __forceinline__ void share(const Volume&, const SplitLane&, int64_t) {}
+  __device__ __forceinline__ void release(const SplitLane&) {}
+  template <int kVoxels>
+  __device__ __forceinline__ void take(int first, const SplitLane&, Packed<T, kVoxels> (&part)[kClasses]) const {
 #pragma unroll
-  for (int j = 0; j < kClasses; ++j) {
+    for (int j = 0; j < kClasses; ++j) {
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) z[j].values[first + k] = part[j].values[k];
+      for (int k = 0; k < kVoxels; ++k) part[j].values[k] = z[j].values[first + k];
+    }
   }
-}
+  template <int kVoxels>
+  __device__ __forceinline__ void put(const Packed<T, kVoxels> (&part)[kClasses], int k, int first, const SplitLane&) {
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j) z[j].values[first + k] = part[j].values[k];
+  }
+  __device__ __forceinline__ void store(const Volume& v, const GradientView& out, int64_t sample, const SplitLane& lane,
+                                        int64_t at) const {
+    store_split(v, out, sample, lane, at, z);
+  }
+};
+
+// The same where the classes of a voxel lie side by side (channels_last), by way of shared memory: the lanes of all
+// warps that share voxels bring what lies side by side in pieces of 16 bytes, and each takes its own classes. A row of
+// the tile is as many voxels as such a piece holds of one class, an odd number of pieces: rows begin in different
+// banks.
+template <typename T, int kClasses, int kPackVoxels>
+struct PackInTile {
+  static constexpr int kPiece = kPack<T>, kPieces = (kClasses * kPackVoxels + kPiece - 1) / kPiece;
+
+  T* tile;
+  int classes;
+  Packed<T, kPiece> pieces[kPieces];
+
+  __device__ __forceinline__ PackInTile(unsigned char* memory, const Volume& v, const SplitLane& lane)
+      : tile(reinterpret_cast<T*>(memory)), classes(static_cast<int>(v.classes)) {
+    tile += lane.group() * (lane.slots * kPackVoxels / kPiece) * row_stride();
+  }
+  __device__ __forceinline__ void load(const Volume& v, const T* rows, const SplitLane& lane, int64_t at) {
+    const T* from = rows + first_of_tile(lane, at) * classes;
+    for_each_piece_of_thread(v, lane, at,
+                             [&](int j, int i, T*) { pieces[j] = load_packed<T, kPiece>(from + i * kPiece); });
+  }
+  // Between load and take: what was loaded is there for all.
+  __device__ __forceinline__ void share(const Volume& v, const SplitLane& lane, int64_t at) {
+    for_each_piece_of_thread(v, lane, at, [&](int j, int, T* place) { store_shared(place, pieces[j]); });
+    synchronise(lane);
+  }
+  // After the last take, where nothing is stored: the tile may be filled again.
+  __device__ __forceinline__ void release(const SplitLane& lane) const { synchronise(lane); }
+  template <int kVoxels>
+  __device__ __forceinline__ void take(int first_of_part, const SplitLane& lane,
+                                       Packed<T, kVoxels> (&part)[kClasses]) const {
+    for_each_own_class<kVoxels>(first_of_part, lane, [&](int j, int k, const T* x) {
+      part[j].values[k] = x != nullptr ? *x : static_cast<T>(-INFINITY);
+    });
+  }
+  template <int kVoxels>
+  __device__ __forceinline__ void put(const Packed<T, kVoxels> (&part)[kClasses], int k, int first_of_part,
+                                      const SplitLane& lane) const {
+    for_each_own_class<1>(first_of_part + k, lane, [&](int j, int, T* x) {
+      if (x != nullptr) *x = part[j].values[k];
+    });
+  }
+  __device__ __forceinline__ void store(const Volume& v, const GradientView& out, int64_t sample, const SplitLane& lane,
+                                        int64_t at) const {
+    synchronise(lane);
+    const int64_t start = opaque(static_cast<int>(sample)) * out.sample_stride;
+    T* to = static_cast<T*>(out.data) + start + first_of_tile(lane, at) * classes;
+    for_each_piece_of_thread(
+        v, lane, at, [&](int, int i, const T* place) { store_packed(to + i * kPiece, load_packed<T, kPiece>(place)); });
+  }
+
+ private:
+  __device__ __forceinline__ int row_stride() const { return (classes | 1) * kPiece; }
+  // The first voxel of the tile in which the lane's are from `at` on.
+  __device__ __forceinline__ int64_t first_of_tile(const SplitLane& lane, int64_t at) const {
+    return at - lane.slot * kPackVoxels;
+  }
+  // Calls f(j, i, place) for the pieces that a thread brings: number i of the tile, and where it is there.
+  template <typename F>
+  __device__ __forceinline__ void for_each_piece_of_thread(const Volume& v, const SplitLane& lane, int64_t at,
+                                                           F&& f) const {
+    const int64_t left = v.voxels - first_of_tile(lane, at), most = lane.slots * kPackVoxels;
+    const int total = static_cast<int>(left < most ? left : most) / kPiece * classes;  // that are in the volume
+    const int threads = kWarp << lane.shape.log_warps;
+    const int thread = opaque(static_cast<int>(threadIdx.x)) & (threads - 1);
+    // i / classes by a multiplication: both are small. Where they are odd there is nothing between the rows.
+    const unsigned inverse = classes % 2 == 0 ? 0xffffffffu / static_cast<unsigned>(classes) + 1 : 0u;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      const int i = thread + j * threads;
+      if (i < total) f(j, i, tile + (i + static_cast<int>(__umulhi(static_cast<unsigned>(i), inverse))) * kPiece);
+    }
+  }
+  // Calls f(j, k, place) for the classes of this lane and voxels of its pack, null where there is no such class. All
+  // lanes of the warp must call.
+  template <int kVoxels, typename F>
+  __device__ __forceinline__ void for_each_own_class(int first_of_part, const SplitLane& lane, F&& f) const {
+    constexpr int kSlotsOfRow = kPiece / kPackVoxels;
+    const int row = lane.slot / kSlotsOfRow, voxel = lane.slot % kSlotsOfRow * kPackVoxels;
+    T* const own = tile + opaque(row * row_stride() + voxel * classes + lane.first_class) + first_of_part * classes;
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        f(j, k, lane.has<kClasses>(j) ? own + (k * classes + (j << lane.shape.log_lanes)) : nullptr);
+      }
+    }
+  }
+  // The lanes of all warps that share voxels.
+  __device__ __forceinline__ void synchronise(const SplitLane& lane) const {
+    if (lane.shape.log_warps == 0) {
+      __syncwarp();
+    } else {
+      synchronise_warps(1 + lane.group(), kWarp << lane.shape.log_warps);
+    }
+  }
+};
+
+template <typename T, int kClasses, int kPackVoxels, bool kInterleaved>
+using PackOf =
+    std::conditional_t<kInterleaved, PackInTile<T, kClasses, kPackVoxels>, PackInRegisters<T, kClasses, kPackVoxels>>;
 
 // The labels of a lane's voxels, kUncounted beyond the last one. True: all are of classes.
 template <Reads kReads, int kVoxels>
@@ -209,12 +325,11 @@ __device__ __forceinline__ bool weigh_split(const Volume& v, int64_t sample, int
 
 // Voxels first to first + kVoxels of a pack that starts at `at`, their weights, and their labels, which are the pack's
 // own; the logits of those that do not count as 0.
-template <Reads kReads, typename A, typename T, int kClasses, int kVoxels, int kPackVoxels>
-__device__ __forceinline__ void weighed_part(const Volume& v, int64_t sample, int64_t at, int first,
-                                             const Packed<T, kPackVoxels> (&pack)[kClasses], int (&labels)[kVoxels],
-                                             bool all_known, Packed<T, kVoxels> (&z)[kClasses], A (&weights)[kVoxels],
-                                             bool& bad) {
-  take_part(pack, first, z);
+template <Reads kReads, typename A, typename T, int kClasses, int kVoxels, typename Pack>
+__device__ __forceinline__ void weighed_part(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
+                                             int first, const Pack& pack, int (&labels)[kVoxels], bool all_known,
+                                             Packed<T, kVoxels> (&z)[kClasses], A (&weights)[kVoxels], bool& bad) {
+  pack.take(first, lane, z);
   if (!weigh_split<kReads>(v, sample, at + first, labels, weights, all_known, bad)) clear_uncounted(z, labels);
 }
 

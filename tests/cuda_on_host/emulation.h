@@ -55,8 +55,8 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   unsigned index = 0;
   State state = State::kReady;
-  int line = 0;             // of the barrier
-  int barrier = 0;          // its number, and how many threads it is for
+  int line = 0;     // of the barrier
+  int barrier = 0;  // its number, and how many threads it is for
   size_t expected = 0;
   unsigned mask = 0;        // of the warp operation
   unsigned operations = 0;  // warp operations so far: lanes that meet must have the same number
@@ -233,11 +233,20 @@ inline void run_block(Block& block, std::mt19937* random) {
   }
 }
 
+// As much as a block of every card since sm_80 may have; for the next launch.
+inline thread_local size_t allowed_shared_bytes = 48 * 1024;
+inline void allow_shared_bytes(size_t bytes) {
+  if (bytes > 99 * 1024) throw std::runtime_error("CUDA on the host: more than 99 KiB of shared memory");
+  allowed_shared_bytes = bytes;
+}
+
 inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
   const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
   if (threads == 0 || threads > 1024)
     throw std::runtime_error("CUDA on the host: a block of 1 to 1024 threads expected");
-  if (shared_bytes > 48 * 1024) throw std::runtime_error("CUDA on the host: more than 48 KiB of shared memory");
+  if (shared_bytes > allowed_shared_bytes)
+    throw std::runtime_error("CUDA on the host: more shared memory than allowed");
+  allowed_shared_bytes = 48 * 1024;
   if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("CUDA on the host: grid y and z end at 65535");
   const char* seed = std::getenv("TK_EMULATION_SEED");
   Block block;
@@ -277,6 +286,12 @@ uint32_t larger_pair(uint32_t a, uint32_t b) {
 #define blockDim (emulation::current_block()->size)
 #define gridDim (emulation::current_block()->grid)
 #define __syncthreads() emulation::barrier(__LINE__)
+inline void __syncwarp() {
+  emulation::exchange(0xffffffffu, 0, 0);
+}
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
 #define TK_SHARED(name) unsigned char* name = emulation::current_block()->shared.get()
 #define TK_UNPAREN(...) __VA_ARGS__
 #define TK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
