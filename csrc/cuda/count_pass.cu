@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
                             const SplitShape shape) {
   using A = Compute<T>;
-  constexpr int kPackVoxels = kSplitPack<T, kClasses, kInterleaved>;
-  constexpr int kVoxels = kSplitPart<kPackVoxels, kCrossEntropy>;
+  // Registers are few in the last case.
+  constexpr int kVoxels = kInterleaved && kCrossEntropy && kClasses > 8 ? kSplitVoxels / 2 : kSplitVoxels;
   constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
@@ -204,23 +204,22 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
-  const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
+  const LabelRow<Reads::kSameSize, kSplitVoxels> target_row(v, share.sample * v.target.sample_stride);
   A fp[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
   unsigned char* const tiles = reinterpret_cast<unsigned char*>(of_sums + label_sum_values<kCrossEntropy>(kClasses));
-  for_each_pack<kOrder, kPackVoxels>(share, lane, [&](int64_t at) {
-    PackOf<T, kClasses, kPackVoxels, kInterleaved> pack(tiles, v, lane);
-    pack.load(v, rows, lane, at);
-    int labels_of_pack[kPackVoxels];
-    const bool all_known = load_split_labels(v, target_row, at, labels_of_pack, bad);
-    pack.share(v, lane, at);
+  PackOf<T, kClasses, kInterleaved, kAhead<T, false>> pack(tiles, v, lane);
+  const auto expect = [&](int64_t at) { pack.expect(v, rows, target_row, lane, at); };
+  for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
+    int labels_of_pack[kSplitVoxels];
+    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels_of_pack, bad);
 #pragma unroll
-    for (int first = 0; first < kPackVoxels; first += kVoxels) {
+    for (int first = 0; first < kSplitVoxels; first += kVoxels) {
       int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
       Packed<T, kVoxels> z[kClasses];
       A weights[kVoxels];
       weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, weights, bad);
-      if (first + kVoxels == kPackVoxels) pack.release(lane);
+      if (first + kVoxels == kSplitVoxels) pack.release(lane);
       A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
@@ -288,7 +287,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   GeneralSums<A> counts[kClasses];
   bool bad = false;
-  for_each_pack<kOrder, kVoxels>(share, lane, [&](int64_t at) {
+  for_each_pack<kOrder>(share, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];

@@ -137,8 +137,7 @@ template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInt
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
-  constexpr int kVoxels = kInterleaved ? kSplitVoxels / 2 : kSplitVoxels;
-  constexpr int kPackVoxels = kSplitPack<T, kClasses, kInterleaved>;
+  constexpr int kVoxels = kInterleaved ? kSplitVoxels / 2 : kSplitVoxels;  // registers are few there
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
   const SplitLane lane(shape, classes);
@@ -158,20 +157,19 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   };
   if (!kInterleaved) take_background();
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
-  const LabelRow<Reads::kSameSize, kPackVoxels> target_row(v, share.sample * v.target.sample_stride);
-  for_each_pack<kOrder, kPackVoxels>(share, lane, [&](int64_t at) {
-    PackOf<T, kClasses, kPackVoxels, kInterleaved> pack(tiles, v, lane);
-    pack.load(v, rows, lane, at);
-    int labels_of_pack[kPackVoxels];
-    const bool all_known = load_split_labels(v, target_row, at, labels_of_pack, bad);
-    pack.share(v, lane, at);
+  const LabelRow<Reads::kSameSize, kSplitVoxels> target_row(v, share.sample * v.target.sample_stride);
+  PackOf<T, kClasses, kInterleaved, kAhead<T, true>> pack(tiles, v, lane);
+  const auto expect = [&](int64_t at) { pack.expect(v, rows, target_row, lane, at); };
+  for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
+    int labels_of_pack[kSplitVoxels];
+    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels_of_pack, bad);
 #pragma unroll
-    for (int first = 0; first < kPackVoxels; first += kVoxels) {
+    for (int first = 0; first < kSplitVoxels; first += kVoxels) {
       int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
       Packed<T, kVoxels> z[kClasses];
       A weights[kVoxels];
       weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, weights, bad);
-      if (kInterleaved) take_background();  // here registers are fewer
+      if (kInterleaved) take_background();  // as above
       A others[kClasses][kVoxels], totals[3 * kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<false>(z, labels, lane, others, sums, below_top);
@@ -237,7 +235,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   }
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const bool focal = kCrossEntropy && v.focal_gamma != 0;
-  for_each_pack<kOrder, kVoxels>(share, lane, [&](int64_t at) {
+  for_each_pack<kOrder>(share, lane, [&](int64_t at) {
     Packed<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];

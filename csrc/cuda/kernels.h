@@ -125,22 +125,15 @@ void with_few_classes(int64_t classes, F&& f) {
 // registers, and the voxels that a lane works on at a time; the most lanes and the most classes of one, where a label
 // is the target and where every class has a target of its own.
 constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
-// Where a label is the target: the voxels that a lane loads and stores at once, 16 bytes of each class (8 in half
-// precision where it has more than eight classes), and those that the count pass works on at a time, for which it has
-// registers.
-template <typename T>
-constexpr int split_pack(int64_t classes_of_lane) {
-  return sizeof(T) == 2 && classes_of_lane <= 8 ? 2 * kSplitVoxels : kSplitVoxels;
-}
-template <typename T, int kClasses, bool kInterleaved>
-constexpr int kSplitPack = kInterleaved ? kSplitVoxels : split_pack<T>(kClasses);
-template <int kPackVoxels, bool kCrossEntropy>
-constexpr int kSplitPart = kCrossEntropy && kPackVoxels == 2 * kSplitVoxels ? kSplitVoxels / 2 : kSplitVoxels;
+// Whether the next voxels are brought to shared memory while these are worked on. The gradient pass of float32 waits
+// for memory anyway, and was slower so.
+template <typename T, bool kGradient>
+constexpr bool kAhead = !kGradient || sizeof(T) == 2;
 // A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
-constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8, kMostOfLaneInterleaved = 8;
+constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8;
 constexpr int kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
-// bytes (64 where a lane takes 8 bytes of each): in smaller ones memory comes at half its speed.
+// bytes (64 in half precision): in smaller ones memory comes at half its speed.
 constexpr int kMostLanesOfWarp = 4;
 // Where warps share voxels, the first floats of the shared memory are for what each tells the others. Every exchange of
 // a voxel's values has a place of its own, for [warps of the block][so many of each voxel]: the next exchange may begin
@@ -203,7 +196,8 @@ template <typename F>
 void with_interleaved_classes(int64_t classes, int lanes, F&& f) {
   if (classes <= lanes * 6) return f(std::integral_constant<int, 6>{});
   if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{});
-  return f(std::integral_constant<int, kMostOfLaneInterleaved>{});
+  if (classes <= lanes * 8) return f(std::integral_constant<int, 8>{});
+  return f(std::integral_constant<int, kMostOfLane>{});
 }
 template <typename F>
 void with_general_split_classes(int64_t classes, F&& f) {

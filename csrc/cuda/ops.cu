@@ -138,6 +138,17 @@ bool aligned(const LogitsView& x, int64_t element_size, int64_t bytes) {
          x.sample_stride * element_size % bytes == 0 && x.class_stride * element_size % bytes == 0;
 }
 
+int bytes_of_label(ElementType type) {
+  switch (type) {
+    case ElementType::kBool:
+    case ElementType::kUint8:
+    case ElementType::kInt8: return 1;
+    case ElementType::kInt16: return 2;
+    case ElementType::kInt32: return 4;
+    default: return 8;
+  }
+}
+
 bool is_resampled(const Volume& v) {
   return v.target.resampling.active || v.weight.resampling.active;
 }
@@ -165,8 +176,8 @@ int label_lanes(int64_t classes, bool squared) {
 
 // Voxels that a thread of the kernels for one label a voxel takes at once.
 template <typename T>
-int voxels_at_once(int64_t classes, bool cross_entropy, bool few, int lanes) {
-  int voxels = split_pack<T>((classes + lanes - 1) / std::max(1, lanes));
+int voxels_at_once(int64_t classes, bool cross_entropy, bool few) {
+  int voxels = kSplitVoxels;
   if (few) {
     with_few_classes<T>(classes, [&](auto c) {
       constexpr int kClasses = decltype(c)::value;
@@ -186,11 +197,12 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     return cross_entropy ? label_sum_values<true>(n) : label_sum_values<false>(n);
   };
   int64_t values = 0;  // of Compute<T>, in shared memory
+  int ahead = 0;       // bytes there for packs that are brought ahead
   const bool few = classes == 2 || (classes <= kMostInRegisters<T> && !squared);
   const bool lie_side_by_side = aligned_interleaved(v.logits, classes, sizeof(T)) &&
                                 (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
-  const int lanes = few ? 1 : label_lanes<T>(classes, squared || lie_side_by_side);
-  plan.voxels = voxels_at_once<T>(classes, cross_entropy, few, lanes);
+  const int lanes = few ? 1 : label_lanes<T>(classes, squared);
+  plan.voxels = voxels_at_once<T>(classes, cross_entropy, few);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
   const bool few_interleaved = few && lie_side_by_side && v.voxels % plan.voxels == 0;
   plan.interleaved =
@@ -212,19 +224,24 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     if (classes > 2) values = std::max<int64_t>(values, label_values(n));
   } else if (plan.interleaved) {
     plan.lanes = lanes;
-    plan.voxels = kSplitVoxels;
     with_interleaved_classes(classes, lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
   } else {
     plan.lanes = lanes;
     with_bool(squared, [&](auto is_squared) {
-      with_split_classes<decltype(is_squared)::value>(
-          classes, plan.lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
+      with_split_classes<decltype(is_squared)::value>(classes, plan.lanes, [&](auto of_lane) {
+        constexpr int kClasses = decltype(of_lane)::value;
+        values = label_values(kClasses);
+        if (out == nullptr ? kAhead<T, false> : kAhead<T, true>) {
+          ahead =
+              (kClasses * static_cast<int>(sizeof(T)) + bytes_of_label(v.target.type)) * kSplitVoxels * Plan::kThreads;
+        }
+      });
     });
   }
   if (out != nullptr) values = kAllCoefficients * (classes + 1);
   plan.warps = std::max(1, plan.lanes / kMostLanesOfWarp);
   if (plan.warps > 1) values += kExchange;
-  plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>));
+  plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>)) + ahead;
   // The block's tiles: rows of as many voxels as 16 bytes hold of one class, of an odd number of such bytes.
   if (plan.interleaved) {
     const int rows = Plan::kThreads / plan.lanes * kSplitVoxels * static_cast<int>(sizeof(T)) / 16;
@@ -265,14 +282,15 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
 
 // All blocks of a pass, for each multiprocessor: whole rounds of those that it holds at once, which are 4 for two
 // classes without a cross-entropy, 2 or 3 for most. Each round of the count pass costs some microseconds and a sum of
-// each block; of the gradient pass, more of them end closer together (measured on an H100).
+// each block; of the gradient pass, more of them end closer together (measured on an H100, all of it).
 int blocks_of_multiprocessor(const Volume& v, const Plan& plan, bool gradient) {
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   const bool four = plan.lanes == 1 && !plan.split && v.classes == 2 && !cross_entropy;
   const bool half = v.logits.type == ElementType::kHalf || v.logits.type == ElementType::kBFloat16;
   if (gradient) return !half ? 24 : four ? 4 : 6;
-  const bool many_registers = plan.lanes == 0 || (plan.split && v.classes > 6 * plan.lanes);
-  return four || (many_registers && !plan.by_channel) ? 4 : 6;
+  const bool split_labels = plan.split && !plan.general;
+  if (split_labels && half) return 2;
+  return four || split_labels || (plan.lanes == 0 && !plan.by_channel) ? 4 : 6;
 }
 
 }  // namespace

@@ -132,22 +132,35 @@ __device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const S
   over_warps<kPlace>(values, lane, [](float a, float b) { return a + b; });
 }
 
+// Calls f(j, row) for a lane's classes, row: the logits of its voxels from `at` on.
+template <int kClasses, typename T, typename F>
+__device__ __forceinline__ void for_each_row(const Volume& v, const T* rows, const SplitLane& lane, int64_t at, F&& f) {
+  const T* row = rows + lane.first_class * v.logits.class_stride + at;
+  const int64_t step = v.logits.class_stride << lane.shape.log_lanes;
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j, row += step) {
+    if (lane.has<kClasses>(j)) f(j, row);
+  }
+}
+
+// The logits of a class that a lane does not have.
+template <typename T, int kVoxels>
+__device__ __forceinline__ void fill_without_class(Packed<T, kVoxels>& z) {
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) z.values[k] = static_cast<T>(-INFINITY);
+}
+
 // A lane's logits of its voxels from `at` on; -inf where there is no such class. Lanes beyond the last voxel read
 // others.
 template <typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void load_split(const Volume& v, const T* rows, const SplitLane& lane, int64_t at,
                                            Packed<T, kVoxels> (&z)[kClasses]) {
-  const T* row = rows + lane.first_class * v.logits.class_stride + (at < v.voxels ? at : 0);
-  const int64_t step = v.logits.class_stride << lane.shape.log_lanes;
 #pragma unroll
-  for (int j = 0; j < kClasses; ++j, row += step) {
-    if (lane.has<kClasses>(j)) {
-      z[j] = load_packed<T, kVoxels>(row);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kVoxels; ++k) z[j].values[k] = static_cast<T>(-INFINITY);
-    }
+  for (int j = 0; j < kClasses; ++j) {
+    if (!lane.has<kClasses>(j)) fill_without_class(z[j]);
   }
+  for_each_row<kClasses>(v, rows, lane, at < v.voxels ? at : 0,
+                         [&](int j, const T* row) { z[j] = load_packed<T, kVoxels>(row); });
 }
 
 // The gradient of a lane's logits, where load_split found them.
@@ -164,25 +177,90 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
   }
 }
 
-// Calls f(at) for the packs of each lane in the block's share, kPackVoxels from `at` on; the lanes of all warps that
-// share voxels together, also where some are beyond the last voxel.
-template <Order kOrder, int kPackVoxels, typename F>
+// Calls f(at) for the packs of each lane in the block's share, kSplitVoxels from `at` on; the lanes of all warps
+// that share voxels together, also where some are beyond the last voxel.
+template <Order kOrder, typename F>
 __device__ __forceinline__ void for_each_pack(const Share& share, const SplitLane& lane, F&& f) {
-  const int of_group = lane.slots * kPackVoxels;
-  for_each_piece<kOrder>(share, lane.group() * of_group, [&](int64_t first) { f(first + lane.slot * kPackVoxels); });
+  const int of_group = lane.slots * kSplitVoxels;
+  for_each_piece<kOrder>(share, lane.group() * of_group, [&](int64_t first) { f(first + lane.slot * kSplitVoxels); });
 }
 
-// A lane's pack of logits, and its gradient in their place; kVoxels at a time are taken from it and each put back,
-// which are no instructions where `first` is a constant.
-template <typename T, int kClasses, int kPackVoxels>
-struct PackInRegisters {
-  Packed<T, kPackVoxels> z[kClasses];
-
-  __device__ __forceinline__ PackInRegisters(unsigned char*, const Volume&, const SplitLane&) {}
-  __device__ __forceinline__ void load(const Volume& v, const T* rows, const SplitLane& lane, int64_t at) {
-    load_split(v, rows, lane, at, z);
+// The same with f(at, next): where the lane's next pack begins, -1 where there is none. expect(at): once before, of the
+// first one.
+template <Order kOrder, typename E, typename F>
+__device__ __forceinline__ void for_each_pack_ahead(const Share& share, const SplitLane& lane, E&& expect, F&& f) {
+  const int of_group = lane.slots * kSplitVoxels, in_group = lane.slot * kSplitVoxels;
+  const int64_t first = share.begin + lane.group() * of_group;
+  const int64_t step = kOrder == Order::kForward ? share.step : -share.step;
+  int64_t at = first;
+  if (kOrder == Order::kBackward) {
+    at = share.last + lane.group() * of_group;
+    if (at >= share.end) at -= share.step;
   }
-  __device__ __forceinline__ void share(const Volume&, const SplitLane&, int64_t) {}
+  const auto has = [&](int64_t x) { return kOrder == Order::kForward ? x < share.end : x >= first; };
+  if (has(at)) expect(at + in_group);
+  while (has(at)) {
+    const int64_t next = at + step;
+    f(at + in_group, has(next) ? next + in_group : int64_t{-1});
+    at = next;
+  }
+}
+
+// The labels of a lane's voxels, kUncounted beyond the last one. True: all are of classes.
+template <Reads kReads, int kVoxels>
+__device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRow<kReads, kVoxels>& row, int64_t at,
+                                                  int (&labels)[kVoxels], bool& bad) {
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) labels[k] = kUncounted;
+  return at < v.voxels && row.load(at, labels, bad);
+}
+
+// A lane's pack of logits, and its gradient in their place; kVoxels at a time are taken from it and each put back.
+// kAhead: the next pack and its labels are brought to shared memory while a thread works on one, to a place of its own.
+template <typename T, int kClasses, bool kAhead>
+struct PackInRegisters {
+  using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
+
+  T* slots;  // [classes][threads] packs, and Labels' from there on
+  Packed<T, kSplitVoxels> z[kClasses];
+
+  __device__ __forceinline__ PackInRegisters(unsigned char* memory, const Volume&, const SplitLane&)
+      : slots(reinterpret_cast<T*>(memory)) {}
+  // Before load: what this will load. Lanes beyond the last voxel read others.
+  __device__ __forceinline__ void expect(const Volume& v, const T* rows, const Labels& labels, const SplitLane& lane,
+                                         int64_t at) const {
+    if constexpr (kAhead) {
+      const int64_t inside = at < v.voxels ? at : 0;
+      for_each_row<kClasses>(v, rows, lane, inside, [&](int j, const T* row) {
+        begin_copy<static_cast<int>(sizeof(T)) * kSplitVoxels>(slot(j), row);
+      });
+      if (labels.whole) labels.expect(inside, label_slots());
+    }
+  }
+  // next: to be expected then, -1 for none. True: all labels are of classes.
+  __device__ __forceinline__ bool load(const Volume& v, const T* rows, const Labels& row, const SplitLane& lane,
+                                       int64_t at, int64_t next, int (&labels)[kSplitVoxels], bool& bad) {
+    if constexpr (!kAhead) {
+      load_split(v, rows, lane, at, z);
+      return load_split_labels(v, row, at, labels, bad);
+    } else {
+      wait_for_copies();
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        if (lane.has<kClasses>(j)) {
+          z[j] = load_packed<T, kSplitVoxels>(slot(j));
+        } else {
+          fill_without_class(z[j]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kSplitVoxels; ++k) labels[k] = kUncounted;
+      bool all_known = false;
+      if (at < v.voxels) all_known = row.whole ? row.take(label_slots(), labels, bad) : row.load(at, labels, bad);
+      if (next >= 0) expect(v, rows, row, lane, next);
+      return all_known;
+    }
+  }
   __device__ __forceinline__ void release(const SplitLane&) {}
   template <int kVoxels>
   __device__ __forceinline__ void take(int first, const SplitLane&, Packed<T, kVoxels> (&part)[kClasses]) const {
@@ -201,15 +279,24 @@ struct PackInRegisters {
                                         int64_t at) const {
     store_split(v, out, sample, lane, at, z);
   }
+
+ private:
+  __device__ __forceinline__ T* slot(int j) const {
+    return slots + (j * Plan::kThreads + static_cast<int>(threadIdx.x)) * kSplitVoxels;
+  }
+  __device__ __forceinline__ unsigned char* label_slots() const {
+    return reinterpret_cast<unsigned char*>(slots + kClasses * Plan::kThreads * kSplitVoxels);
+  }
 };
 
 // The same where the classes of a voxel lie side by side (channels_last), by way of shared memory: the lanes of all
 // warps that share voxels bring what lies side by side in pieces of 16 bytes, and each takes its own classes. A row of
 // the tile is as many voxels as such a piece holds of one class, an odd number of pieces: rows begin in different
 // banks.
-template <typename T, int kClasses, int kPackVoxels>
+template <typename T, int kClasses>
 struct PackInTile {
-  static constexpr int kPiece = kPack<T>, kPieces = (kClasses * kPackVoxels + kPiece - 1) / kPiece;
+  using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
+  static constexpr int kPiece = kPack<T>, kPieces = (kClasses * kSplitVoxels + kPiece - 1) / kPiece;
 
   T* tile;
   int classes;
@@ -217,17 +304,19 @@ struct PackInTile {
 
   __device__ __forceinline__ PackInTile(unsigned char* memory, const Volume& v, const SplitLane& lane)
       : tile(reinterpret_cast<T*>(memory)), classes(static_cast<int>(v.classes)) {
-    tile += lane.group() * (lane.slots * kPackVoxels / kPiece) * row_stride();
+    tile += lane.group() * (lane.slots * kSplitVoxels / kPiece) * row_stride();
   }
-  __device__ __forceinline__ void load(const Volume& v, const T* rows, const SplitLane& lane, int64_t at) {
+  __device__ __forceinline__ void expect(const Volume&, const T*, const Labels&, const SplitLane&, int64_t) const {}
+  // What is loaded is there for all lanes that share voxels.
+  __device__ __forceinline__ bool load(const Volume& v, const T* rows, const Labels& row, const SplitLane& lane,
+                                       int64_t at, int64_t, int (&labels)[kSplitVoxels], bool& bad) {
     const T* from = rows + first_of_tile(lane, at) * classes;
     for_each_piece_of_thread(v, lane, at,
                              [&](int j, int i, T*) { pieces[j] = load_packed<T, kPiece>(from + i * kPiece); });
-  }
-  // Between load and take: what was loaded is there for all.
-  __device__ __forceinline__ void share(const Volume& v, const SplitLane& lane, int64_t at) {
+    const bool all_known = load_split_labels(v, row, at, labels, bad);
     for_each_piece_of_thread(v, lane, at, [&](int j, int, T* place) { store_shared(place, pieces[j]); });
     synchronise(lane);
+    return all_known;
   }
   // After the last take, where nothing is stored: the tile may be filled again.
   __device__ __forceinline__ void release(const SplitLane& lane) const { synchronise(lane); }
@@ -258,13 +347,13 @@ struct PackInTile {
   __device__ __forceinline__ int row_stride() const { return (classes | 1) * kPiece; }
   // The first voxel of the tile in which the lane's are from `at` on.
   __device__ __forceinline__ int64_t first_of_tile(const SplitLane& lane, int64_t at) const {
-    return at - lane.slot * kPackVoxels;
+    return at - lane.slot * kSplitVoxels;
   }
   // Calls f(j, i, place) for the pieces that a thread brings: number i of the tile, and where it is there.
   template <typename F>
   __device__ __forceinline__ void for_each_piece_of_thread(const Volume& v, const SplitLane& lane, int64_t at,
                                                            F&& f) const {
-    const int64_t left = v.voxels - first_of_tile(lane, at), most = lane.slots * kPackVoxels;
+    const int64_t left = v.voxels - first_of_tile(lane, at), most = lane.slots * kSplitVoxels;
     const int total = static_cast<int>(left < most ? left : most) / kPiece * classes;  // that are in the volume
     const int threads = kWarp << lane.shape.log_warps;
     const int thread = opaque(static_cast<int>(threadIdx.x)) & (threads - 1);
@@ -280,8 +369,8 @@ struct PackInTile {
   // lanes of the warp must call.
   template <int kVoxels, typename F>
   __device__ __forceinline__ void for_each_own_class(int first_of_part, const SplitLane& lane, F&& f) const {
-    constexpr int kSlotsOfRow = kPiece / kPackVoxels;
-    const int row = lane.slot / kSlotsOfRow, voxel = lane.slot % kSlotsOfRow * kPackVoxels;
+    constexpr int kSlotsOfRow = kPiece / kSplitVoxels;
+    const int row = lane.slot / kSlotsOfRow, voxel = lane.slot % kSlotsOfRow * kSplitVoxels;
     T* const own = tile + opaque(row * row_stride() + voxel * classes + lane.first_class) + first_of_part * classes;
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
@@ -301,18 +390,8 @@ struct PackInTile {
   }
 };
 
-template <typename T, int kClasses, int kPackVoxels, bool kInterleaved>
-using PackOf =
-    std::conditional_t<kInterleaved, PackInTile<T, kClasses, kPackVoxels>, PackInRegisters<T, kClasses, kPackVoxels>>;
-
-// The labels of a lane's voxels, kUncounted beyond the last one. True: all are of classes.
-template <Reads kReads, int kVoxels>
-__device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRow<kReads, kVoxels>& row, int64_t at,
-                                                  int (&labels)[kVoxels], bool& bad) {
-#pragma unroll
-  for (int k = 0; k < kVoxels; ++k) labels[k] = kUncounted;
-  return at < v.voxels && row.load(at, labels, bad);
-}
+template <typename T, int kClasses, bool kInterleaved, bool kAhead>
+using PackOf = std::conditional_t<kInterleaved, PackInTile<T, kClasses>, PackInRegisters<T, kClasses, kAhead>>;
 
 // As weigh, also of voxels beyond the last one.
 template <Reads kReads, typename A, int kVoxels>

@@ -230,17 +230,7 @@ struct LabelRow {
     if (whole) {
       return with_label_type(v.target.type, [&](auto element) {
         using L = decltype(element);
-        const Packed<L, kVoxels> values = load_packed<L, kVoxels>(static_cast<const L*>(v.target.data) + start + voxel);
-        if constexpr (std::is_same_v<L, uint8_t> && kVoxels % 4 == 0) {
-          uint32_t words[kVoxels / 4];
-          memcpy(words, &values, sizeof words);
-          int bytes[kVoxels];
-#pragma unroll
-          for (int k = 0; k < kVoxels; ++k) bytes[k] = byte_of(words[k / 4], k % 4);
-          return checked_labels(v, bytes, labels, bad);
-        } else {
-          return checked_labels(v, values.values, labels, bad);
-        }
+        return of_values(load_packed<L, kVoxels>(static_cast<const L*>(v.target.data) + start + voxel), labels, bad);
       });
     }
     int64_t at[kVoxels];
@@ -257,6 +247,55 @@ struct LabelRow {
       for (int k = 0; k < kVoxels; ++k) values[k] = (static_cast<const L*>(v.target.data) + start)[at[k]];
       return checked_labels(v, values, labels, bad);
     });
+  }
+  template <typename L>
+  __device__ __forceinline__ bool of_values(const Packed<L, kVoxels>& values, int (&labels)[kVoxels], bool& bad) const {
+    if constexpr (std::is_same_v<L, uint8_t> && kVoxels % 4 == 0) {
+      uint32_t words[kVoxels / 4];
+      memcpy(words, &values, sizeof words);
+      int bytes[kVoxels];
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) bytes[k] = byte_of(words[k / 4], k % 4);
+      return checked_labels(v, bytes, labels, bad);
+    } else {
+      return checked_labels(v, values.values, labels, bad);
+    }
+  }
+
+  // The same by way of shared memory: expect, where `whole`, begins to bring what take then finds there after
+  // wait_for_copies. slots: [16-byte pieces][threads of a block], or what is less.
+  __device__ __forceinline__ void expect(int64_t voxel, unsigned char* slots) const {
+    with_label_type(v.target.type, [&](auto element) {
+      using L = decltype(element);
+      const L* from = static_cast<const L*>(v.target.data) + start + voxel;
+#pragma unroll
+      for (int i = 0; i < kPieces<L>; ++i) {
+        begin_copy<kPieceBytes<L>>(slot<L>(slots, i), from + i * (kVoxels / kPieces<L>));
+      }
+    });
+  }
+  __device__ __forceinline__ bool take(unsigned char* slots, int (&labels)[kVoxels], bool& bad) const {
+    return with_label_type(v.target.type, [&](auto element) {
+      using L = decltype(element);
+      constexpr int kOfPiece = kVoxels / kPieces<L>;
+      Packed<L, kVoxels> values;
+#pragma unroll
+      for (int i = 0; i < kPieces<L>; ++i) {
+        const auto piece = load_packed<L, kOfPiece>(reinterpret_cast<const L*>(slot<L>(slots, i)));
+        memcpy(&values.values[i * kOfPiece], &piece, sizeof piece);
+      }
+      return of_values(values, labels, bad);
+    });
+  }
+
+ private:
+  template <typename L>
+  static constexpr int kPieceBytes = sizeof(L) * kVoxels < 16 ? static_cast<int>(sizeof(L)) * kVoxels : 16;
+  template <typename L>
+  static constexpr int kPieces = static_cast<int>(sizeof(L)) * kVoxels / kPieceBytes<L>;
+  template <typename L>
+  static __device__ __forceinline__ unsigned char* slot(unsigned char* slots, int piece) {
+    return slots + (piece * Plan::kThreads + static_cast<int>(threadIdx.x)) * kPieceBytes<L>;
   }
 };
 

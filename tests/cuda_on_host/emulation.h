@@ -50,13 +50,20 @@ constexpr size_t kStackBytes = 128 << 10;
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   unsigned index = 0;
   State state = State::kReady;
-  int line = 0;     // of the barrier
-  int barrier = 0;  // its number, and how many threads it is for
+  std::vector<Copy> copies;  // begun and not waited for
+  int line = 0;              // of the barrier
+  int barrier = 0;           // its number, and how many threads it is for
   size_t expected = 0;
   unsigned mask = 0;        // of the warp operation
   unsigned operations = 0;  // warp operations so far: lanes that meet must have the same number
@@ -110,6 +117,15 @@ inline void barrier(int line, int number = 0, size_t threads = 0) {
   self->barrier = number;
   self->expected = threads > 0 ? threads : current_block()->threads.size();
   wait_as(State::kAtBarrier);
+}
+
+// What is copied is there when it is waited for, and not before.
+inline void begin_copy(void* to, const void* from, size_t bytes) {
+  current_thread()->copies.push_back({to, from, bytes});
+}
+inline void wait_for_copies() {
+  for (const Copy& copy : current_thread()->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  current_thread()->copies.clear();
 }
 
 // Every lane of the mask gives a value and gets the one of lane `source`.
@@ -200,6 +216,7 @@ inline void run_block(Block& block, std::mt19937* random) {
     t.state = State::kReady;
     t.operations = 0;
     t.delay = 0;
+    t.copies.clear();
     if (t.stack == nullptr) t.stack.reset(new char[kStackBytes]);
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
