@@ -95,10 +95,11 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
         dtype, size = TYPES[kernel["type"]]
         classes, ce, squared = int(kernel["classes"]), kernel["ce"] == "1", kernel["squared"] == "1"
         split = kernel["kernel"].startswith("split")
-        # As kVoxelsOf and split_pack in csrc/cuda/kernels.h.
-        whole = classes <= 8 if split else 16 // size * classes <= (16 if ce else 32)
-        voxels = 16 // size if whole or (size == 4 and split) else 8 // size
-        labels = r"(@!?P\d )?LDG\.E(\.CONSTANT)? " if voxels == 4 else r"(@!?P\d )?LDG\.E\.64(\.CONSTANT)? "
+        # As kVoxelsOf, kSplitVoxels and kAhead in csrc/cuda/kernels.h.
+        voxels = 4 if split else 16 // size if 16 // size * classes <= (16 if ce else 32) else 8 // size
+        ahead = split and (size == 2 or "count" in kernel["kernel"])
+        load = "LDGSTS" if ahead else "LDG"
+        labels = rf"(@!?P\d )?{load}\.E(\.CONSTANT)? " if voxels == 4 else r"(@!?P\d )?LDG\.E\.64(\.CONSTANT)? "
         stores = [r"(@!?P\d )?STG\.E\.EF\.(128|64) "] if "gradient" in kernel["kernel"] else []
         way = shortest_way(instructions, [labels, *stores])
         if way is not None:

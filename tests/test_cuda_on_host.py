@@ -49,7 +49,7 @@ def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path):
     build_on_host(ROOT / "csrc" / "cuda", tmp_path / "sanitized.so", *flags)
     libraries = [run(["g++", f"-print-file-name=lib{n}.so"]).stdout.strip() for n in ("asan", "ubsan")]
     environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    only = ("-k", "(softmax and float32) or layouts or beyond or nothing or target_dtypes")
+    only = ("-k", "(softmax and float32) or layouts or channels_last or beyond or nothing or target_dtypes")
     assert_passed(run_kernels_of(tmp_path / "sanitized.so", *only, environment=environment), 50)
 
 
@@ -80,7 +80,24 @@ PLANTED = {
         "tp(int c) const { return mine[(c + 1)",
         "tp(int c) const { return mine[c",
     ),
-    "the first half of a pack is taken twice": ("split.cuh", "z[j].values[first + k];", "z[j].values[0 * first + k];"),
+    "what is brought ahead is not waited for": ("split.cuh", "wait_for_copies();", ""),
+    "the next voxels are brought too early": (
+        "split.cuh",
+        "      wait_for_copies();",
+        "      if (next >= 0) expect(v, rows, row, lane, next);\n      wait_for_copies();",
+    ),
+    "a voxel of a pack is taken twice": ("split.cuh", "(k * classes + (j", "(k / 2 * classes + (j"),
+    "a tile is read before it is filled": (
+        "split.cuh",
+        "    synchronise(lane);\n    return all_known;",
+        "    return all_known;",
+    ),
+    "a tile is filled while it is read": (
+        "split.cuh",
+        "void release(const SplitLane& lane) const { synchronise(lane); }",
+        "void release(const SplitLane&) const {}",
+    ),
+    "rows of a tile lie in each other": ("split.cuh", "__umulhi(static_cast<unsigned>(i), inverse)", "0"),
     "a lane is not asked": ("split.cuh", "distance >= lane.slots", "distance > lane.slots"),
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
     "the wrong channel": ("voxels.cuh", "share.sample % v.classes", "0"),
@@ -108,7 +125,11 @@ def test_planted_bugs_are_found(bug, host_build, tmp_path):
     path.write_text(text.replace(right, wrong))
     others = [o for o in objects if "count_pass" not in o.name]
     build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O0", only=("count_pass",), objects=others)
-    tests = ("-x", "-k", "test_softmax and (float32 or float16) or beyond or many_blocks or test_dense")
+    tests = (
+        "-x",
+        "-k",
+        "test_softmax and (float32 or float16) or beyond or many_blocks or test_dense or test_channels",
+    )
     result = run_kernels_of(tmp_path / "bug.so", *tests, environment={"TK_EMULATION_SEED": "3"})
     assert result.returncode == 1, result.stdout[-2000:]
 

@@ -170,6 +170,21 @@ def test_layouts(classes, layout, dtype):
     check(strided, target[: len(strided)])
 
 
+#: Of one lane and of many, some of several tiles a block.
+CHANNELS_LAST = [(5, (8, 8)), (7, (5, 8)), (8, (7, 8)), (14, (20, 24)), (33, (72, 40)), (40, (72, 40)), (73, (8, 9))]
+
+
+@pytest.mark.parametrize("function", [kernel_loss, kernel_ce_loss])
+@pytest.mark.parametrize("dtype", TWO_DTYPES)
+@pytest.mark.parametrize(("classes", "spatial"), CHANNELS_LAST if BACKEND != "triton" else CHANNELS_LAST[1:4:2])
+def test_channels_last(classes, spatial, dtype, function):
+    logits, target = inputs(1, classes, spatial, dtype)
+    last = logits.contiguous(memory_format=torch.channels_last)
+    _, gradient = loss_and_gradient(function, last, target)
+    assert gradient.stride() == last.stride()
+    check(last, target, function=function)
+
+
 @pytest.mark.parametrize("classes", [2, 4, 20])
 @pytest.mark.parametrize("spatial", [(48,), (47,)])
 def test_nothing_beyond_the_tensors_is_touched(classes, spatial):
