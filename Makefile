@@ -109,7 +109,7 @@ gpu-compile: $(addprefix gpu-compile-,$(GPU_SHARES))
 $(addprefix gpu-compile-,$(GPU_SHARES)): gpu-compile-%:
 	mkdir -p $(OUT)
 	OMP_NUM_THREADS=2 timeout -k 5 120 $(PYTHON) -m benchmarks.run --device cuda --set plain --out $(OUT) \
-	  --provider 'ours, triton' --provider 'our Dice + CE, triton' --provider 'lean compiled, gather' \
+	  --provider 'ours, triton' --provider 'our Dice + CE, triton' \
 	  --provider 'lean compiled, mask' --provider 'exacta TverskyLoss' --provider 'exacta DiceCELoss' \
 	  --compile-only $*/$(words $(GPU_SHARES))
 
@@ -121,7 +121,7 @@ GPU_PYTEST = OMP_NUM_THREADS=2 timeout -k 5 $(1) $(PYTHON) -m pytest -q
 # Memory of each tensor's own, or the tool sees what lies beyond a tensor as torch's.
 GPU_SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 TK_GPU_KERNELS=cuda OMP_NUM_THREADS=2 timeout -k 5 100 \
   compute-sanitizer --error-exitcode 9 --tool $(1) $(PYTHON) -m pytest -q -x tests/gpu_kernels \
-  -k 'test_softmax and spatial0 and float32 or test_dense_targets' 2>&1 | tee $(OUT)/sanitizer_$(1).log
+  -k 'test_softmax and spatial0 and float32 or test_dense_targets or test_channels' 2>&1 | tee $(OUT)/sanitizer_$(1).log
 .PHONY: gpu-check gpu-check-built $(addprefix gpu-check-,$(GPU_CHECKS))
 gpu-check: $(addprefix gpu-check-,$(GPU_CHECKS))
 gpu-check-built: $(addprefix gpu-check-,$(filter-out triton,$(GPU_CHECKS)))
@@ -137,7 +137,7 @@ gpu-check-memcheck:
 gpu-check-racecheck:
 	$(call GPU_SANITIZE,racecheck)
 
-# First ours and exacta on all shapes, then all losses on some.
+# First ours and exacta on all shapes, then the other losses on some.
 GPU_BENCHES := core peers dice-ce variants head step growth
 GPU_RUN = timeout -k 5 $(1) $(PYTHON) -m benchmarks.$(2) --device cuda --out $(OUT)
 .PHONY: gpu-bench gpu-report $(addprefix gpu-bench-,$(GPU_BENCHES))
@@ -146,17 +146,21 @@ gpu-bench-core:
 	$(call GPU_RUN,75,run) --set core --repeats 7 --provider ours --provider 'ours, in place' \
 	  --provider 'exacta TverskyLoss'
 gpu-bench-peers:
-	$(call GPU_RUN,80,run) --set plain --repeats 5
+	$(call GPU_RUN,65,run) --set plain --repeats 5 \
+	  --provider ours --provider 'ours, in place' --provider 'ours, triton' --provider 'lean compiled, mask' \
+	  --provider 'lean eager, mask' --provider 'MONAI TverskyLoss' --provider 'MONAI DiceLoss'
 gpu-bench-dice-ce:
-	$(call GPU_RUN,40,run) --set plain --task dice_ce --repeats 5
+	$(call GPU_RUN,35,run) --set plain --task dice_ce --repeats 5 \
+	  --provider 'our Dice + CE' --provider 'our Dice + CE, in place' --provider 'our Dice + CE, triton' \
+	  --provider 'MONAI DiceCELoss' --provider 'nnU-Net DC_and_CE_loss' --provider 'exacta DiceCELoss'
 gpu-bench-variants:
 	$(call GPU_RUN,35,variants) --repeats 7
 gpu-bench-head:
-	$(call GPU_RUN,20,head) --dtype bfloat16
+	$(call GPU_RUN,30,head) --dtype bfloat16
 gpu-bench-step:
-	$(call GPU_RUN,20,training_step) --network 'demo FCN'
+	$(call GPU_RUN,25,training_step) --network 'demo FCN' --classes 14
 gpu-bench-growth:
-	$(call GPU_RUN,20,growth) --no-memory --provider ours --provider 'MONAI TverskyLoss'
+	$(call GPU_RUN,25,growth) --no-memory --provider ours --provider 'MONAI TverskyLoss'
 # What was found, last: pictures, the tests' last lines, a line for each shape.
 gpu-report:
 	-$(PYTHON) -m benchmarks.plot --device cuda --results $(OUT)

@@ -111,10 +111,12 @@ def draw_growth(folder: pathlib.Path, device: str) -> pathlib.Path:
     return path
 
 
-def draw_training_step(folder: pathlib.Path, device: str) -> pathlib.Path:
+def draw_training_step(folder: pathlib.Path, device: str) -> pathlib.Path | None:
     rows = pd.read_csv(folder / "training_step.csv")
     rows = rows[(rows["status"] == "ok") & (rows["device"] == device)]
     rows = newest(rows, ["measured", "network", "classes", "loss"])
+    if rows.empty:
+        return None
     shares, patches = rows[rows["measured"] == "shares"].copy(), rows[rows["measured"] == "largest patch"].copy()
     shares["group"] = shares["network"] + ", C = " + shares["classes"].astype(int).astype(str)
     shares["percent_time"], shares["percent_peak"] = 100 * shares["share_of_time"], 100 * shares["share_of_peak"]
@@ -148,10 +150,9 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("benchmarks/results"), metavar="DIR")
     arguments = parser.parse_args()
     for draw, needed in ((draw_growth, "growth.csv"), (draw_training_step, "training_step.csv")):
-        if (arguments.results / needed).exists():
-            print(draw(arguments.results, arguments.device))
-        else:
-            print(f"{arguments.results / needed} is not there: run python -m benchmarks.{needed.removesuffix('.csv')}")
+        path = draw(arguments.results, arguments.device) if (arguments.results / needed).exists() else None
+        program = f"python -m benchmarks.{needed.removesuffix('.csv')}"
+        print(path or f"{arguments.results / needed} has nothing of {arguments.device}: run {program}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import pytest
 import torch
@@ -29,6 +30,39 @@ def test_auto_takes_the_kernels_and_falls_back_for_what_they_lack():
     assert _backends.choose("auto", cpu, None) == "cpu"
     assert _backends.choose("auto", cpu, "dense targets") == "reference"
     assert _backends.choose("auto", torch.device("meta"), None) == "reference"
+
+
+def test_auto_takes_the_faster_one_on_a_gpu(monkeypatch):
+    missing = set()
+    monkeypatch.setattr(_backends, "_available", lambda name: name not in missing or "not here")
+    gpu = torch.device("cuda")
+    assert _backends.choose("auto", gpu, None) == "cuda"
+    assert _backends.choose("auto", gpu, None, triton_first=True) == "triton"
+    missing.add("triton")
+    assert _backends.choose("auto", gpu, None, triton_first=True) == "cuda"
+    missing.add("cuda")
+    assert _backends.choose("auto", gpu, None) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"is_cuda": False}, False),
+        ({"dtype": torch.float64}, False),
+        ({"numel": lambda: 2**24 - 1}, False),
+        ({"label_smoothing": 0.0}, False),
+        ({"ce_weight": 0.0}, False),
+        ({"activation": "sigmoid"}, False),
+        ({"dense": True}, False),
+    ],
+    ids=str,
+)
+def test_triton_is_taken_for_label_smoothing_of_many_logits(changes, expected):
+    facts = {"is_cuda": True, "dtype": torch.bfloat16, "numel": lambda: 2**24, "label_smoothing": 0.1}
+    facts |= {"ce_weight": 1.0, "activation": "softmax", "dense": False, **changes}
+    case = types.SimpleNamespace(**facts)
+    assert _backends.faster_by_triton(case, case, facts["dense"]) is expected
 
 
 def test_a_named_backend_never_falls_back():

@@ -71,17 +71,29 @@ def test_kernels_stay_in_registers_on_a_newer_card(tmp_path):
 
 def test_fast_paths_read_and_write_16_bytes_at_once(tmp_path):
     text = "".join(path.read_text() for path in portable_code(tmp_path))
-    for kernel, stores in (
-        ("20gradient_pass_kernelIfLi4ELb0ELb0ELb[01]E", 4),  # four classes in registers, in either layout
-        ("26split_gradient_pass_kernelIfLi8ELb0E", 8),  # many, eight in the registers of each lane
-        ("26split_gradient_pass_kernelIN3c108BFloat16ELi8ELb0E", 8),
-        ("26tiled_gradient_pass_kernelIfL\\w*ActivationE0ELb0E", 1),  # any number through shared memory
-    ):
+
+    def bodies_of(kernel):
         bodies = re.findall(rf"\.entry \w*{kernel}\w*\((.*?)\n}}", text, re.S)
         assert bodies, kernel
+        return bodies
+
+    for kernel, stores in (
+        ("20gradient_pass_kernelIfLi4ELb0ELb0ELb[01]E", 4),  # four classes in registers, in either layout
+        ("26split_gradient_pass_kernelIfLi8ELb0ELb[01]ELb0E", 8),  # many, eight in the registers of each lane
+        ("26split_gradient_pass_kernelI\\w*Li8ELb0ELb0ELb1E", 4),  # the same, channels_last
+        ("26tiled_gradient_pass_kernelIfL\\w*ActivationE0ELb0E", 1),  # any number through shared memory
+    ):
+        bodies = bodies_of(kernel)
         for body in bodies:
             assert len(re.findall(r"ld\.global\.(?:nc\.)?v4\.(?:f32|b32|u32)", body)) >= max(4, stores)
             assert len(re.findall(r"st\.global\.cs\.v4\.(?:f32|b32|u32)", body)) >= stores
+    # Four voxels of each class, brought ahead: once before the loop and once in it.
+    for kernel, copies in (
+        ("23split_count_pass_kernelIfLi8ELb0ELb[01]ELb0E", r"cp\.async\.cg\.shared\.global \[%\w+\], \[%\w+\], 16"),
+        ("26split_gradient_pass_kernelIN3c108BFloat16ELi8ELb0ELb[01]ELb0E", r"cp\.async\.ca\.shared.*, 8;"),
+    ):
+        for body in bodies_of(kernel):
+            assert len(re.findall(copies, body)) >= 2 * 8
 
 
 def test_instructions_that_bytes_leave_time_for():
@@ -93,6 +105,8 @@ def test_instructions_that_bytes_leave_time_for():
     for (kernel, dtype, classes, ce, squared), a_logit in found.items():
         bytes_moved = (4 if dtype == "float32" else 2) * (2 if "gradient" in kernel else 1)
         most = 39 / 4 * bytes_moved * (1.35 if ce else 1.0) * (1.25 if squared else 1.0)
+        if kernel.startswith("split") and classes < 7:  # a voxel's own instructions are divided by fewer classes
+            most *= 1.15
         assert a_logit <= most, (kernel, dtype, classes, ce, squared, a_logit)
 
 

@@ -12,6 +12,9 @@ NAMES = ("cpu", "cuda", "triton", "reference")
 VARIABLE = "TVERSKY_KERNELS_BACKEND"
 #: What "auto" tries first, read once: os.environ raises and catches two exceptions for a variable that is not set.
 PREFERRED = os.environ.get(VARIABLE) or None
+#: Logits from which on "auto" takes triton where its kernels are the faster ones: below it a call's time on the host,
+#: four times cuda's, is more than what they save.
+MANY_LOGITS = 2**24
 
 
 def available_backends() -> dict[str, bool | str]:
@@ -58,10 +61,27 @@ def _obstacle(backend: str, device: torch.device, unsupported: str | None) -> st
     return None
 
 
-def choose(backend: str, device: torch.device, unsupported: str | None) -> str:
+def faster_by_triton(logits: torch.Tensor, options, dense: bool) -> bool:
+    """Whether, of the two on a GPU, triton was measured to be the faster one for this case (docs/performance.md).
+
+    Label smoothing of class indices: cuda takes its kernels for any target there, and 1.9 to 3.6 times as long.
+    """
+    return bool(
+        logits.is_cuda
+        and options.label_smoothing
+        and options.ce_weight
+        and not dense
+        and options.activation == "softmax"
+        and logits.dtype != torch.float64
+        and logits.numel() >= MANY_LOGITS
+    )
+
+
+def choose(backend: str, device: torch.device, unsupported: str | None, triton_first: bool = False) -> str:
     """The backend to run: the one that is named, or for "auto" the first that can.
 
     ``unsupported`` says which of the arguments only the reference computes; None where there is none.
+    ``triton_first``: of :func:`faster_by_triton`.
     TVERSKY_KERNELS_BACKEND, when the package is imported, names one that "auto" tries first.
     """
     if backend == "auto":
@@ -70,7 +90,7 @@ def choose(backend: str, device: torch.device, unsupported: str | None) -> str:
                 raise ValueError(f"{VARIABLE}: expected auto or one of {', '.join(NAMES)}, got {PREFERRED!r}")
             if _obstacle(PREFERRED, device, unsupported) is None:
                 return PREFERRED
-        for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        for name in ("cpu",) if device.type == "cpu" else ("triton", "cuda") if triton_first else ("cuda", "triton"):
             if _obstacle(name, device, unsupported) is None:
                 return name
         return "reference"

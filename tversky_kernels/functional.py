@@ -44,7 +44,8 @@ def _on_backend(logits, checked, function, how, check_target, inplace_backward, 
         raise TypeError(f"inplace_backward: expected True or False, got {inplace_backward!r}")
     differentiable_target = volumes.target.requires_grad and torch.is_grad_enabled()
     unsupported = "the gradient of a target" if differentiable_target else None
-    chosen = _backends.choose(backend, logits.device, unsupported)
+    triton_first = _backends.faster_by_triton(logits, plan.options, volumes.dense)
+    chosen = _backends.choose(backend, logits.device, unsupported, triton_first)
     if chosen == "reference":
         return None
     compiling = torch.compiler.is_compiling()

@@ -268,14 +268,15 @@ void allow_shared_bytes([[maybe_unused]] Kernel kernel, int bytes) {
 }
 
 // Begins to copy 4, 8 or 16 bytes from global to shared memory, where both are aligned so; for the calling thread they
-// are there after wait_for_copies.
-template <int kBytes>
+// are there after wait_for_copies. kShared: other threads copy the same, so that it is to stay in the L1 cache, as
+// smaller ones always do.
+template <int kBytes, bool kShared>
 __device__ __forceinline__ void begin_copy(void* shared, const void* global) {
 #if defined(TK_CUDA_ON_HOST)
   emulation::begin_copy(shared, global, kBytes);
 #else
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  if constexpr (kBytes == 16) {
+  if constexpr (kBytes == 16 && !kShared) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(global) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" : : "r"(to), "l"(global), "n"(kBytes) : "memory");

@@ -232,7 +232,7 @@ struct PackInRegisters {
     if constexpr (kAhead) {
       const int64_t inside = at < v.voxels ? at : 0;
       for_each_row<kClasses>(v, rows, lane, inside, [&](int j, const T* row) {
-        begin_copy<static_cast<int>(sizeof(T)) * kSplitVoxels>(slot(j), row);
+        begin_copy<static_cast<int>(sizeof(T)) * kSplitVoxels, false>(slot(j), row);
       });
       if (labels.whole) labels.expect(inside, label_slots());
     }

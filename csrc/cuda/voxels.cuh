@@ -270,7 +270,7 @@ struct LabelRow {
       const L* from = static_cast<const L*>(v.target.data) + start + voxel;
 #pragma unroll
       for (int i = 0; i < kPieces<L>; ++i) {
-        begin_copy<kPieceBytes<L>>(slot<L>(slots, i), from + i * (kVoxels / kPieces<L>));
+        begin_copy<kPieceBytes<L>, true>(slot<L>(slots, i), from + i * (kVoxels / kPieces<L>));
       }
     });
   }
