@@ -93,13 +93,15 @@ def draw_growth(folder: pathlib.Path, device: str) -> pathlib.Path:
     curves(memory, by_class, "value", "both_allocator_mib")
     memory.set(xlabel="classes (64³ voxels)", ylabel="MiB beyond the inputs", title="Memory against classes")
     memory.set_yscale("symlog", linthresh=1)
+    memory.set_visible(bool(by_class["both_allocator_mib"].notna().any()))  # --no-memory
     core = pd.read_csv(folder / f"{device}.csv")
     cases = [c.name for c in plain(device)]
     core = core[(core["task"] == "tversky") & core["case"].isin(cases)]
     core = of_one_run(core.dropna(subset=["times_floor"]))
     names = [n for n in COLOURS if n in set(core["provider"])]
     bars(floor, core, cases, "case", names, "provider", "times_floor")
-    floor.set_yticklabels([c.split(",")[0] for c in cases], fontsize=8)
+    floor.set_yticklabels([c.removesuffix(f",uint8,{device}") for c in cases], fontsize=8)
+    floor.legend(fontsize=8, loc="lower right")
     floor.set_xscale("log")
     floor.set_xlim(left=1)
     floor.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100), [str(t) for t in ticks])
