@@ -50,7 +50,7 @@ def test_auto_takes_the_faster_one_on_a_gpu(monkeypatch):
         ({}, True),
         ({"is_cuda": False}, False),
         ({"dtype": torch.float64}, False),
-        ({"numel": lambda: 2**24 - 1}, False),
+        ({"logits": 2**24 - 1}, False),
         ({"label_smoothing": 0.0}, False),
         ({"ce_weight": 0.0}, False),
         ({"activation": "sigmoid"}, False),
@@ -59,9 +59,9 @@ def test_auto_takes_the_faster_one_on_a_gpu(monkeypatch):
     ids=str,
 )
 def test_triton_is_taken_for_label_smoothing_of_many_logits(changes, expected):
-    facts = {"is_cuda": True, "dtype": torch.bfloat16, "numel": lambda: 2**24, "label_smoothing": 0.1}
+    facts = {"is_cuda": True, "dtype": torch.bfloat16, "logits": 2**24, "label_smoothing": 0.1}
     facts |= {"ce_weight": 1.0, "activation": "softmax", "dense": False, **changes}
-    case = types.SimpleNamespace(**facts)
+    case = types.SimpleNamespace(numel=lambda: facts["logits"], **facts)
     assert _backends.faster_by_triton(case, case, facts["dense"]) is expected
 
 
