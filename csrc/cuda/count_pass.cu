@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
                             const SplitShape shape) {
   using A = Compute<T>;
-  // Registers are few in the last case.
+  // Registers are few in tiles of nine classes a lane.
   constexpr int kVoxels = kInterleaved && kCrossEntropy && kClasses > 8 ? kSplitVoxels / 2 : kSplitVoxels;
   constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;

@@ -137,7 +137,7 @@ template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInt
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
-  constexpr int kVoxels = kInterleaved ? kSplitVoxels / 2 : kSplitVoxels;  // registers are few there
+  constexpr int kVoxels = kInterleaved ? kSplitVoxels / 2 : kSplitVoxels;  // registers are few in tiles
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
   const SplitLane lane(shape, classes);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       Packed<T, kVoxels> z[kClasses];
       A weights[kVoxels];
       weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, weights, bad);
-      if (kInterleaved) take_background();  // as above
+      if (kInterleaved) take_background();  // from shared memory again, as registers are few
       A others[kClasses][kVoxels], totals[3 * kVoxels], below_top[kVoxels];
       SoftmaxSums<A> sums[kVoxels];
       softmax_of_split<false>(z, labels, lane, others, sums, below_top);
