@@ -92,12 +92,7 @@ PLANTED = {
         "    synchronise(lane);\n    return all_known;",
         "    return all_known;",
     ),
-    "a tile is filled while it is read": (
-        "split.cuh",
-        "void release(const SplitLane& lane) const { synchronise(lane); }",
-        "void release(const SplitLane&) const {}",
-    ),
-    "rows of a tile lie in each other": ("split.cuh", "__umulhi(static_cast<unsigned>(i), inverse)", "0"),
+    "rows of a tile lie in each other": ("split.cuh", "classes % 2 == 0 ?", "classes % 3 == 0 ?"),
     "a lane is not asked": ("split.cuh", "distance >= lane.slots", "distance > lane.slots"),
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
     "the wrong channel": ("voxels.cuh", "share.sample % v.classes", "0"),
@@ -107,7 +102,11 @@ PLANTED = {
         "max_over_lanes<kTops>(top, lane)",
         "max_over_lanes<kSums>(top, lane)",
     ),
-    "warps that share voxels do not wait": ("split.cuh", "synchronise_warps(1", "if (warp < 0) synchronise_warps(1"),
+    "warps that share voxels do not wait": (
+        "split.cuh",
+        "synchronise_warps(1 + (",
+        "if (warp < 0) synchronise_warps(1 + (",
+    ),
     "a warp is not asked": ("split.cuh", "if (warps > 2) {", "if (warps > 4) {"),
     "a class too many": ("split.cuh", "j < kClasses - 2 || j < own", "j < kClasses"),
 }
