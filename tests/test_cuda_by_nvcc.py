@@ -15,6 +15,8 @@ from tversky_kernels import _ops
 KERNELS = 300
 #: Two blocks of 256 threads a multiprocessor, and more.
 MOST_REGISTERS = 128
+#: The one that spills: channels_last, float32, nine classes a lane. With eight it would not, and take 1.6 times as long.
+SPILLING, MOST_SPILLED = "split_count_pass_kernelIfLi9E", 64
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="this build of the package has no CUDA code")
 
@@ -52,7 +54,7 @@ def test_kernels_stay_in_registers(arch):
         pytest.skip(f"this build of the package has no code for sm_{arch}")
     assert len(kernels) > KERNELS
     for name, (registers, local) in kernels.items():
-        assert local == 0, (name, local)
+        assert local <= (MOST_SPILLED if SPILLING in name and "ELb0ELb1E" in name else 0), (name, local)
         assert registers <= MOST_REGISTERS, (name, registers)
 
 
@@ -64,7 +66,8 @@ def test_kernels_stay_in_registers_on_a_newer_card(tmp_path):
         assert result.returncode == 0, result.stderr
         for report in re.split(r"Compiling entry function ", result.stderr)[1:]:
             kernels += 1
-            assert re.search(r"0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report), report
+            local = int(re.search(r"(\d+) bytes stack frame", report)[1])
+            assert local <= (MOST_SPILLED if SPILLING in report and "ELb0ELb1E" in report else 0), report
             assert int(re.search(r"Used (\d+) registers", report)[1]) <= MOST_REGISTERS, report
     assert kernels > KERNELS
 
