@@ -15,7 +15,7 @@ from tversky_kernels import _ops
 KERNELS = 300
 #: Two blocks of 256 threads a multiprocessor, and more.
 MOST_REGISTERS = 128
-#: The one that spills: channels_last, float32, nine classes a lane. With eight it would not, and take 1.6 times as long.
+#: That spills: channels_last, float32, nine classes a lane. With eight it would not, but takes 1.6 times as long.
 SPILLING, MOST_SPILLED = "split_count_pass_kernelIfLi9E", 64
 
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="this build of the package has no CUDA code")
