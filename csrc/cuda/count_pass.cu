@@ -193,8 +193,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
                             const SplitShape shape) {
   using A = Compute<T>;
-  // Registers are few in tiles of nine classes a lane.
-  constexpr int kVoxels = kInterleaved && kCrossEntropy && kClasses > 8 ? kSplitVoxels / 2 : kSplitVoxels;
+  constexpr int kVoxels = kSplitVoxels;
   constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
@@ -204,49 +203,45 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
-  const LabelRow<Reads::kSameSize, kSplitVoxels> target_row(v, share.sample * v.target.sample_stride);
+  const LabelRow<Reads::kSameSize, kVoxels> target_row(v, share.sample * v.target.sample_stride);
   A fp[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
   unsigned char* const tiles = reinterpret_cast<unsigned char*>(of_sums + label_sum_values<kCrossEntropy>(kClasses));
   PackOf<T, kClasses, kInterleaved, kAhead<T, false>> pack(tiles, v, lane);
   const auto expect = [&](int64_t at) { pack.expect(v, rows, target_row, lane, at); };
   for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
-    int labels_of_pack[kSplitVoxels];
-    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels_of_pack, bad);
+    int labels[kVoxels];
+    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels, bad);
+    Packed<T, kVoxels> z[kClasses];
+    A weights[kVoxels];
+    weighed_part<Reads::kSameSize>(v, lane, share.sample, at, 0, pack, labels, all_known, z, weights, bad);
+    pack.release(lane);
+    A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
+    SoftmaxSums<A> sums[kVoxels];
+    softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
 #pragma unroll
-    for (int first = 0; first < kSplitVoxels; first += kVoxels) {
-      int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
-      Packed<T, kVoxels> z[kClasses];
-      A weights[kVoxels];
-      weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, weights, bad);
-      if (first + kVoxels == kSplitVoxels) pack.release(lane);
-      A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
-      SoftmaxSums<A> sums[kVoxels];
-      softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
+    for (int k = 0; k < kVoxels; ++k) {
+      totals[k] = sums[k].others;
+      totals[kVoxels + k] = sums[k].target;
+    }
+    sum_over_lanes<kSums, kVoxels>(totals, lane);
 #pragma unroll
-      for (int k = 0; k < kVoxels; ++k) {
-        totals[k] = sums[k].others;
-        totals[kVoxels + k] = sums[k].target;
+    for (int k = 0; k < kVoxels; ++k) {
+      sums[k] = {totals[kVoxels + k], totals[k]};
+      const A weight = weights[k], inverse = reciprocal(sums[k].target + sums[k].others), weighted = weight * inverse;
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        fp[j] += kSquared ? (others[j][k] * inverse) * (others[j][k] * weighted) : others[j][k] * weighted;
       }
-      sum_over_lanes<kSums, kVoxels>(totals, lane);
-#pragma unroll
-      for (int k = 0; k < kVoxels; ++k) {
-        sums[k] = {totals[kVoxels + k], totals[k]};
-        const A weight = weights[k], inverse = reciprocal(sums[k].target + sums[k].others), weighted = weight * inverse;
-#pragma unroll
-        for (int j = 0; j < kClasses; ++j) {
-          fp[j] += kSquared ? (others[j][k] * inverse) * (others[j][k] * weighted) : others[j][k] * weighted;
-        }
-        if (kCrossEntropy && !kSquared) weight_sum += weight;
-        A missed = sums[k].others * weighted, ce = A(0);
-        if (kSquared) missed *= sums[k].others * inverse;
-        if (kCrossEntropy) {
-          const A term = below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]));
-          ce = with_focal_factor(v, sums[k].others * inverse, term) * weight;
-        }
-        of_label.template add<kSquared>(recomputed(lane.index_of(labels[k])), sums[k].target * weighted, missed, ce,
-                                        weight);
+      if (kCrossEntropy && !kSquared) weight_sum += weight;
+      A missed = sums[k].others * weighted, ce = A(0);
+      if (kSquared) missed *= sums[k].others * inverse;
+      if (kCrossEntropy) {
+        const A term = below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]));
+        ce = with_focal_factor(v, sums[k].others * inverse, term) * weight;
       }
+      of_label.template add<kSquared>(recomputed(lane.index_of(labels[k])), sums[k].target * weighted, missed, ce,
+                                      weight);
     }
   });
 

@@ -174,14 +174,14 @@ constexpr int label_sum_values(int classes) {
 }
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
-// kSquared: one lane for three and four classes too, which without squares have kernels of their own; and fewer
-// numbers, for they are rare and every kernel is compiled.
-template <bool kSquared, typename F>
+// kSquared: one lane for three and four classes too, which without squares have kernels of their own. These and
+// kInterleaved have fewer numbers, for they are rarer and every kernel is compiled.
+template <bool kSquared, bool kInterleaved, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
   if constexpr (kSquared) {
     if (classes <= 4) return f(std::integral_constant<int, 4>{});
   }
-  if constexpr (!kSquared) {
+  if constexpr (!kSquared && !kInterleaved) {
     if (classes <= lanes * 5) return f(std::integral_constant<int, 5>{});
   }
   if (classes <= lanes * 6) return f(std::integral_constant<int, 6>{});
@@ -190,14 +190,6 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   }
   if (classes <= lanes * kMostOfLaneSquared) return f(std::integral_constant<int, kMostOfLaneSquared>{});
   if constexpr (!kSquared) return f(std::integral_constant<int, kMostOfLane>{});
-}
-// The same where the classes of a voxel lie side by side: fewer numbers, as above.
-template <typename F>
-void with_interleaved_classes(int64_t classes, int lanes, F&& f) {
-  if (classes <= lanes * 6) return f(std::integral_constant<int, 6>{});
-  if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{});
-  if (classes <= lanes * 8) return f(std::integral_constant<int, 8>{});
-  return f(std::integral_constant<int, kMostOfLane>{});
 }
 template <typename F>
 void with_general_split_classes(int64_t classes, F&& f) {
@@ -216,6 +208,21 @@ void with_bool(bool value, F&& f) {
   } else {
     f(std::false_type{});
   }
+}
+
+// Calls f(classes, squared, interleaved), constants, for a plan that splits the classes of a voxel and whose target is
+// a label.
+template <typename F>
+void with_split_labels(const Volume& v, const Plan& plan, F&& f) {
+  with_bool(v.overlap == OverlapForm::kSquared, [&](auto squared) {
+    with_bool(plan.interleaved, [&](auto interleaved) {
+      constexpr bool kSquared = decltype(squared)::value, kInterleaved = decltype(interleaved)::value;
+      if constexpr (!(kSquared && kInterleaved)) {  // for which there is no plan
+        with_split_classes<kSquared, kInterleaved>(v.classes, plan.lanes,
+                                                   [&](auto classes) { f(classes, squared, interleaved); });
+      }
+    });
+  });
 }
 
 // Calls f with the activation as a constant.
@@ -243,16 +250,10 @@ void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
             with_general_split_classes(v.classes, [&](auto classes) {
               launcher.template general_split<T, decltype(classes)::value, kCrossEntropy>();
             });
-          } else if (plan.interleaved) {
-            with_interleaved_classes(v.classes, plan.lanes, [&](auto classes) {
-              launcher.template split<T, decltype(classes)::value, kCrossEntropy, false, true>();
-            });
           } else {
-            with_bool(v.overlap == OverlapForm::kSquared, [&](auto squared) {
-              constexpr bool kSquared = decltype(squared)::value;
-              with_split_classes<kSquared>(v.classes, plan.lanes, [&](auto classes) {
-                launcher.template split<T, decltype(classes)::value, kCrossEntropy, kSquared, false>();
-              });
+            with_split_labels(v, plan, [&](auto classes, auto squared, auto interleaved) {
+              launcher.template split<T, decltype(classes)::value, kCrossEntropy, decltype(squared)::value,
+                                      decltype(interleaved)::value>();
             });
           }
         }

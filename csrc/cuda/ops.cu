@@ -197,7 +197,7 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     return cross_entropy ? label_sum_values<true>(n) : label_sum_values<false>(n);
   };
   int64_t values = 0;  // of Compute<T>, in shared memory
-  int ahead = 0;       // bytes there for packs that are brought ahead
+  int packs = 0;       // bytes there for tiles or for packs that are brought ahead
   const bool few = classes == 2 || (classes <= kMostInRegisters<T> && !squared);
   const bool lie_side_by_side = aligned_interleaved(v.logits, classes, sizeof(T)) &&
                                 (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
@@ -222,31 +222,25 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     const int n = static_cast<int>(classes);
     values = Plan::kThreads / kWarp * (cross_entropy ? count_values<true, true>(n) : count_values<false, false>(n));
     if (classes > 2) values = std::max<int64_t>(values, label_values(n));
-  } else if (plan.interleaved) {
-    plan.lanes = lanes;
-    with_interleaved_classes(classes, lanes, [&](auto of_lane) { values = label_values(decltype(of_lane)::value); });
   } else {
     plan.lanes = lanes;
-    with_bool(squared, [&](auto is_squared) {
-      with_split_classes<decltype(is_squared)::value>(classes, plan.lanes, [&](auto of_lane) {
-        constexpr int kClasses = decltype(of_lane)::value;
-        values = label_values(kClasses);
-        if (out == nullptr ? kAhead<T, false> : kAhead<T, true>) {
-          ahead =
-              (kClasses * static_cast<int>(sizeof(T)) + bytes_of_label(v.target.type)) * kSplitVoxels * Plan::kThreads;
-        }
-      });
+    with_split_labels(v, plan, [&](auto of_lane, auto, auto interleaved) {
+      constexpr int kClasses = decltype(of_lane)::value;
+      values = label_values(kClasses);
+      // Rows of as many voxels as 16 bytes hold of one class, of an odd number of such bytes; or a pack of each class.
+      if (decltype(interleaved)::value) {
+        const int rows = Plan::kThreads / lanes * kSplitVoxels * static_cast<int>(sizeof(T)) / 16;
+        packs = rows * static_cast<int>(classes | 1) * 16;
+      } else if (out == nullptr ? kAhead<T, false> : kAhead<T, true>) {
+        packs =
+            (kClasses * static_cast<int>(sizeof(T)) + bytes_of_label(v.target.type)) * kSplitVoxels * Plan::kThreads;
+      }
     });
   }
   if (out != nullptr) values = kAllCoefficients * (classes + 1);
   plan.warps = std::max(1, plan.lanes / kMostLanesOfWarp);
   if (plan.warps > 1) values += kExchange;
-  plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>)) + ahead;
-  // The block's tiles: rows of as many voxels as 16 bytes hold of one class, of an odd number of such bytes.
-  if (plan.interleaved) {
-    const int rows = Plan::kThreads / plan.lanes * kSplitVoxels * static_cast<int>(sizeof(T)) / 16;
-    plan.shared_bytes += rows * static_cast<int>(classes | 1) * 16;
-  }
+  plan.shared_bytes = static_cast<int>(values * sizeof(Compute<T>)) + packs;
   return plan.lanes > 0 &&
          ((!plan.split && few_interleaved) || plan.interleaved || can_be_read(v, sizeof(T), plan.voxels));
 }

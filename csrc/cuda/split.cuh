@@ -300,7 +300,6 @@ struct PackInTile {
 
   T* tile;
   int classes;
-  Packed<T, kPiece> pieces[kPieces];
 
   __device__ __forceinline__ PackInTile(unsigned char* memory, const Volume& v, const SplitLane& lane)
       : tile(reinterpret_cast<T*>(memory)), classes(static_cast<int>(v.classes)) {
@@ -311,14 +310,13 @@ struct PackInTile {
   __device__ __forceinline__ bool load(const Volume& v, const T* rows, const Labels& row, const SplitLane& lane,
                                        int64_t at, int64_t, int (&labels)[kSplitVoxels], bool& bad) {
     const T* from = rows + first_of_tile(lane, at) * classes;
-    for_each_piece_of_thread(v, lane, at,
-                             [&](int j, int i, T*) { pieces[j] = load_packed<T, kPiece>(from + i * kPiece); });
+    for_each_piece_of_thread(v, lane, at, [&](int i, T* place) { begin_copy<16, false>(place, from + i * kPiece); });
     const bool all_known = load_split_labels(v, row, at, labels, bad);
-    for_each_piece_of_thread(v, lane, at, [&](int j, int, T* place) { store_shared(place, pieces[j]); });
+    wait_for_copies();
     synchronise(lane);
     return all_known;
   }
-  // After the last take, where nothing is stored: the tile may be filled again.
+  // After the last take, where nothing is put back and stored: the tile may be filled again.
   __device__ __forceinline__ void release(const SplitLane& lane) const { synchronise(lane); }
   template <int kVoxels>
   __device__ __forceinline__ void take(int first_of_part, const SplitLane& lane,
@@ -340,7 +338,7 @@ struct PackInTile {
     const int64_t start = opaque(static_cast<int>(sample)) * out.sample_stride;
     T* to = static_cast<T*>(out.data) + start + first_of_tile(lane, at) * classes;
     for_each_piece_of_thread(
-        v, lane, at, [&](int, int i, const T* place) { store_packed(to + i * kPiece, load_packed<T, kPiece>(place)); });
+        v, lane, at, [&](int i, const T* place) { store_packed(to + i * kPiece, load_packed<T, kPiece>(place)); });
   }
 
  private:
@@ -349,7 +347,7 @@ struct PackInTile {
   __device__ __forceinline__ int64_t first_of_tile(const SplitLane& lane, int64_t at) const {
     return at - lane.slot * kSplitVoxels;
   }
-  // Calls f(j, i, place) for the pieces that a thread brings: number i of the tile, and where it is there.
+  // Calls f(i, place) for the pieces that a thread brings: number i of the tile, and where it is there.
   template <typename F>
   __device__ __forceinline__ void for_each_piece_of_thread(const Volume& v, const SplitLane& lane, int64_t at,
                                                            F&& f) const {
@@ -362,7 +360,7 @@ struct PackInTile {
 #pragma unroll
     for (int j = 0; j < kPieces; ++j) {
       const int i = thread + j * threads;
-      if (i < total) f(j, i, tile + (i + static_cast<int>(__umulhi(static_cast<unsigned>(i), inverse))) * kPiece);
+      if (i < total) f(i, tile + (i + static_cast<int>(__umulhi(static_cast<unsigned>(i), inverse))) * kPiece);
     }
   }
   // Calls f(j, k, place) for the classes of this lane and voxels of its pack, null where there is no such class. All
