@@ -77,21 +77,21 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   bool bad = false;
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
-    Packed<T, kVoxels> z[kClasses];
+    Logits<T, kVoxels> z[kClasses];
     load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);
     int labels[kVoxels];
     A weights[kVoxels];
     if (!load_voxels(v, target_row, share.sample, at, labels, weights, bad)) clear_uncounted(z, labels);
     A tops[kVoxels];
     if (kClasses > 2) largest_of_thread(z, tops);
-    if (kClasses > 2 && !kCrossEntropy) take_off_huge(z, tops);
+    if (kClasses > 2 && !kCrossEntropy && any_huge<T>(tops)) take_off(z, tops);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];
       const int label = labels[k];
       if (kCrossEntropy && !kSquared) counts[kSmoothing * kClasses] += weight;
       if constexpr (kClasses == 2) {
-        const A z0 = static_cast<A>(z[0].values[k]), z1 = static_cast<A>(z[1].values[k]);
+        const A z0 = z[0].at(k), z1 = z[1].at(k);
         const A d = two_class_logit(z0, z1, larger(z0, z1)), to_other = label == 1 ? -d : d;
         Probability<A> p;  // of the label
         A ce = A(0);
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         const A scaled_top = scale_top(top);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          const A x = static_cast<A>(z[c].values[k]);
+          const A x = z[c].at(k);
           if (kCrossEntropy) below_top = label == c ? top - x : below_top;
           const A e = kCrossEntropy ? exponential(x - top) : exponential_below(x, scaled_top);
           others[c] = sums.add(label == c, label != c, e);
@@ -207,18 +207,19 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   A fp[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
   unsigned char* const tiles = reinterpret_cast<unsigned char*>(of_sums + label_sum_values<kCrossEntropy>(kClasses));
-  PackOf<T, kClasses, kInterleaved, kAhead<T, false>> pack(tiles, v, lane);
+  using Pack = PackOf<T, kClasses, kInterleaved, kAhead<T, false>>;
+  Pack pack(tiles, v, lane);
   const auto expect = [&](int64_t at) { pack.expect(v, rows, target_row, lane, at); };
   for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
     int labels[kVoxels];
-    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels, bad);
-    Packed<T, kVoxels> z[kClasses];
-    A weights[kVoxels];
-    weighed_part<Reads::kSameSize>(v, lane, share.sample, at, 0, pack, labels, all_known, z, weights, bad);
+    A of_target[kVoxels], weights[kVoxels];
+    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels, of_target, bad);
+    Logits<T, kVoxels> z[kClasses];
+    weighed_part<Reads::kSameSize>(v, lane, share.sample, at, 0, pack, labels, all_known, z, of_target, weights, bad);
     pack.release(lane);
-    A others[kClasses][kVoxels], totals[2 * kVoxels], below_top[kVoxels];
+    A others[kClasses][kVoxels], totals[2 * kVoxels];
     SoftmaxSums<A> sums[kVoxels];
-    softmax_of_split<kCrossEntropy>(z, labels, lane, others, sums, below_top);
+    softmax_of_split<kCrossEntropy, Pack::kTakesTargets>(z, labels, of_target, lane, others, sums);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       totals[k] = sums[k].others;
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       A missed = sums[k].others * weighted, ce = A(0);
       if (kSquared) missed *= sums[k].others * inverse;
       if (kCrossEntropy) {
-        const A term = below_top[k] + log_one_plus(exponentials_beyond_one(sums[k]));
+        const A term = of_target[k] + log_one_plus(exponentials_beyond_one(sums[k]));
         ce = with_focal_factor(v, sums[k].others * inverse, term) * weight;
       }
       of_label.template add<kSquared>(recomputed(lane.index_of(labels[k])), sums[k].target * weighted, missed, ce,
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   GeneralSums<A> counts[kClasses];
   bool bad = false;
   for_each_pack<kOrder>(share, lane, [&](int64_t at) {
-    Packed<T, kVoxels> z[kClasses];
+    Logits<T, kVoxels> z[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
     int labels[kVoxels];
@@ -514,16 +515,16 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
   GeneralSums<A> sums;
   bool bad = false;
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
-    Packed<T, kPack<T>> z[kPacks];
+    Logits<T, kPack<T>> z[kPacks];
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) z[i] = load_packed<T, kPack<T>>(row + at + i * kPack<T>);
+    for (int i = 0; i < kPacks; ++i) z[i] = load_logits<T, kPack<T>>(row + at + i * kPack<T>);
     A g[kVoxels], weights[kVoxels];
     int labels[kVoxels];
     load_channel(v, share.sample, channel, at, g, labels, weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       if (labels[k] == kUncounted) continue;
-      sums.template add_channel<kActivation>(v, static_cast<A>(z[k / kPack<T>].values[k % kPack<T>]), g[k], weights[k]);
+      sums.template add_channel<kActivation>(v, z[k / kPack<T>].at(k % kPack<T>), g[k], weights[k]);
     }
   });
   A values[kAllCounts] = {sums.tp, sums.fp, sums.fn, sums.ce, sums.smoothing, sums.voxels};

@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
-    Packed<T, kVoxels> z[kClasses];
+    Logits<T, kVoxels> z[kClasses];
+    Packed<T, kVoxels> dz[kClasses];
     load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);
     int labels[kVoxels];
     A weights[kVoxels];
@@ -73,14 +74,14 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     A tops[kVoxels];
     if (kClasses > 2) {
       largest_of_thread(z, tops);
-      take_off_huge(z, tops);
+      if (any_huge<T>(tops)) take_off(z, tops);
     }
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
       const int label = labels[k];
       if constexpr (kClasses == 2) {
-        const A z0 = static_cast<A>(z[0].values[k]), z1 = static_cast<A>(z[1].values[k]);
+        const A z0 = z[0].at(k), z1 = z[1].at(k);
         const A d = two_class_logit(z0, z1, larger(z0, z1));
         const A e = exponential(-magnitude(d));
         A difference = label == 1 ? u[1].foreground - u[0].background : u[1].background - u[0].foreground;
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
           const A of_label = squared_slope_of_target(p_other, u[0].background + u[1].background, foreground);
           difference = label == 1 ? of_label : -of_label;
         }
-        A dz = logistic_gradient(e, inverse, difference);
+        A dz_1 = logistic_gradient(e, inverse, difference);
         if constexpr (kCrossEntropy) {
           A slope = label == 1 ? -u[1].ce * p.complement : u[0].ce * p.p;
           if (v.focal_gamma != 0) {
@@ -100,18 +101,18 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
             const Probability<A> right = of_outcome(label == 1, p);
             slope *= focal_slope(right, minus_log_p, static_cast<A>(v.focal_gamma), FocalPower{});
           }
-          dz += slope;
+          dz_1 += slope;
         }
-        dz *= weight;
-        z[0].values[k] = static_cast<T>(-dz);
-        z[1].values[k] = static_cast<T>(dz);
+        dz_1 *= weight;
+        dz[0].values[k] = static_cast<T>(-dz_1);
+        dz[1].values[k] = static_cast<T>(dz_1);
       } else {
         SoftmaxSums<A> sums;
         A others[kClasses], weighted_others = 0;
         const A scaled_top = scale_top(tops[k]);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          others[c] = sums.add(label == c, label != c, exponential_below(static_cast<A>(z[c].values[k]), scaled_top));
+          others[c] = sums.add(label == c, label != c, exponential_below(z[c].at(k), scaled_top));
           weighted_others += others[c] * u[c].background;
         }
         const A inverse = reciprocal(sums.target + sums.others);
@@ -123,12 +124,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         const int target = recomputed(label);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          z[c].values[k] =
+          dz[c].values[k] =
               static_cast<T>(target == c ? gradient.at_target : gradient.other(others[c], u[c].background));
         }
       }
     }
-    store_classes<kInterleaved>(out, a.out.class_stride, at, z);
+    store_classes<kInterleaved>(out, a.out.class_stride, at, dz);
   });
 }
 
@@ -158,21 +159,26 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   if (!kInterleaved) take_background();
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kSplitVoxels> target_row(v, share.sample * v.target.sample_stride);
-  PackOf<T, kClasses, kInterleaved, kAhead<T, true>> pack(tiles, v, lane);
+  using Pack = PackOf<T, kClasses, kInterleaved, kAhead<T, true>>;
+  Pack pack(tiles, v, lane);
   const auto expect = [&](int64_t at) { pack.expect(v, rows, target_row, lane, at); };
   for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
     int labels_of_pack[kSplitVoxels];
-    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels_of_pack, bad);
+    A targets_of_pack[kSplitVoxels];
+    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels_of_pack, targets_of_pack, bad);
 #pragma unroll
     for (int first = 0; first < kSplitVoxels; first += kVoxels) {
       int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
-      Packed<T, kVoxels> z[kClasses];
+      A(&of_target)[kVoxels] = reinterpret_cast<A(&)[kVoxels]>(targets_of_pack[first]);
+      Logits<T, kVoxels> z[kClasses];
+      Packed<T, kVoxels> dz[kClasses];
       A weights[kVoxels];
-      weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, weights, bad);
+      weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, of_target, weights,
+                                     bad);
       if (kInterleaved) take_background();  // from shared memory again, as registers are few
-      A others[kClasses][kVoxels], totals[3 * kVoxels], below_top[kVoxels];
+      A others[kClasses][kVoxels], totals[3 * kVoxels];
       SoftmaxSums<A> sums[kVoxels];
-      softmax_of_split<false>(z, labels, lane, others, sums, below_top);
+      softmax_of_split<false, Pack::kTakesTargets>(z, labels, of_target, lane, others, sums);
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
         totals[k] = sums[k].others;
@@ -203,9 +209,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         for (int j = 0; j < kClasses; ++j) {
           const A slope = slope_of_other<kSquared>(others[j][k] * inverse, u_background[j]);
           const A other = gradient.other(others[j][k], slope);
-          z[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
+          dz[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
         }
-        pack.put(z, k, first, lane);
+        pack.put(dz, k, first, lane);
       }
     }
     pack.store(v, a.out, share.sample, lane, at);
@@ -236,7 +242,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const bool focal = kCrossEntropy && v.focal_gamma != 0;
   for_each_pack<kOrder>(share, lane, [&](int64_t at) {
-    Packed<T, kVoxels> z[kClasses];
+    Logits<T, kVoxels> z[kClasses];
+    Packed<T, kVoxels> dz[kClasses];
     load_split(v, rows, lane, at, z);
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
     int labels[kVoxels];
@@ -270,15 +277,15 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       for (int j = 0; j < kClasses; ++j) {
         const A x = recomputed(below_top[j][k]);
         const Probability<A> p = dense_probability(x, beyond_one[k], inverse);
-        A dz = gradient.overlap(p.p, overlap_slope(p, g[j][k], u[j].background, u[j].foreground, v.overlap));
+        A slope = gradient.overlap(p.p, overlap_slope(p, g[j][k], u[j].background, u[j].foreground, v.overlap));
         if (kCrossEntropy) {
           const A b = cross_entropy_slope(v, u[j], p, g[j][k], x + log_sum);
-          dz += softmax_cross_entropy_gradient(p, b, sums[2 * kVoxels + k]);
+          slope += softmax_cross_entropy_gradient(p, b, sums[2 * kVoxels + k]);
         }
-        z[j].values[k] = static_cast<T>(labels[k] == kUncounted ? A(0) : dz * weights[k]);
+        dz[j].values[k] = static_cast<T>(labels[k] == kUncounted ? A(0) : slope * weights[k]);
       }
     }
-    store_split(v, a.out, share.sample, lane, at, z);
+    store_split(v, a.out, share.sample, lane, at, dz);
   });
 }
 
@@ -461,20 +468,20 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
-    Packed<T, kPack<T>> z[kPacks];
+    Logits<T, kPack<T>> z[kPacks];
+    Packed<T, kPack<T>> dz[kPacks];
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) z[i] = load_packed<T, kPack<T>>(row + at + i * kPack<T>);
+    for (int i = 0; i < kPacks; ++i) z[i] = load_logits<T, kPack<T>>(row + at + i * kPack<T>);
     A g[kVoxels], weights[kVoxels];
     int labels[kVoxels];
     load_channel(v, share.sample, channel, at, g, labels, weights, bad);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
-      const A dz = channel_gradient<kActivation, kCrossEntropy>(
-          v, u, static_cast<A>(z[k / kPack<T>].values[k % kPack<T>]), g[k]);
-      z[k / kPack<T>].values[k % kPack<T>] = static_cast<T>(labels[k] == kUncounted ? A(0) : dz * weights[k]);
+      const A slope = channel_gradient<kActivation, kCrossEntropy>(v, u, z[k / kPack<T>].at(k % kPack<T>), g[k]);
+      dz[k / kPack<T>].values[k % kPack<T>] = static_cast<T>(labels[k] == kUncounted ? A(0) : slope * weights[k]);
     }
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) store_packed(out + at + i * kPack<T>, z[i]);
+    for (int i = 0; i < kPacks; ++i) store_packed(out + at + i * kPack<T>, dz[i]);
   });
 }
 

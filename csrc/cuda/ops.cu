@@ -228,12 +228,13 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
       constexpr int kClasses = decltype(of_lane)::value;
       values = label_values(kClasses);
       // Rows of as many voxels as 16 bytes hold of one class, of an odd number of such bytes; or a pack of each class.
+      // And a place of no class.
       if (decltype(interleaved)::value) {
         const int rows = Plan::kThreads / lanes * kSplitVoxels * static_cast<int>(sizeof(T)) / 16;
-        packs = rows * static_cast<int>(classes | 1) * 16;
+        packs = rows * static_cast<int>(classes | 1) * 16 + Plan::kThreads * static_cast<int>(sizeof(T));
       } else if (out == nullptr ? kAhead<T, false> : kAhead<T, true>) {
-        packs =
-            (kClasses * static_cast<int>(sizeof(T)) + bytes_of_label(v.target.type)) * kSplitVoxels * Plan::kThreads;
+        packs = ((kClasses + 1) * static_cast<int>(sizeof(T)) + bytes_of_label(v.target.type)) * kSplitVoxels *
+                Plan::kThreads;
       }
     });
   }

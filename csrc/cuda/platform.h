@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(TK_CUDA_ON_HOST)
 #include "emulation.h"
@@ -122,6 +123,21 @@ __device__ __forceinline__ uint32_t larger_pair(BFloat16, uint32_t a, uint32_t b
   uint32_t largest;
   asm("max.bf16x2 %0, %1, %2;" : "=r"(largest) : "r"(a), "r"(b));
   return largest;
+#endif
+}
+
+// The first or second of them.
+__device__ __forceinline__ float half_of_pair(Half, uint32_t pair, bool second) {
+  return static_cast<float>(Half(static_cast<unsigned short>(second ? pair >> 16 : pair & 0xffff), Half::from_bits()));
+}
+__device__ __forceinline__ float half_of_pair(BFloat16, uint32_t pair, bool second) {
+  const uint32_t bits = second ? pair & 0xffff0000u : pair << 16;
+#if defined(TK_CUDA_ON_HOST)
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#else
+  return __uint_as_float(bits);
 #endif
 }
 

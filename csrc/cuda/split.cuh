@@ -52,7 +52,10 @@ struct SplitLane {
     return (label & (lanes() - 1)) == first_class ? label >> shape.log_lanes : -1;
   }
   // The lane of this lane's voxels that has the label's class, if one of this warp has.
-  __device__ __forceinline__ int owner(int label) const { return (label & (kWarp / slots - 1)) * slots + slot; }
+  __device__ __forceinline__ int owner(int label) const {
+    const int lanes_of_warp = 1 << (shape.log_lanes - shape.log_warps);  // kWarp / slots without a division
+    return (label & (lanes_of_warp - 1)) * slots + slot;
+  }
 };
 
 // Where warps share voxels: combine(.., ..) of the values of a warp's voxels, the same in all its lanes of a slot, and
@@ -145,22 +148,24 @@ __device__ __forceinline__ void for_each_row(const Volume& v, const T* rows, con
 
 // The logits of a class that a lane does not have.
 template <typename T, int kVoxels>
-__device__ __forceinline__ void fill_without_class(Packed<T, kVoxels>& z) {
+__device__ __forceinline__ void fill_without_class(Logits<T, kVoxels>& z) {
+  T values[kVoxels];
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) z.values[k] = static_cast<T>(-INFINITY);
+  for (int k = 0; k < kVoxels; ++k) values[k] = static_cast<T>(-INFINITY);
+  z = logits_of(values);
 }
 
 // A lane's logits of its voxels from `at` on; -inf where there is no such class. Lanes beyond the last voxel read
 // others.
 template <typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void load_split(const Volume& v, const T* rows, const SplitLane& lane, int64_t at,
-                                           Packed<T, kVoxels> (&z)[kClasses]) {
+                                           Logits<T, kVoxels> (&z)[kClasses]) {
 #pragma unroll
   for (int j = 0; j < kClasses; ++j) {
     if (!lane.has<kClasses>(j)) fill_without_class(z[j]);
   }
   for_each_row<kClasses>(v, rows, lane, at < v.voxels ? at : 0,
-                         [&](int j, const T* row) { z[j] = load_packed<T, kVoxels>(row); });
+                         [&](int j, const T* row) { z[j] = load_logits<T, kVoxels>(row); });
 }
 
 // The gradient of a lane's logits, where load_split found them.
@@ -215,17 +220,45 @@ __device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRo
   return at < v.voxels && row.load(at, labels, bad);
 }
 
+// Takes the logits of the labels that are of this lane's classes, -inf of the others, out of its pack, which has -inf
+// there then: so no class has to ask whether it is the label's. place(j, k): where that of class j and voxel k is; of
+// class -1, a place that is this thread's and has -inf, for a branch would cost more.
+template <typename A, int kVoxels, typename F>
+__device__ __forceinline__ void take_targets(const SplitLane& lane, const int (&labels)[kVoxels],
+                                             A (&of_target)[kVoxels], F&& place) {
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    auto* const z = place(lane.index_of(labels[k]), k);
+    of_target[k] = static_cast<A>(*z);
+    *z = static_cast<std::remove_reference_t<decltype(*z)>>(-INFINITY);
+  }
+  asm volatile("" : : : "memory");  // they are read next in words of another type
+}
+
 // A lane's pack of logits, and its gradient in their place; kVoxels at a time are taken from it and each put back.
 // kAhead: the next pack and its labels are brought to shared memory while a thread works on one, to a place of its own.
+// kTakesTargets: load does as take_targets.
 template <typename T, int kClasses, bool kAhead>
 struct PackInRegisters {
+  using A = Compute<T>;
   using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
+  static constexpr bool kTakesTargets = kAhead;
 
-  T* slots;  // [classes][threads] packs, and Labels' from there on
-  Packed<T, kSplitVoxels> z[kClasses];
+  T* slots;  // [classes + 1][threads] packs, the first of no class; and Labels' from there on
+  Logits<T, kSplitVoxels> z[kClasses];
+  Packed<T, kSplitVoxels> dz[kClasses];
 
-  __device__ __forceinline__ PackInRegisters(unsigned char* memory, const Volume&, const SplitLane&)
-      : slots(reinterpret_cast<T*>(memory)) {}
+  __device__ __forceinline__ PackInRegisters(unsigned char* memory, const Volume&, const SplitLane& lane)
+      : slots(reinterpret_cast<T*>(memory)) {
+    if constexpr (kAhead) {
+      Logits<T, kSplitVoxels> none;
+      fill_without_class(none);
+#pragma unroll
+      for (int j = -1; j < kClasses; ++j) {  // of a class that there is not, once and for all
+        if (j < 0 || !lane.has<kClasses>(j)) memcpy(slot(j), none.elements, sizeof none.elements);
+      }
+    }
+  }
   // Before load: what this will load. Lanes beyond the last voxel read others.
   __device__ __forceinline__ void expect(const Volume& v, const T* rows, const Labels& labels, const SplitLane& lane,
                                          int64_t at) const {
@@ -239,53 +272,47 @@ struct PackInRegisters {
   }
   // next: to be expected then, -1 for none. True: all labels are of classes.
   __device__ __forceinline__ bool load(const Volume& v, const T* rows, const Labels& row, const SplitLane& lane,
-                                       int64_t at, int64_t next, int (&labels)[kSplitVoxels], bool& bad) {
+                                       int64_t at, int64_t next, int (&labels)[kSplitVoxels],
+                                       A (&of_target)[kSplitVoxels], bool& bad) {
     if constexpr (!kAhead) {
       load_split(v, rows, lane, at, z);
       return load_split_labels(v, row, at, labels, bad);
     } else {
       wait_for_copies();
 #pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        if (lane.has<kClasses>(j)) {
-          z[j] = load_packed<T, kSplitVoxels>(slot(j));
-        } else {
-          fill_without_class(z[j]);
-        }
-      }
-#pragma unroll
       for (int k = 0; k < kSplitVoxels; ++k) labels[k] = kUncounted;
       bool all_known = false;
       if (at < v.voxels) all_known = row.whole ? row.take(label_slots(), labels, bad) : row.load(at, labels, bad);
+      take_targets(lane, labels, of_target, [&](int j, int k) { return slot(j) + k; });
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) z[j] = load_logits<T, kSplitVoxels>(slot(j));
       if (next >= 0) expect(v, rows, row, lane, next);
       return all_known;
     }
   }
   __device__ __forceinline__ void release(const SplitLane&) {}
   template <int kVoxels>
-  __device__ __forceinline__ void take(int first, const SplitLane&, Packed<T, kVoxels> (&part)[kClasses]) const {
+  __device__ __forceinline__ void take(int, const SplitLane&, Logits<T, kVoxels> (&part)[kClasses]) const {
+    static_assert(kVoxels == kSplitVoxels, "the whole pack");
 #pragma unroll
-    for (int j = 0; j < kClasses; ++j) {
-#pragma unroll
-      for (int k = 0; k < kVoxels; ++k) part[j].values[k] = z[j].values[first + k];
-    }
+    for (int j = 0; j < kClasses; ++j) part[j] = z[j];
   }
   template <int kVoxels>
   __device__ __forceinline__ void put(const Packed<T, kVoxels> (&part)[kClasses], int k, int first, const SplitLane&) {
 #pragma unroll
-    for (int j = 0; j < kClasses; ++j) z[j].values[first + k] = part[j].values[k];
+    for (int j = 0; j < kClasses; ++j) dz[j].values[first + k] = part[j].values[k];
   }
   __device__ __forceinline__ void store(const Volume& v, const GradientView& out, int64_t sample, const SplitLane& lane,
                                         int64_t at) const {
-    store_split(v, out, sample, lane, at, z);
+    store_split(v, out, sample, lane, at, dz);
   }
 
  private:
   __device__ __forceinline__ T* slot(int j) const {
-    return slots + (j * Plan::kThreads + static_cast<int>(threadIdx.x)) * kSplitVoxels;
+    return slots + ((j + 1) * Plan::kThreads + static_cast<int>(threadIdx.x)) * kSplitVoxels;
   }
   __device__ __forceinline__ unsigned char* label_slots() const {
-    return reinterpret_cast<unsigned char*>(slots + kClasses * Plan::kThreads * kSplitVoxels);
+    return reinterpret_cast<unsigned char*>(slots + (kClasses + 1) * Plan::kThreads * kSplitVoxels);
   }
 };
 
@@ -295,35 +322,47 @@ struct PackInRegisters {
 // banks.
 template <typename T, int kClasses>
 struct PackInTile {
+  using A = Compute<T>;
   using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
+  static constexpr bool kTakesTargets = true;
   static constexpr int kPiece = kPack<T>, kPieces = (kClasses * kSplitVoxels + kPiece - 1) / kPiece;
 
+  T* none;  // a place of this thread's in the place of a class that there is not
   T* tile;
   int classes;
 
   __device__ __forceinline__ PackInTile(unsigned char* memory, const Volume& v, const SplitLane& lane)
-      : tile(reinterpret_cast<T*>(memory)), classes(static_cast<int>(v.classes)) {
-    tile += lane.group() * (lane.slots * kSplitVoxels / kPiece) * row_stride();
+      : none(reinterpret_cast<T*>(memory) + threadIdx.x), classes(static_cast<int>(v.classes)) {
+    *none = static_cast<T>(-INFINITY);
+    tile = reinterpret_cast<T*>(memory) + Plan::kThreads +
+           lane.group() * (lane.slots * kSplitVoxels / kPiece) * row_stride();
   }
   __device__ __forceinline__ void expect(const Volume&, const T*, const Labels&, const SplitLane&, int64_t) const {}
   // What is loaded is there for all lanes that share voxels.
   __device__ __forceinline__ bool load(const Volume& v, const T* rows, const Labels& row, const SplitLane& lane,
-                                       int64_t at, int64_t, int (&labels)[kSplitVoxels], bool& bad) {
+                                       int64_t at, int64_t, int (&labels)[kSplitVoxels], A (&of_target)[kSplitVoxels],
+                                       bool& bad) {
     const T* from = rows + first_of_tile(lane, at) * classes;
     for_each_piece_of_thread(v, lane, at, [&](int i, T* place) { begin_copy<16, false>(place, from + i * kPiece); });
     const bool all_known = load_split_labels(v, row, at, labels, bad);
     wait_for_copies();
     synchronise(lane);
+    T* const own = own_classes(0, lane);
+    take_targets(lane, labels, of_target,
+                 [&](int j, int k) { return j < 0 ? none : own + (k * classes + (j << lane.shape.log_lanes)); });
     return all_known;
   }
   // After the last take, where nothing is put back and stored: the tile may be filled again.
   __device__ __forceinline__ void release(const SplitLane& lane) const { synchronise(lane); }
   template <int kVoxels>
   __device__ __forceinline__ void take(int first_of_part, const SplitLane& lane,
-                                       Packed<T, kVoxels> (&part)[kClasses]) const {
+                                       Logits<T, kVoxels> (&part)[kClasses]) const {
+    T values[kClasses][kVoxels];
     for_each_own_class<kVoxels>(first_of_part, lane, [&](int j, int k, const T* x) {
-      part[j].values[k] = x != nullptr ? *x : static_cast<T>(-INFINITY);
+      values[j][k] = x != nullptr ? *x : static_cast<T>(-INFINITY);
     });
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j) part[j] = logits_of(values[j]);
   }
   template <int kVoxels>
   __device__ __forceinline__ void put(const Packed<T, kVoxels> (&part)[kClasses], int k, int first_of_part,
@@ -363,13 +402,17 @@ struct PackInTile {
       if (i < total) f(i, tile + (i + static_cast<int>(__umulhi(static_cast<unsigned>(i), inverse))) * kPiece);
     }
   }
+  // Where the lane's classes begin, of its voxel number `first`. All lanes of the warp must call.
+  __device__ __forceinline__ T* own_classes(int first, const SplitLane& lane) const {
+    constexpr int kSlotsOfRow = kPiece / kSplitVoxels;
+    const int row = lane.slot / kSlotsOfRow, voxel = lane.slot % kSlotsOfRow * kSplitVoxels;
+    return tile + opaque(row * row_stride() + voxel * classes + lane.first_class) + first * classes;
+  }
   // Calls f(j, k, place) for the classes of this lane and voxels of its pack, null where there is no such class. All
   // lanes of the warp must call.
   template <int kVoxels, typename F>
   __device__ __forceinline__ void for_each_own_class(int first_of_part, const SplitLane& lane, F&& f) const {
-    constexpr int kSlotsOfRow = kPiece / kSplitVoxels;
-    const int row = lane.slot / kSlotsOfRow, voxel = lane.slot % kSlotsOfRow * kSplitVoxels;
-    T* const own = tile + opaque(row * row_stride() + voxel * classes + lane.first_class) + first_of_part * classes;
+    T* const own = own_classes(first_of_part, lane);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
 #pragma unroll
@@ -401,38 +444,60 @@ __device__ __forceinline__ bool weigh_split(const Volume& v, int64_t sample, int
 }
 
 // Voxels first to first + kVoxels of a pack that starts at `at`, their weights, and their labels, which are the pack's
-// own; the logits of those that do not count as 0.
+// own; the logits of those that do not count as 0. of_target: see take_targets, of these voxels.
 template <Reads kReads, typename A, typename T, int kClasses, int kVoxels, typename Pack>
 __device__ __forceinline__ void weighed_part(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
                                              int first, const Pack& pack, int (&labels)[kVoxels], bool all_known,
-                                             Packed<T, kVoxels> (&z)[kClasses], A (&weights)[kVoxels], bool& bad) {
+                                             Logits<T, kVoxels> (&z)[kClasses], A (&of_target)[kVoxels],
+                                             A (&weights)[kVoxels], bool& bad) {
   pack.take(first, lane, z);
-  if (!weigh_split<kReads>(v, sample, at + first, labels, weights, all_known, bad)) clear_uncounted(z, labels);
+  if (weigh_split<kReads>(v, sample, at + first, labels, weights, all_known, bad)) return;
+  clear_uncounted(z, labels);
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) of_target[k] = labels[k] == kUncounted ? -INFINITY : of_target[k];
 }
 
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
 // `others` only over this lane's classes, the target's in all lanes of the warp that has it.
-// kExact: the largest exponential is 1, not only nearly, and below_top is z_top - z_target in the lane that has the
-// target.
-template <bool kExact, typename A, typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void softmax_of_split(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
-                                                 const SplitLane& lane, A (&others)[kClasses][kVoxels],
-                                                 SoftmaxSums<A> (&sums)[kVoxels], A (&below_top)[kVoxels]) {
+// kTargetsApart: as take_targets, else of_target means nothing. kExact: the largest exponential is 1, not only nearly,
+// and of_target becomes z_top - z_target in the lane that has the target.
+template <bool kExact, bool kTargetsApart, typename A, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
+                                                 A (&of_target)[kVoxels], const SplitLane& lane,
+                                                 A (&others)[kClasses][kVoxels], SoftmaxSums<A> (&sums)[kVoxels]) {
+  static_assert(kTargetsApart || !kExact, "of_target is known");
   A top[kVoxels];
   largest_of_thread(z, top);
+  if (kTargetsApart) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) top[k] = larger(top[k], of_target[k]);
+  }
   max_over_lanes<kTops>(top, lane);
-  if (!kExact) take_off_huge(z, top);
+  if (!kExact && any_huge<T>(top)) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) of_target[k] -= top[k];
+    take_off(z, top);
+  }
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
-    const int target = lane.index_of(labels[k]);
     const A scaled_top = scale_top(top[k]);
-    below_top[k] = A(0);
+    const auto exponential_of = [&](A x) {
+      return kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top);
+    };
+    if constexpr (kTargetsApart) {
 #pragma unroll
-    for (int j = 0; j < kClasses; ++j) {
-      const A x = static_cast<A>(z[j].values[k]);
-      const A e = kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top);
-      if (kExact) below_top[k] = target == j ? top[k] - x : below_top[k];
-      others[j][k] = sums[k].add(target == j, target != j, e);
+      for (int j = 0; j < kClasses; ++j) {
+        others[j][k] = exponential_of(z[j].at(k));
+        sums[k].others = j == 0 ? others[j][k] : sums[k].others + others[j][k];
+      }
+      sums[k].target = exponential_of(of_target[k]);
+      if (kExact) of_target[k] = top[k] - of_target[k];
+    } else {
+      const int target = lane.index_of(labels[k]);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        others[j][k] = sums[k].add(target == j, target != j, exponential_of(z[j].at(k)));
+      }
     }
     sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
   }
@@ -507,7 +572,7 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
 
 // Softmax of a lane's classes: z_top - z, inf where there is no such class, and the voxel's sums over all lanes.
 template <typename A, typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void top_of_split(const Packed<T, kVoxels> (&z)[kClasses], const SplitLane& lane,
+__device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClasses], const SplitLane& lane,
                                              A (&below_top)[kClasses][kVoxels], A (&beyond_one)[kVoxels]) {
   A top[kVoxels], sums[2 * kVoxels];
   largest_of_thread(z, top);
@@ -517,7 +582,7 @@ __device__ __forceinline__ void top_of_split(const Packed<T, kVoxels> (&z)[kClas
     TopSums<A> of_lane;
 #pragma unroll
     for (int j = 0; j < kClasses; ++j) {
-      below_top[j][k] = top[k] - static_cast<A>(z[j].values[k]);
+      below_top[j][k] = top[k] - z[j].at(k);
       of_lane.add(below_top[j][k] == A(0), exponential(-below_top[j][k]));
     }
     sums[k] = of_lane.rest;

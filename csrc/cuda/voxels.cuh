@@ -64,38 +64,75 @@ __device__ __forceinline__ void store_packed(T* p, const Packed<T, kCount>& valu
   store_words(p, values.values);
 }
 
-// All classes of neighbouring voxels from `at` on, z[c].values[k]. kInterleaved: the classes of a voxel lie side by
+// Logits of one class of neighbouring voxels. Those of half precision stay in pairs, as they lie in memory: from single
+// ones the compiler would put the pairs together again for what takes two at once.
+template <typename T, int kVoxels>
+struct Logits {
+  static constexpr bool kPairs = sizeof(T) == 2 && kVoxels % 2 == 0;
+  using Element = std::conditional_t<kPairs, uint32_t, T>;
+
+  Element elements[kPairs ? kVoxels / 2 : kVoxels];
+
+  __device__ __forceinline__ Compute<T> at(int k) const {
+    if constexpr (kPairs) {
+      return half_of_pair(T{}, elements[k / 2], k % 2 == 1);
+    } else {
+      return static_cast<Compute<T>>(elements[k]);
+    }
+  }
+  // What this replaces is rare, or all of it is replaced.
+  __device__ __forceinline__ void set(int k, T x) {
+    T values[kVoxels];
+    memcpy(values, elements, sizeof values);
+    values[k] = x;
+    memcpy(elements, values, sizeof values);
+  }
+};
+template <typename T, int kVoxels>
+__device__ __forceinline__ Logits<T, kVoxels> logits_of(const T (&values)[kVoxels]) {
+  Logits<T, kVoxels> z;
+  memcpy(z.elements, values, sizeof values);
+  return z;
+}
+template <typename T, int kVoxels>
+__device__ __forceinline__ Logits<T, kVoxels> load_logits(const T* p) {
+  return logits_of(load_packed<T, kVoxels>(p).values);
+}
+
+// All classes of neighbouring voxels from `at` on, z[c].at(k). kInterleaved: the classes of a voxel lie side by
 // side (channels_last), else the voxels of a class.
 template <bool kInterleaved, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void load_classes(const T* rows, int64_t class_stride, int64_t at,
-                                             Packed<T, kVoxels> (&z)[kClasses]) {
+                                             Logits<T, kVoxels> (&z)[kClasses]) {
   if constexpr (kInterleaved) {
     T all[kVoxels * kClasses];
     load_words(rows + at * kClasses, all);
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
+      T of_class[kVoxels];
 #pragma unroll
-      for (int k = 0; k < kVoxels; ++k) z[c].values[k] = all[k * kClasses + c];
+      for (int k = 0; k < kVoxels; ++k) of_class[k] = all[k * kClasses + c];
+      z[c] = logits_of(of_class);
     }
   } else {
 #pragma unroll
-    for (int c = 0; c < kClasses; ++c) z[c] = load_packed<T, kVoxels>(rows + c * class_stride + at);
+    for (int c = 0; c < kClasses; ++c) z[c] = load_logits<T, kVoxels>(rows + c * class_stride + at);
   }
 }
 template <bool kInterleaved, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void store_classes(T* rows, int64_t class_stride, int64_t at,
-                                              const Packed<T, kVoxels> (&z)[kClasses]) {
+                                              const Packed<T, kVoxels> (&dz)[kClasses]) {
   if constexpr (kInterleaved) {
     T all[kVoxels * kClasses];
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
 #pragma unroll
-      for (int k = 0; k < kVoxels; ++k) all[k * kClasses + c] = z[c].values[k];
+      for (int k = 0; k < kVoxels; ++k) all[k * kClasses + c] = dz[c].values[k];
     }
     store_words(rows + at * kClasses, all);
   } else {
 #pragma unroll
-    for (int c = 0; c < kClasses; ++c) store_packed(rows + c * class_stride + at, z[c]);
+    for (int c = 0; c < kClasses; ++c) store_packed(rows + c * class_stride + at, dz[c]);
   }
 }
 
@@ -396,8 +433,8 @@ __device__ __forceinline__ bool load_voxels(const Volume& v, const LabelRow<kRea
 // The logits of voxels that do not count, which may be anything, as 0; those of half precision in pairs, for to put
 // single ones back would take instructions also where all count.
 template <typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void clear_uncounted(Packed<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels]) {
-  if constexpr (sizeof(T) == 2) {
+__device__ __forceinline__ void clear_uncounted(Logits<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels]) {
+  if constexpr (Logits<T, kVoxels>::kPairs) {
     uint32_t masks[kVoxels / 2];
 #pragma unroll
     for (int i = 0; i < kVoxels / 2; ++i) {
@@ -405,64 +442,61 @@ __device__ __forceinline__ void clear_uncounted(Packed<T, kVoxels> (&z)[kClasses
     }
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
-      uint32_t pairs[kVoxels / 2];
-      memcpy(pairs, &z[c], sizeof pairs);
 #pragma unroll
-      for (int i = 0; i < kVoxels / 2; ++i) pairs[i] &= masks[i];
-      memcpy(&z[c], pairs, sizeof pairs);
+      for (int i = 0; i < kVoxels / 2; ++i) z[c].elements[i] &= masks[i];
     }
   } else {
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
 #pragma unroll
-      for (int c = 0; c < kClasses; ++c) z[c].values[k] = labels[k] == kUncounted ? T(0) : z[c].values[k];
+      for (int c = 0; c < kClasses; ++c) z[c].elements[k] = labels[k] == kUncounted ? T(0) : z[c].elements[k];
     }
   }
 }
 
 // The largest of a thread's classes.
 template <typename A, typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void largest_of_thread(const Packed<T, kVoxels> (&z)[kClasses], A (&top)[kVoxels]) {
-  if constexpr (sizeof(T) == 2) {  // in pairs, before they are converted
-    constexpr int kPairs = kVoxels / 2;
-    uint32_t largest[kPairs], pairs[kPairs];
-    memcpy(largest, &z[0], sizeof largest);
+__device__ __forceinline__ void largest_of_thread(const Logits<T, kVoxels> (&z)[kClasses], A (&top)[kVoxels]) {
+  if constexpr (Logits<T, kVoxels>::kPairs) {  // before they are converted
+    Logits<T, kVoxels> largest = z[0];
 #pragma unroll
     for (int c = 1; c < kClasses; ++c) {
-      memcpy(pairs, &z[c], sizeof pairs);
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) largest[i] = larger_pair(T{}, largest[i], pairs[i]);
+      for (int i = 0; i < kVoxels / 2; ++i) {
+        largest.elements[i] = larger_pair(T{}, largest.elements[i], z[c].elements[i]);
+      }
     }
-    Packed<T, kVoxels> values;
-    memcpy(&values, largest, sizeof largest);
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) top[k] = static_cast<A>(values.values[k]);
+    for (int k = 0; k < kVoxels; ++k) top[k] = largest.at(k);
   } else {
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
-      top[k] = static_cast<A>(z[0].values[k]);
+      top[k] = z[0].at(k);
 #pragma unroll
-      for (int c = 1; c < kClasses; ++c) top[k] = larger(top[k], static_cast<A>(z[c].values[k]));
+      for (int c = 1; c < kClasses; ++c) top[k] = larger(top[k], z[c].at(k));
     }
   }
 }
 
-// For exponential_below, whose factor is near 1 only where a voxel's largest logit is not huge: takes it off where it
-// is.
-template <typename A, typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void take_off_huge(Packed<T, kVoxels> (&z)[kClasses], A (&top)[kVoxels]) {
+// For exponential_below, whose factor is near 1 only where a voxel's largest logit is not huge: whether one is, for
+// then it is taken off first.
+template <typename T, typename A, int kVoxels>
+__device__ __forceinline__ bool any_huge(const A (&top)[kVoxels]) {
+  bool any = false;
   if constexpr (!std::is_same_v<T, Half>) {  // which has none
     constexpr A kHuge = 1 << 20;
-    bool any = false;
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) any |= magnitude(top[k]) > kHuge;
-    if (!any) return;
+  }
+  return any;
+}
+template <typename A, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void take_off(Logits<T, kVoxels> (&z)[kClasses], A (&top)[kVoxels]) {
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
+  for (int k = 0; k < kVoxels; ++k) {
 #pragma unroll
-      for (int c = 0; c < kClasses; ++c) z[c].values[k] = static_cast<T>(static_cast<A>(z[c].values[k]) - top[k]);
-      top[k] = A(0);
-    }
+    for (int c = 0; c < kClasses; ++c) z[c].set(k, static_cast<T>(z[c].at(k) - top[k]));
+    top[k] = A(0);
   }
 }
 
