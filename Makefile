@@ -18,6 +18,8 @@ SOURCES := $(shell find csrc -type f) setup.py
 OUT ?= benchmarks/results
 
 .PHONY: demo test lint format bench bench-peers bench-all bench-report gpu gpu-build wheel clean
+# What has been compiled is there for a test that builds a wheel, and for the next change of one source.
+export TVERSKY_KERNELS_OBJECTS ?= $(CURDIR)/$(VENV)/objects
 SHELL := /bin/bash -o pipefail
 
 $(VENV)/.python: Makefile

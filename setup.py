@@ -8,11 +8,14 @@ TVERSKY_KERNELS_SKIP_EXT=1      build nothing: pure Python, with the Triton kern
 TVERSKY_KERNELS_WITH_CUDA       auto (default: where nvcc is found), 0, or 1 (required)
 TORCH_CUDA_ARCH_LIST            as torch reads it (default "8.0;9.0+PTX": newer cards compile the PTX)
 CUDA_HOME                       where bin/nvcc is, if not on the PATH
+TVERSKY_KERNELS_OBJECTS         a folder in which what was compiled is kept, and taken from where nothing has changed
 MAX_JOBS                        compiler processes at a time (default: the processors there are)
 CXX, CXXFLAGS                   the compiler (default g++, then c++) and further flags for it
 """
 
 import concurrent.futures
+import functools
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -132,7 +135,7 @@ class BuildExt(build_ext):
             host.append(f"--threads={max(1, jobs() // len(ext.sources))}")  # its architectures side by side
             for source in ext.sources:
                 out = objects / f"{pathlib.Path(source).stem}.o"
-                yield out, [find_nvcc(), *NVCC_FLAGS, *stable_abi, *host, *gencode_flags(), "-c", source, "-o", out]
+                yield out, [find_nvcc(), *NVCC_FLAGS, *stable_abi, *host, *gencode_flags(), "-c", source]
             return
         base = [*compiler(), "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         base += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -145,11 +148,11 @@ class BuildExt(build_ext):
                     if capability == "avx512_bf16" and stem == "count_pass":
                         continue  # it rounds nothing
                     out = objects / f"{stem}_{capability}.o"
-                    yield out, [*base, *KERNEL_FLAGS, *flags, f"-DTK_CAPABILITY={capability}", "-c", source, "-o", out]
+                    yield out, [*base, *KERNEL_FLAGS, *flags, f"-DTK_CAPABILITY={capability}", "-c", source]
             else:
                 flags = ["-DTK_WITH_AVX"] if x86 else []
                 out = objects / f"{stem}.o"
-                yield out, [*base, *stable_abi, *flags, "-c", source, "-o", out]
+                yield out, [*base, *stable_abi, *flags, "-c", source]
 
     def build_extension(self, ext):
         library = torch_directory() / "lib"
@@ -159,7 +162,7 @@ class BuildExt(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         commands = list(self.compile_commands(ext, objects))
         with concurrent.futures.ThreadPoolExecutor(jobs()) as pool:
-            list(pool.map(run, (command for _, command in commands)))
+            list(pool.map(lambda command: compile_object(*command), commands))
         # Without --no-as-needed the loader does not find the shims of a torch that splits its libraries otherwise.
         linker, flags = (
             compiler(),
@@ -169,6 +172,36 @@ class BuildExt(build_ext):
             linker, flags = [find_nvcc()], ["-Xlinker=--no-as-needed"]  # adds the static CUDA runtime
         linked = [out for out, _ in commands]
         run([*linker, "-shared", "-o", out, *linked, f"-L{library}", *flags, "-ltorch", "-ltorch_cpu"])
+
+
+@functools.cache
+def version_of(tool):
+    return subprocess.run([tool, "--version"], capture_output=True).stdout
+
+
+def compile_object(out, command):
+    """Compiles, or takes what the same command made of the same sources, by the same tools, before."""
+    folder = os.environ.get("TVERSKY_KERNELS_OBJECTS")
+    if not folder:
+        return run([*command, "-o", out])
+    key = hashlib.sha256(repr([str(part) for part in command]).encode())
+    source = ROOT / command[-1]
+    for path in sorted({*(ROOT / "csrc").glob("*.*"), *source.parent.iterdir()}):
+        key.update(path.name.encode() + path.read_bytes())
+    for tool in {command[0], compiler()[0]}:
+        key.update(version_of(tool))
+    key.update((torch_directory() / "version.py").read_bytes())
+    kept = pathlib.Path(folder) / f"{out.parent.name}.{out.stem}.{key.hexdigest()[:32]}.o"
+    if not kept.exists():
+        run([*command, "-o", out])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        for old in kept.parent.glob(f"{out.parent.name}.{out.stem}.*.o"):
+            old.unlink(missing_ok=True)
+        shutil.copy(out, kept.with_suffix(f".{os.getpid()}"))
+        kept.with_suffix(f".{os.getpid()}").rename(kept)
+    else:
+        print(f"{out.name}: as it was compiled before", flush=True)
+        shutil.copy(kept, out)
 
 
 def run(command):

@@ -45,8 +45,9 @@ def build_wheel(source, out, environment=None, check=True):
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
-    # For one architecture: nvcc takes a minute for each, and the build of the tests themselves has had them all.
-    return build_wheel(source, tmp_path_factory.mktemp("wheel"), {"TORCH_CUDA_ARCH_LIST": "9.0"})
+    # `make test` has kept what it compiled. Else for one architecture, for nvcc takes minutes.
+    environment = {} if os.environ.get("TVERSKY_KERNELS_OBJECTS") else {"TORCH_CUDA_ARCH_LIST": "9.0"}
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"), environment)
 
 
 def empty_environment(where):
@@ -161,3 +162,41 @@ def test_failing_build_says_what_is_missing(source, tmp_path, environment, messa
     result = run(*command, cwd=source, environment=environment, check=False)
     assert result.returncode != 0
     assert re.search(message, result.stdout + result.stderr)
+
+
+def test_kept_objects_are_taken_until_something_changes(source, tmp_path):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\n'
+        f'case "$*" in *-shared*) ;; *) echo "$*" >> {calls} ;; esac\n'
+        'while [ "$1" != -o ]; do shift; done\necho object > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    environment = {"CXX": compiler, "TVERSKY_KERNELS_OBJECTS": tmp_path / "objects", "TVERSKY_KERNELS_WITH_CUDA": "0"}
+
+    def compiled():
+        calls.write_text("")
+        command = [
+            sys.executable,
+            "setup.py",
+            "build_ext",
+            "--build-temp",
+            tmp_path / "t",
+            "--build-lib",
+            tmp_path / "l",
+        ]
+        shutil.rmtree(tmp_path / "t", ignore_errors=True)
+        run(*command, "--force", cwd=copy, environment={k: str(v) for k, v in environment.items()})
+        return len(calls.read_text().splitlines())
+
+    first = compiled()
+    assert first > 3
+    assert compiled() == 0
+    environment["CXXFLAGS"] = "-g"
+    assert compiled() == first
+    header = copy / "csrc" / "tversky_math.h"
+    header.write_text(header.read_text() + "// another\n")
+    assert compiled() == first
+    assert len(list((tmp_path / "objects").iterdir())) == first
