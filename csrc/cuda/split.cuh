@@ -453,8 +453,10 @@ __device__ __forceinline__ void weighed_part(const Volume& v, const SplitLane& l
   pack.take(first, lane, z);
   if (weigh_split<kReads>(v, sample, at + first, labels, weights, all_known, bad)) return;
   clear_uncounted(z, labels);
+  if constexpr (Pack::kTakesTargets) {
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) of_target[k] = labels[k] == kUncounted ? -INFINITY : of_target[k];
+    for (int k = 0; k < kVoxels; ++k) of_target[k] = labels[k] == kUncounted ? -INFINITY : of_target[k];
+  }
 }
 
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
@@ -468,14 +470,16 @@ __device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasse
   static_assert(kTargetsApart || !kExact, "of_target is known");
   A top[kVoxels];
   largest_of_thread(z, top);
-  if (kTargetsApart) {
+  if constexpr (kTargetsApart) {
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) top[k] = larger(top[k], of_target[k]);
   }
   max_over_lanes<kTops>(top, lane);
   if (!kExact && any_huge<T>(top)) {
+    if constexpr (kTargetsApart) {
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) of_target[k] -= top[k];
+      for (int k = 0; k < kVoxels; ++k) of_target[k] -= top[k];
+    }
     take_off(z, top);
   }
 #pragma unroll
