@@ -186,22 +186,23 @@ def compile_object(out, command):
         return run([*command, "-o", out])
     key = hashlib.sha256(repr([str(part) for part in command]).encode())
     source = ROOT / command[-1]
-    for path in sorted({*(ROOT / "csrc").glob("*.*"), *source.parent.iterdir()}):
+    for path in [source, *sorted((ROOT / "csrc").glob("*.*h")), *sorted(source.parent.glob("*.*h"))]:
         key.update(path.name.encode() + path.read_bytes())
     for tool in {command[0], compiler()[0]}:
         key.update(version_of(tool))
     key.update((torch_directory() / "version.py").read_bytes())
     kept = pathlib.Path(folder) / f"{out.parent.name}.{out.stem}.{key.hexdigest()[:32]}.o"
-    if not kept.exists():
-        run([*command, "-o", out])
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        for old in kept.parent.glob(f"{out.parent.name}.{out.stem}.*.o"):
-            old.unlink(missing_ok=True)
-        shutil.copy(out, kept.with_suffix(f".{os.getpid()}"))
-        kept.with_suffix(f".{os.getpid()}").rename(kept)
-    else:
+    if kept.exists():
         print(f"{out.name}: as it was compiled before", flush=True)
         shutil.copy(kept, out)
+        return
+    run([*command, "-o", out])
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for old in kept.parent.glob(f"{out.parent.name}.{out.stem}.*.o"):
+        old.unlink(missing_ok=True)
+    incomplete = kept.with_suffix(f".{os.getpid()}")  # no other process finds half of it
+    shutil.copy(out, incomplete)
+    incomplete.rename(kept)
 
 
 def run(command):

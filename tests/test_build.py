@@ -178,17 +178,9 @@ def test_kept_objects_are_taken_until_something_changes(source, tmp_path):
 
     def compiled():
         calls.write_text("")
-        command = [
-            sys.executable,
-            "setup.py",
-            "build_ext",
-            "--build-temp",
-            tmp_path / "t",
-            "--build-lib",
-            tmp_path / "l",
-        ]
         shutil.rmtree(tmp_path / "t", ignore_errors=True)
-        run(*command, "--force", cwd=copy, environment={k: str(v) for k, v in environment.items()})
+        command = [sys.executable, "setup.py", "build_ext", "--force", "--build-temp", tmp_path / "t"]
+        run(*command, "--build-lib", tmp_path / "l", cwd=copy, environment={k: str(v) for k, v in environment.items()})
         return len(calls.read_text().splitlines())
 
     first = compiled()
@@ -196,7 +188,8 @@ def test_kept_objects_are_taken_until_something_changes(source, tmp_path):
     assert compiled() == 0
     environment["CXXFLAGS"] = "-g"
     assert compiled() == first
-    header = copy / "csrc" / "tversky_math.h"
-    header.write_text(header.read_text() + "// another\n")
-    assert compiled() == first
+    for name, recompiled in (("tversky_math.h", first), ("cpu/kernels.h", first), ("cpu/capability.cpp", 1)):
+        path = copy / "csrc" / name
+        path.write_text(path.read_text() + "// another\n")
+        assert compiled() == recompiled
     assert len(list((tmp_path / "objects").iterdir())) == first

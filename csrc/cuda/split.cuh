@@ -461,22 +461,22 @@ __device__ __forceinline__ void weighed_part(const Volume& v, const SplitLane& l
 
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
 // `others` only over this lane's classes, the target's in all lanes of the warp that has it.
-// kTargetsApart: as take_targets, else of_target means nothing. kExact: the largest exponential is 1, not only nearly,
-// and of_target becomes z_top - z_target in the lane that has the target.
-template <bool kExact, bool kTargetsApart, typename A, typename T, int kClasses, int kVoxels>
+// kTakesTargets: of_target is as take_targets makes it, else it means nothing. kExact: the largest exponential is 1,
+// not only nearly, and of_target becomes z_top - z_target in the lane that has the target.
+template <bool kExact, bool kTakesTargets, typename A, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
                                                  A (&of_target)[kVoxels], const SplitLane& lane,
                                                  A (&others)[kClasses][kVoxels], SoftmaxSums<A> (&sums)[kVoxels]) {
-  static_assert(kTargetsApart || !kExact, "of_target is known");
+  static_assert(kTakesTargets || !kExact, "of_target is known");
   A top[kVoxels];
   largest_of_thread(z, top);
-  if constexpr (kTargetsApart) {
+  if constexpr (kTakesTargets) {
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) top[k] = larger(top[k], of_target[k]);
   }
   max_over_lanes<kTops>(top, lane);
   if (!kExact && any_huge<T>(top)) {
-    if constexpr (kTargetsApart) {
+    if constexpr (kTakesTargets) {
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) of_target[k] -= top[k];
     }
@@ -488,7 +488,7 @@ __device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasse
     const auto exponential_of = [&](A x) {
       return kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top);
     };
-    if constexpr (kTargetsApart) {
+    if constexpr (kTakesTargets) {
 #pragma unroll
       for (int j = 0; j < kClasses; ++j) {
         others[j][k] = exponential_of(z[j].at(k));

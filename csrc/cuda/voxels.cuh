@@ -80,7 +80,7 @@ struct Logits {
       return static_cast<Compute<T>>(elements[k]);
     }
   }
-  // What this replaces is rare, or all of it is replaced.
+  // For what is rare: it takes all of them apart.
   __device__ __forceinline__ void set(int k, T x) {
     T values[kVoxels];
     memcpy(values, elements, sizeof values);
