@@ -81,6 +81,12 @@ struct Volume {
   TK_MATH bool sums_label_weights() const {
     return overlap == OverlapForm::kSquared && !dense && activation == Activation::kSoftmax;
   }
+  // Whether a softmax's label is the target and its cross-entropy is smoothed, without anything that makes powers or
+  // squares of it: of this CUDA has kernels for one label a voxel, but not for every type and layout.
+  TK_MATH bool smooths_labels() const {
+    return cross_entropy == CrossEntropy::kSmoothed && activation == Activation::kSoftmax && !dense &&
+           overlap != OverlapForm::kSquared && focal_gamma == 0;
+  }
   // Whether every class of a voxel needs its own g and its own term, which CUDA's kernels for one label a voxel do not
   // make. Those of the CPU make more: see takes_general_kernels.
   TK_MATH bool is_general() const {

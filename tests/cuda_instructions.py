@@ -20,8 +20,10 @@ import tversky_kernels as tk
 LIBRARY = pathlib.Path(tk.__file__).parent / "_C_cuda.so"
 KERNEL = re.compile(
     r"\d(?P<kernel>(?:split_)?(?:count|gradient)_pass_kernel)I(?P<type>f|N3c108BFloat16|N3c104Half)E?"
-    r"Li(?P<classes>\d+)ELb(?P<ce>[01])ELb(?P<squared>[01])E(?:Lb(?P<interleaved>[01])E)?"
+    r"Li(?P<classes>\d+)ELNS_12CrossEntropyE(?P<ce>[012])ELb(?P<squared>[01])ELb(?P<interleaved>[01])E"
 )
+#: By the number of enum class CrossEntropy.
+CROSS_ENTROPIES = ("", "+ ce", "+ smoothed ce")
 TYPES = {"f": ("float32", 4), "N3c108BFloat16": ("bfloat16", 2), "N3c104Half": ("float16", 2)}
 
 
@@ -85,7 +87,7 @@ def shortest_way(instructions: list[tuple[int, str]], through: list[str]) -> int
     return None
 
 
-def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str, str, int, bool, bool], float]:
+def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str, str, int, str, bool], float]:
     """Instructions a logit by kernel, type, classes (of a lane, where they are split), cross-entropy and squares."""
     found = {}
     for name, instructions in functions(library, arch).items():
@@ -93,7 +95,7 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
         if kernel is None or kernel["interleaved"] == "1":  # channels_last
             continue
         dtype, size = TYPES[kernel["type"]]
-        classes, ce, squared = int(kernel["classes"]), kernel["ce"] == "1", kernel["squared"] == "1"
+        classes, ce, squared = int(kernel["classes"]), CROSS_ENTROPIES[int(kernel["ce"])], kernel["squared"] == "1"
         split = kernel["kernel"].startswith("split")
         # As kVoxelsOf, kSplitVoxels and kAhead in csrc/cuda/kernels.h.
         voxels = 4 if split else 16 // size if 16 // size * classes <= (16 if ce else 32) else 8 // size
@@ -113,8 +115,8 @@ def main() -> None:
     parser.add_argument("--library", type=pathlib.Path, default=LIBRARY)
     arguments = parser.parse_args()
     for (kernel, dtype, classes, ce, squared), a_logit in sorted(counts(arguments.library, arguments.arch).items()):
-        options = f"{'+ ce ' if ce else ''}{'squared' if squared else ''}"
-        print(f"{kernel:28} {dtype:9} C={classes} {options:13} {a_logit:5.1f}")
+        options = f"{ce} {'squared' if squared else ''}"
+        print(f"{kernel:28} {dtype:9} C={classes} {options:15} {a_logit:5.1f}")
 
 
 if __name__ == "__main__":

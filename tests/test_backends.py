@@ -44,24 +44,40 @@ def test_auto_takes_the_faster_one_on_a_gpu(monkeypatch):
     assert _backends.choose("auto", gpu, None) == "reference"
 
 
+#: A size that cuda's kernels for one label a voxel do not take.
+ODD = {"voxels": 2**22 + 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, True),
-        ({"is_cuda": False}, False),
-        ({"dtype": torch.float64}, False),
-        ({"logits": 2**24 - 1}, False),
-        ({"label_smoothing": 0.0}, False),
-        ({"ce_weight": 0.0}, False),
-        ({"activation": "sigmoid"}, False),
-        ({"dense": True}, False),
+        ({}, False),
+        ({"focal_gamma": 2.0}, True),
+        ({"squared": True}, True),
+        ({"classes": 129}, True),
+        ({"contiguous": False}, True),
+        ({"voxels": 2**22 + 2}, True),
+        ({**ODD, "is_cuda": False}, False),
+        ({**ODD, "dtype": torch.float64}, False),
+        ({**ODD, "logits": 2**24 - 1}, False),
+        ({**ODD, "label_smoothing": 0.0}, False),
+        ({**ODD, "ce_weight": 0.0}, False),
+        ({**ODD, "activation": "sigmoid"}, False),
+        ({**ODD, "dense": True}, False),
     ],
     ids=str,
 )
-def test_triton_is_taken_for_label_smoothing_of_many_logits(changes, expected):
-    facts = {"is_cuda": True, "dtype": torch.bfloat16, "logits": 2**24, "label_smoothing": 0.1}
+def test_triton_is_taken_for_label_smoothing_of_many_logits_by_kernels_for_any_target(changes, expected):
+    facts = {"is_cuda": True, "dtype": torch.bfloat16, "logits": 2**24, "label_smoothing": 0.1, "focal_gamma": 0.0}
+    facts |= {"squared": False, "classes": 4, "voxels": 2**22, "contiguous": True}
     facts |= {"ce_weight": 1.0, "activation": "softmax", "dense": False, **changes}
-    case = types.SimpleNamespace(numel=lambda: facts["logits"], **facts)
+    case = types.SimpleNamespace(
+        numel=lambda: facts["logits"],
+        shape=(1, facts["classes"], facts["voxels"]),
+        stride=lambda dimension: facts["voxels"],
+        is_contiguous=lambda: facts["contiguous"],
+        **facts,
+    )
     assert _backends.faster_by_triton(case, case, facts["dense"]) is expected
 
 

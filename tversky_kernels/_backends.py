@@ -64,7 +64,8 @@ def _obstacle(backend: str, device: torch.device, unsupported: str | None) -> st
 def faster_by_triton(logits: torch.Tensor, options, dense: bool) -> bool:
     """Whether, of the two on a GPU, triton was measured to be the faster one for this case (docs/performance.md).
 
-    Label smoothing of class indices: cuda takes its kernels for any target there, and 1.9 to 3.6 times as long.
+    Label smoothing of class indices where cuda takes its kernels for any target, and 1.9 to 3.6 times as long: with a
+    focal exponent or squares, of more than 128 classes, of other layouts, and of sizes that whole loads do not allow.
     """
     return bool(
         logits.is_cuda
@@ -74,6 +75,13 @@ def faster_by_triton(logits: torch.Tensor, options, dense: bool) -> bool:
         and options.activation == "softmax"
         and logits.dtype != torch.float64
         and logits.numel() >= MANY_LOGITS
+        and (
+            options.focal_gamma
+            or options.squared
+            or logits.shape[1] > 128
+            or not logits.is_contiguous()
+            or logits.stride(1) % 4
+        )
     )
 
 

@@ -34,12 +34,12 @@ __device__ void block_sums(A (&values)[kValues], bool bad, F&& store) {
   }
 }
 
-// The counts of a block whose threads have those of all classes. With a cross-entropy there are 4 columns and the sum
-// of the weights, which belongs to every class.
-template <typename A, int kClasses, bool kCrossEntropy, bool kSquared, int kValues>
+// The counts of a block whose threads have those of all classes. With a cross-entropy there are 4 or (smoothed) 5
+// columns and the sum of the weights, which belongs to every class.
+template <typename A, int kClasses, CrossEntropy kCeForm, bool kSquared, int kValues>
 __device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
   block_sums(values, bad, [&](int i, A total) {
-    if (i < kSmoothing * kClasses) {
+    if (i < kWeights<kCeForm> * kClasses) {
       out[i] = total;
     } else if (kSquared) {
       out[i + kClasses] = total;
@@ -47,7 +47,7 @@ __device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
       for (int c = 0; c < kClasses; ++c) out[kVoxels * kClasses + c] = total;
     }
   });
-  if (kCrossEntropy) {
+  if (kCeForm == CrossEntropy::kPlain) {
     for (int c = threadIdx.x; c < kClasses; c += blockDim.x) out[kSmoothing * kClasses + c] = A(0);
   }
 }
@@ -61,19 +61,23 @@ __device__ __forceinline__ Probability<A> ratio_to_one(A e) {
 }
 
 // All classes of kVoxels voxels in the registers of one thread, in whole loads.
-template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
-__global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
+template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
+__global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
     count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks) {
   using A = Compute<T>;
+  constexpr bool kCrossEntropy = kCeForm != CrossEntropy::kNone, kSmoothed = kCeForm == CrossEntropy::kSmoothed;
   constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
   begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
-  A counts[count_values<kCrossEntropy, kSquared>(kClasses)] = {};  // the last: sum of the weights, or of each label's
+  A counts[count_values<kCeForm, kSquared>(kClasses)] =
+      {};  // from of_weights on: sum of the weights, or of each label's
+  constexpr int of_weights = kWeights<kCeForm> * kClasses;
   TK_SHARED(memory);
   // Two classes have theirs in registers.
   const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses > 2 ? kClasses : -1);
+  A log_sums = A(0);  // of smoothing, the same for every class
   bool bad = false;
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
@@ -89,7 +93,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
     for (int k = 0; k < kVoxels; ++k) {
       const A weight = weights[k];
       const int label = labels[k];
-      if (kCrossEntropy && !kSquared) counts[kSmoothing * kClasses] += weight;
+      if (kCrossEntropy && !kSquared) counts[of_weights] += weight;
       if constexpr (kClasses == 2) {
         const A z0 = z[0].at(k), z1 = z[1].at(k);
         const A d = two_class_logit(z0, z1, larger(z0, z1)), to_other = label == 1 ? -d : d;
@@ -98,7 +102,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         if constexpr (kCrossEntropy) {
           const A e = exponential(-magnitude(d));
           p = logistic(to_other > A(0), e, reciprocal(A(1) + e));
-          ce = with_focal_factor(v, p.complement, log_one_plus_small(e) + larger(to_other, A(0))) * weight;
+          const A common = log_one_plus_small(e), term = common + larger(to_other, A(0));
+          ce = (kSmoothed ? term : with_focal_factor(v, p.complement, term)) * weight;
+          if constexpr (kSmoothed) {
+            counts[kSmoothing * kClasses] += (common + larger(d, A(0))) * weight;
+            counts[kSmoothing * kClasses + 1] += (common + larger(-d, A(0))) * weight;
+          }
         } else {  // nothing to select, and both are as accurate
           p = ratio_to_one(exponential(smaller(to_other, A(kMostExponent))));
         }
@@ -107,12 +116,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
           counts[1] += right;
           counts[2] += missed;
           if constexpr (kCrossEntropy) counts[7] += ce;
-          if constexpr (kCrossEntropy && kSquared) counts[9] += weight;
+          if constexpr (kCrossEntropy && kSquared) counts[of_weights + 1] += weight;
         } else {
           counts[0] += right;
           counts[3] += missed;
           if constexpr (kCrossEntropy) counts[6] += ce;
-          if constexpr (kCrossEntropy && kSquared) counts[8] += weight;
+          if constexpr (kCrossEntropy && kSquared) counts[of_weights] += weight;
         }
       } else {
         const A top = tops[k];
@@ -123,14 +132,16 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         for (int c = 0; c < kClasses; ++c) {
           const A x = z[c].at(k);
           if (kCrossEntropy) below_top = label == c ? top - x : below_top;
+          if constexpr (kSmoothed) counts[kSmoothing * kClasses + c] += (top - x) * weight;
           const A e = kCrossEntropy ? exponential(x - top) : exponential_below(x, scaled_top);
           others[c] = sums.add(label == c, label != c, e);
         }
         const A inverse = reciprocal(sums.target + sums.others), weighted = weight * inverse;
         A ce = A(0);
         if (kCrossEntropy) {
-          const A term = below_top + log_one_plus(exponentials_beyond_one(sums));
-          ce = with_focal_factor(v, sums.others * inverse, term) * weight;
+          const A log_sum = log_one_plus(exponentials_beyond_one(sums)), term = below_top + log_sum;
+          ce = (kSmoothed ? term : with_focal_factor(v, sums.others * inverse, term)) * weight;
+          if (kSmoothed) log_sums += log_sum * weight;
         }
         of_label.template add<false>(label, sums.target * weighted, sums.others * weighted, ce, weight);
 #pragma unroll
@@ -147,11 +158,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
       counts[c] = of_label.tp(c);
       counts[2 * kClasses + c] = of_label.fn(c);
       if constexpr (kCrossEntropy) counts[3 * kClasses + c] = of_label.ce(c);
+      if constexpr (kSmoothed) counts[kSmoothing * kClasses + c] += log_sums;
     }
     __syncthreads();  // the memory has been read
   }
   A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * kClasses;
-  store_block_sums<A, kClasses, kCrossEntropy, kSquared>(counts, bad, out);
+  store_block_sums<A, kClasses, kCeForm, kSquared>(counts, bad, out);
 }
 
 // The sums of split kernels, [groups of warps][lanes][kValues] in shared memory.
@@ -188,13 +200,13 @@ struct SplitBlockSums {
 };
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
+template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
                             const SplitShape shape) {
   using A = Compute<T>;
-  constexpr int kVoxels = kSplitVoxels;
-  constexpr int kValues = count_values<kCrossEntropy, kSquared>(kClasses);
+  constexpr bool kCrossEntropy = kCeForm != CrossEntropy::kNone, kSmoothed = kCeForm == CrossEntropy::kSmoothed;
+  constexpr int kVoxels = kSplitVoxels, kValues = count_values<kCeForm, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
   const SplitLane lane(shape, static_cast<int>(v.classes));
@@ -204,10 +216,10 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, share.sample * v.target.sample_stride);
-  A fp[kClasses] = {}, weight_sum = A(0);
+  A fp[kClasses] = {}, smoothing[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
   unsigned char* const tiles = reinterpret_cast<unsigned char*>(of_sums + label_sum_values<kCrossEntropy>(kClasses));
-  using Pack = PackOf<T, kClasses, kInterleaved, kAhead<T, false>>;
+  using Pack = PackOf<T, kClasses, kInterleaved, kAhead<T, false>, kSmoothed>;
   Pack pack(tiles, v, lane);
   const auto expect = [&](int64_t at) { pack.expect(v, rows, target_row, lane, at); };
   for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
@@ -219,7 +231,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     pack.release(lane);
     A others[kClasses][kVoxels], totals[2 * kVoxels];
     SoftmaxSums<A> sums[kVoxels];
-    softmax_of_split<kCrossEntropy, Pack::kTakesTargets>(z, labels, of_target, lane, others, sums);
+    softmax_of_split<kCrossEntropy, Pack::kTargets>(
+        z, labels, of_target, lane, others, sums,
+        [&](int j, int k, A below_top) { smoothing[j] += kSmoothed ? below_top * weights[k] : A(0); });
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       totals[k] = sums[k].others;
@@ -235,36 +249,43 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         fp[j] += kSquared ? (others[j][k] * inverse) * (others[j][k] * weighted) : others[j][k] * weighted;
       }
       if (kCrossEntropy && !kSquared) weight_sum += weight;
-      A missed = sums[k].others * weighted, ce = A(0);
+      A missed = sums[k].others * weighted, ce = A(0), more = weight;  // of the last column
       if (kSquared) missed *= sums[k].others * inverse;
       if (kCrossEntropy) {
-        const A term = of_target[k] + log_one_plus(exponentials_beyond_one(sums[k]));
-        ce = with_focal_factor(v, sums[k].others * inverse, term) * weight;
+        const A log_sum = log_one_plus(exponentials_beyond_one(sums[k])), term = of_target[k] + log_sum;
+        ce = (kSmoothed ? term : with_focal_factor(v, sums[k].others * inverse, term)) * weight;
+        if (kSmoothed) more *= log_sum;
       }
-      of_label.template add<kSquared>(recomputed(lane.index_of(labels[k])), sums[k].target * weighted, missed, ce,
-                                      weight);
+      of_label.template add<kSquared || kSmoothed>(recomputed(lane.index_of(labels[k])), sums[k].target * weighted,
+                                                   missed, ce, more);
     }
   });
 
-  A values[kValues];
+  A values[kValues], log_sums = A(0);  // of smoothing the same for every class, by label or none
+  if constexpr (kSmoothed) {
+#pragma unroll 1
+    for (int j = -1; j < kClasses; ++j) log_sums += of_label.last(j);
+  }
+  constexpr int of_weights = kWeights<kCeForm> * kClasses;
 #pragma unroll
   for (int j = 0; j < kClasses; ++j) {
     values[kTp * kClasses + j] = of_label.tp(j);
     values[kFp * kClasses + j] = fp[j];
     values[kFn * kClasses + j] = of_label.fn(j);
     if constexpr (kCrossEntropy) values[kCe * kClasses + j] = of_label.ce(j);
-    if constexpr (kCrossEntropy && kSquared) values[kSmoothing * kClasses + j] = of_label.weight(j);
+    if constexpr (kSmoothed) values[kSmoothing * kClasses + j] = smoothing[j] + log_sums;
+    if constexpr (kCrossEntropy && kSquared) values[of_weights + j] = of_label.last(j);
   }
-  if constexpr (kCrossEntropy && !kSquared) values[kSmoothing * kClasses] = weight_sum;
+  if constexpr (kCrossEntropy && !kSquared) values[of_weights] = weight_sum;
   const SplitBlockSums<A, kValues> sums{of_sums, lane};
   sums.store(values, bad);
   __syncthreads();
   A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * v.classes;
   for (int i = threadIdx.x; i < kColumns * static_cast<int>(v.classes); i += Plan::kThreads) {
     const int column = i / static_cast<int>(v.classes), c = i % static_cast<int>(v.classes);
-    const int first = column == Count::kVoxels ? kSmoothing * kClasses : column * kClasses;
+    const int first = column == Count::kVoxels ? of_weights : column * kClasses;
     const int of_lane = first + (column == Count::kVoxels && !kSquared ? 0 : c >> shape.log_lanes);
-    out[i] = column == kSmoothing ? A(0) : sums.total(c, of_lane);
+    out[i] = column == kSmoothing && !kSmoothed ? A(0) : sums.total(c, of_lane);
   }
 }
 
@@ -541,15 +562,13 @@ struct CountPass {
   unsigned* finished;
   cudaStream_t stream;
 
-  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
+  template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
   void few() const {
-    with_bool(v.logits.voxel_stride != 1, [&](auto interleaved) {
-      launch<T>(count_pass_kernel<T, kClasses, kCrossEntropy, kSquared, decltype(interleaved)::value>);
-    });
+    launch<T>(count_pass_kernel<T, kClasses, kCeForm, kSquared, kInterleaved>);
   }
-  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
+  template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
   void split() const {
-    launch<T>(split_count_pass_kernel<T, kClasses, kCrossEntropy, kSquared, kInterleaved>, plan.shape());
+    launch<T>(split_count_pass_kernel<T, kClasses, kCeForm, kSquared, kInterleaved>, plan.shape());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {

@@ -47,10 +47,20 @@ template <bool kCrossEntropy, typename A>
   return memory + 1;
 }
 
-template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
-__global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEntropy>)
+// Of all classes' dL/dsmoothing, which fill_coefficients made.
+template <typename A>
+__device__ __forceinline__ A sum_of_smoothing(const Coefficients<A>* of_class, int classes) {
+  A sum = A(0);
+#pragma unroll 4
+  for (int c = 0; c < classes; ++c) sum += of_class[c].smoothing;
+  return sum;
+}
+
+template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
+__global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
     gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks) {
   using A = Compute<T>;
+  constexpr bool kCrossEntropy = kCeForm != CrossEntropy::kNone, kSmoothed = kCeForm == CrossEntropy::kSmoothed;
   constexpr int kVoxels = kVoxelsOf<T, kClasses, kCrossEntropy>;
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
@@ -62,6 +72,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
   Coefficients<A> u[kClasses];
 #pragma unroll
   for (int c = 0; c < kClasses; ++c) u[c] = of_class[c];
+  const A smoothing_of_all = kSmoothed ? sum_of_smoothing(of_class, kClasses) : A(0);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
@@ -96,7 +107,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         A dz_1 = logistic_gradient(e, inverse, difference);
         if constexpr (kCrossEntropy) {
           A slope = label == 1 ? -u[1].ce * p.complement : u[0].ce * p.p;
-          if (v.focal_gamma != 0) {
+          if constexpr (kSmoothed) {
+            slope += u[0].smoothing * p.p - u[1].smoothing * p.complement;
+          } else if (v.focal_gamma != 0) {
             const A minus_log_p = log_one_plus_small(e) + larger(label == 1 ? -d : d, A(0));
             const Probability<A> right = of_outcome(label == 1, p);
             slope *= focal_slope(right, minus_log_p, static_cast<A>(v.focal_gamma), FocalPower{});
@@ -118,14 +131,17 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
         const A inverse = reciprocal(sums.target + sums.others);
         SoftmaxGradient<A> gradient =
             softmax_gradient(sums, weighted_others, of_class[label].foreground, inverse, weight);
-        if (kCrossEntropy) {
+        if (kSmoothed) {
+          gradient.add_smoothed_cross_entropy(sums, of_class[label].ce, of_class[label].smoothing, smoothing_of_all);
+        } else if (kCrossEntropy) {
           gradient.add_cross_entropy(sums, with_focal_slope(v, sums, inverse, of_class[label].ce));
         }
         const int target = recomputed(label);
 #pragma unroll
         for (int c = 0; c < kClasses; ++c) {
-          dz[c].values[k] =
-              static_cast<T>(target == c ? gradient.at_target : gradient.other(others[c], u[c].background));
+          A other = gradient.other(others[c], u[c].background);
+          if (kSmoothed) other -= u[c].smoothing * weight;
+          dz[c].values[k] = static_cast<T>(target == c ? gradient.at_target : other);
         }
       }
     }
@@ -134,10 +150,11 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCrossEnt
 }
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
+template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
+  constexpr bool kCrossEntropy = kCeForm != CrossEntropy::kNone, kSmoothed = kCeForm == CrossEntropy::kSmoothed;
   constexpr int kVoxels = kInterleaved ? kSplitVoxels / 2 : kSplitVoxels;  // registers are few in tiles
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
@@ -157,6 +174,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     }
   };
   if (!kInterleaved) take_background();
+  const A smoothing_of_all = kSmoothed ? sum_of_smoothing(of_class, classes) : A(0);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kSplitVoxels> target_row(v, share.sample * v.target.sample_stride);
   using Pack = PackOf<T, kClasses, kInterleaved, kAhead<T, true>>;
@@ -178,7 +196,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       if (kInterleaved) take_background();  // from shared memory again, as registers are few
       A others[kClasses][kVoxels], totals[3 * kVoxels];
       SoftmaxSums<A> sums[kVoxels];
-      softmax_of_split<false, Pack::kTakesTargets>(z, labels, of_target, lane, others, sums);
+      softmax_of_split<false, Pack::kTargets>(z, labels, of_target, lane, others, sums, [](int, int, A) {});
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
         totals[k] = sums[k].others;
@@ -202,13 +220,16 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
           u_target = squared_slope_of_target(sums[k].others * inverse, of_class[label].background, u_target);
         }
         SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
-        if (kCrossEntropy) {
+        if (kSmoothed) {
+          gradient.add_smoothed_cross_entropy(sums[k], of_class[label].ce, of_class[label].smoothing, smoothing_of_all);
+        } else if (kCrossEntropy) {
           gradient.add_cross_entropy(sums[k], with_focal_slope(v, sums[k], inverse, of_class[label].ce));
         }
 #pragma unroll
         for (int j = 0; j < kClasses; ++j) {
           const A slope = slope_of_other<kSquared>(others[j][k] * inverse, u_background[j]);
-          const A other = gradient.other(others[j][k], slope);
+          A other = gradient.other(others[j][k], slope);
+          if (kSmoothed) other -= (lane.has<kClasses>(j) ? of_class[lane.class_of(j)].smoothing : A(0)) * weight;
           dz[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
         }
         pack.put(dz, k, first, lane);
@@ -491,15 +512,13 @@ struct GradientPass {
   const GradientArguments& a;
   cudaStream_t stream;
 
-  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared>
+  template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
   void few() const {
-    with_bool(v.logits.voxel_stride != 1, [&](auto interleaved) {
-      launch(gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared, decltype(interleaved)::value>);
-    });
+    launch(gradient_pass_kernel<T, kClasses, kCeForm, kSquared, kInterleaved>);
   }
-  template <typename T, int kClasses, bool kCrossEntropy, bool kSquared, bool kInterleaved>
+  template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
   void split() const {
-    launch(split_gradient_pass_kernel<T, kClasses, kCrossEntropy, kSquared, kInterleaved>, plan.shape());
+    launch(split_gradient_pass_kernel<T, kClasses, kCeForm, kSquared, kInterleaved>, plan.shape());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {

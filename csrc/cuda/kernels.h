@@ -108,8 +108,8 @@ template <typename T>
 constexpr int kMostInRegisters = sizeof(T) == 8 ? 3 : 4;
 
 // Blocks of a multiprocessor at the least, which bounds the registers of the kernels that hold all classes in them.
-template <int kClasses, bool kCrossEntropy>
-constexpr int kFewBlocks = kClasses == 2 && !kCrossEntropy ? 4 : 2;
+template <int kClasses, CrossEntropy kCeForm>
+constexpr int kFewBlocks = kClasses == 2 && kCeForm == CrossEntropy::kNone ? 4 : 2;
 
 // Calls f with the number of classes, 2 to kMostInRegisters<T>, as a constant.
 template <typename T, int kClasses = 2, typename F>
@@ -130,7 +130,8 @@ constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
 template <typename T, bool kGradient>
 constexpr bool kAhead = !kGradient || sizeof(T) == 2;
 // A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
-constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8;
+// Of squares and label smoothing there are none such.
+constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneRare = 8;
 constexpr int kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 in half precision): in smaller ones memory comes at half its speed.
@@ -156,16 +157,19 @@ inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {
   return lanes <= most_lanes ? lanes : 0;
 }
 
-// The values of each thread that has its classes in registers: the counts' columns, of which a cross-entropy has one
-// more and, in the last place, the sum of the weights (of squares, those of each label: see
+// The values of each thread that has its classes in registers: the counts' columns, of which a cross-entropy has one or
+// (smoothed) two more and, from kWeights on, the sum of the weights (of squares, those of each label: see
 // Volume::sums_label_weights).
-template <bool kCrossEntropy, bool kSquared>
+template <CrossEntropy kCeForm>
+constexpr int kWeights = kCeForm == CrossEntropy::kSmoothed ? kVoxels : kSmoothing;
+template <CrossEntropy kCeForm, bool kSquared>
 constexpr int count_values(int classes) {
-  return kCrossEntropy ? kSmoothing * classes + (kSquared ? classes : 1) : kOverlapCounts * classes;
+  return kCeForm == CrossEntropy::kNone ? kOverlapCounts * classes
+                                        : kWeights<kCeForm> * classes + (kSquared ? classes : 1);
 }
 
-// What LabelSums (voxels.cuh) keeps of each class, in whole words: tp, fn and with a cross-entropy ce and (of squares)
-// the weights; and the values of a block whose threads have so many classes.
+// What LabelSums (voxels.cuh) keeps of each class, in whole words: tp, fn and with a cross-entropy ce and, of squares,
+// the weights, of smoothing, the logarithms; and the values of a block whose threads have so many classes.
 template <bool kCrossEntropy>
 constexpr int kLabelColumns = kCrossEntropy ? 4 : 2;
 template <bool kCrossEntropy>
@@ -174,22 +178,23 @@ constexpr int label_sum_values(int classes) {
 }
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
-// kSquared: one lane for three and four classes too, which without squares have kernels of their own. These and
-// kInterleaved have fewer numbers, for they are rarer and every kernel is compiled.
-template <bool kSquared, bool kInterleaved, typename F>
+// kSquared: one lane for three and four classes too, which without squares have kernels of their own. These, kSmoothed
+// and kInterleaved have fewer numbers, for they are rarer and every kernel is compiled.
+template <bool kSquared, bool kSmoothed, bool kInterleaved, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
+  constexpr bool kRare = kSquared || kSmoothed;
   if constexpr (kSquared) {
     if (classes <= 4) return f(std::integral_constant<int, 4>{});
   }
-  if constexpr (!kSquared && !kInterleaved) {
+  if constexpr (!kRare && !kInterleaved) {
     if (classes <= lanes * 5) return f(std::integral_constant<int, 5>{});
   }
   if (classes <= lanes * 6) return f(std::integral_constant<int, 6>{});
-  if constexpr (!kSquared) {
+  if constexpr (!kRare) {
     if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{});
   }
-  if (classes <= lanes * kMostOfLaneSquared) return f(std::integral_constant<int, kMostOfLaneSquared>{});
-  if constexpr (!kSquared) return f(std::integral_constant<int, kMostOfLane>{});
+  if (classes <= lanes * kMostOfLaneRare) return f(std::integral_constant<int, kMostOfLaneRare>{});
+  if constexpr (!kRare) return f(std::integral_constant<int, kMostOfLane>{});
 }
 template <typename F>
 void with_general_split_classes(int64_t classes, F&& f) {
@@ -210,16 +215,32 @@ void with_bool(bool value, F&& f) {
   }
 }
 
-// Calls f(classes, squared, interleaved), constants, for a plan that splits the classes of a voxel and whose target is
-// a label.
+// Calls f(ce, squared), constants of type CrossEntropy and bool, for a plan whose target is a label.
+template <typename F>
+void with_label_sums(const Volume& v, F&& f) {
+  if (v.cross_entropy == CrossEntropy::kSmoothed) {
+    return f(std::integral_constant<CrossEntropy, CrossEntropy::kSmoothed>{}, std::false_type{});
+  }
+  with_bool(v.overlap == OverlapForm::kSquared, [&](auto squared) {
+    if (v.cross_entropy == CrossEntropy::kPlain) {
+      f(std::integral_constant<CrossEntropy, CrossEntropy::kPlain>{}, squared);
+    } else {
+      f(std::integral_constant<CrossEntropy, CrossEntropy::kNone>{}, squared);
+    }
+  });
+}
+
+// Calls f(classes, ce, squared, interleaved), constants, for a plan that splits the classes of a voxel and whose target
+// is a label.
 template <typename F>
 void with_split_labels(const Volume& v, const Plan& plan, F&& f) {
-  with_bool(v.overlap == OverlapForm::kSquared, [&](auto squared) {
+  with_label_sums(v, [&](auto ce, auto squared) {
     with_bool(plan.interleaved, [&](auto interleaved) {
       constexpr bool kSquared = decltype(squared)::value, kInterleaved = decltype(interleaved)::value;
-      if constexpr (!(kSquared && kInterleaved)) {  // for which there is no plan
-        with_split_classes<kSquared, kInterleaved>(v.classes, plan.lanes,
-                                                   [&](auto classes) { f(classes, squared, interleaved); });
+      constexpr bool kSmoothed = decltype(ce)::value == CrossEntropy::kSmoothed;
+      if constexpr (!(kInterleaved && (kSquared || kSmoothed))) {  // for which there is no plan
+        with_split_classes<kSquared, kSmoothed, kInterleaved>(
+            v.classes, plan.lanes, [&](auto classes) { f(classes, ce, squared, interleaved); });
       }
     });
   });
@@ -235,9 +256,9 @@ void with_activation(Activation activation, F&& f) {
   }
 }
 
-// The kernels that a plan asks for: calls one of the launcher's few<T, kClasses, kCrossEntropy, kSquared>(), split (the
-// same, and kInterleaved), general_split<T, kClasses, kCrossEntropy>(), channel<T, kActivation, kCrossEntropy>(),
-// general (the same), tiled (the same).
+// The kernels that a plan asks for: calls one of the launcher's few<T, kClasses, kCeForm, kSquared, kInterleaved>(),
+// split (the same), general_split<T, kClasses, kCrossEntropy>(), channel<T, kActivation, kCrossEntropy>(), general (the
+// same), tiled (the same).
 template <typename Launcher>
 void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
   with_logits_type(v.logits.type, [&](auto element) {
@@ -251,21 +272,26 @@ void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
               launcher.template general_split<T, decltype(classes)::value, kCrossEntropy>();
             });
           } else {
-            with_split_labels(v, plan, [&](auto classes, auto squared, auto interleaved) {
-              launcher.template split<T, decltype(classes)::value, kCrossEntropy, decltype(squared)::value,
+            with_split_labels(v, plan, [&](auto classes, auto ce, auto squared, auto interleaved) {
+              launcher.template split<T, decltype(classes)::value, decltype(ce)::value, decltype(squared)::value,
                                       decltype(interleaved)::value>();
             });
           }
         }
       } else if (plan.lanes == 1) {
         with_few_classes<T>(v.classes, [&](auto classes) {
-          constexpr int kClasses = decltype(classes)::value;
-          if constexpr (kClasses == 2) {
-            if (v.overlap == OverlapForm::kSquared) {
-              return launcher.template few<T, kClasses, kCrossEntropy, true>();
-            }
-          }
-          launcher.template few<T, kClasses, kCrossEntropy, false>();
+          with_label_sums(v, [&](auto ce, auto squared) {
+            with_bool(v.logits.voxel_stride != 1, [&](auto interleaved) {
+              constexpr int kClasses = decltype(classes)::value;
+              constexpr CrossEntropy kCeForm = decltype(ce)::value;
+              constexpr bool kSquared = decltype(squared)::value, kInterleaved = decltype(interleaved)::value;
+              constexpr bool kSmoothed = kCeForm == CrossEntropy::kSmoothed;
+              // For the rest there is no plan.
+              if constexpr ((!kSquared || kClasses == 2) && !(kSmoothed && (kInterleaved || sizeof(T) == 8))) {
+                launcher.template few<T, kClasses, kCeForm, kSquared, kInterleaved>();
+              }
+            });
+          });
         });
       } else {
         with_activation(v.activation, [&](auto activation) {

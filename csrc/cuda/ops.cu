@@ -170,8 +170,8 @@ bool can_be_read(const Volume& v, int64_t element_size, int voxels) {
 // Lanes that share a voxel where a label is the target and one thread does not hold all classes; 0: there is no such
 // kernel.
 template <typename T>
-int label_lanes(int64_t classes, bool squared) {
-  return sizeof(T) < 8 ? split_lanes(classes, kMostLanes, squared ? kMostOfLaneSquared : kMostOfLane) : 0;
+int label_lanes(int64_t classes, bool rare) {
+  return sizeof(T) < 8 ? split_lanes(classes, kMostLanes, rare ? kMostOfLaneRare : kMostOfLane) : 0;
 }
 
 // Voxels that a thread of the kernels for one label a voxel takes at once.
@@ -201,13 +201,14 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   const bool few = classes == 2 || (classes <= kMostInRegisters<T> && !squared);
   const bool lie_side_by_side = aligned_interleaved(v.logits, classes, sizeof(T)) &&
                                 (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
-  const int lanes = few ? 1 : label_lanes<T>(classes, squared);
+  const bool smoothed = v.smooths_labels() && sizeof(T) < 8;
+  const int lanes = few ? 1 : label_lanes<T>(classes, squared || smoothed);
   plan.voxels = voxels_at_once<T>(classes, cross_entropy, few);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
-  const bool few_interleaved = few && lie_side_by_side && v.voxels % plan.voxels == 0;
-  plan.interleaved =
-      lanes > 0 && !few && !squared && lie_side_by_side && v.voxels % (16 / static_cast<int>(sizeof(T))) == 0;
-  plan.general = v.is_general() || is_resampled(v) ||
+  const bool few_interleaved = few && !smoothed && lie_side_by_side && v.voxels % plan.voxels == 0;
+  plan.interleaved = lanes > 0 && !few && !squared && !smoothed && lie_side_by_side &&
+                     v.voxels % (16 / static_cast<int>(sizeof(T))) == 0;
+  plan.general = (v.is_general() && !smoothed) || is_resampled(v) ||
                  !(few_interleaved || plan.interleaved || can_be_read(v, sizeof(T), plan.voxels));
   plan.split = plan.general || !few;
   plan.interleaved = plan.interleaved && !plan.general;
@@ -220,11 +221,13 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   } else if (!plan.split) {
     plan.lanes = 1;
     const int n = static_cast<int>(classes);
-    values = Plan::kThreads / kWarp * (cross_entropy ? count_values<true, true>(n) : count_values<false, false>(n));
+    with_label_sums(v, [&](auto ce, auto is_squared) {
+      values = Plan::kThreads / kWarp * count_values<decltype(ce)::value, decltype(is_squared)::value>(n);
+    });
     if (classes > 2) values = std::max<int64_t>(values, label_values(n));
   } else {
     plan.lanes = lanes;
-    with_split_labels(v, plan, [&](auto of_lane, auto, auto interleaved) {
+    with_split_labels(v, plan, [&](auto of_lane, auto, auto, auto interleaved) {
       constexpr int kClasses = decltype(of_lane)::value;
       values = label_values(kClasses);
       // Rows of as many voxels as 16 bytes hold of one class, of an odd number of such bytes; or a pack of each class.

@@ -220,29 +220,31 @@ __device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRo
   return at < v.voxels && row.load(at, labels, bad);
 }
 
-// Takes the logits of the labels that are of this lane's classes, -inf of the others, out of its pack, which has -inf
-// there then: so no class has to ask whether it is the label's. place(j, k): where that of class j and voxel k is; of
-// class -1, a place that is this thread's and has -inf, for a branch would cost more.
-template <typename A, int kVoxels, typename F>
+// What load does to a pack's logits of the labels: they stay and are not told apart; they are told, and stay; or they
+// are told, and -inf is in their place: so no class has to ask whether it is the label's.
+enum class Targets { kUntold, kStay, kTaken };
+
+// Those of the labels that are of this lane's classes, -inf of the others. place(j, k): where that of class j and voxel
+// k is; of class -1, a place that is this thread's and has -inf, for a branch would cost more.
+template <Targets kTargets, typename A, int kVoxels, typename F>
 __device__ __forceinline__ void take_targets(const SplitLane& lane, const int (&labels)[kVoxels],
                                              A (&of_target)[kVoxels], F&& place) {
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
     auto* const z = place(lane.index_of(labels[k]), k);
     of_target[k] = static_cast<A>(*z);
-    *z = static_cast<std::remove_reference_t<decltype(*z)>>(-INFINITY);
+    if (kTargets == Targets::kTaken) *z = static_cast<std::remove_reference_t<decltype(*z)>>(-INFINITY);
   }
   asm volatile("" : : : "memory");  // they are read next in words of another type
 }
 
 // A lane's pack of logits, and its gradient in their place; kVoxels at a time are taken from it and each put back.
 // kAhead: the next pack and its labels are brought to shared memory while a thread works on one, to a place of its own.
-// kTakesTargets: load does as take_targets.
-template <typename T, int kClasses, bool kAhead>
+template <typename T, int kClasses, bool kAhead, bool kKeepsTargets>
 struct PackInRegisters {
   using A = Compute<T>;
   using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
-  static constexpr bool kTakesTargets = kAhead;
+  static constexpr Targets kTargets = !kAhead ? Targets::kUntold : kKeepsTargets ? Targets::kStay : Targets::kTaken;
 
   T* slots;  // [classes + 1][threads] packs, the first of no class; and Labels' from there on
   Logits<T, kSplitVoxels> z[kClasses];
@@ -283,7 +285,7 @@ struct PackInRegisters {
       for (int k = 0; k < kSplitVoxels; ++k) labels[k] = kUncounted;
       bool all_known = false;
       if (at < v.voxels) all_known = row.whole ? row.take(label_slots(), labels, bad) : row.load(at, labels, bad);
-      take_targets(lane, labels, of_target, [&](int j, int k) { return slot(j) + k; });
+      take_targets<kTargets>(lane, labels, of_target, [&](int j, int k) { return slot(j) + k; });
 #pragma unroll
       for (int j = 0; j < kClasses; ++j) z[j] = load_logits<T, kSplitVoxels>(slot(j));
       if (next >= 0) expect(v, rows, row, lane, next);
@@ -324,7 +326,7 @@ template <typename T, int kClasses>
 struct PackInTile {
   using A = Compute<T>;
   using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
-  static constexpr bool kTakesTargets = true;
+  static constexpr Targets kTargets = Targets::kTaken;
   static constexpr int kPiece = kPack<T>, kPieces = (kClasses * kSplitVoxels + kPiece - 1) / kPiece;
 
   T* none;  // a place of this thread's in the place of a class that there is not
@@ -348,8 +350,9 @@ struct PackInTile {
     wait_for_copies();
     synchronise(lane);
     T* const own = own_classes(0, lane);
-    take_targets(lane, labels, of_target,
-                 [&](int j, int k) { return j < 0 ? none : own + (k * classes + (j << lane.shape.log_lanes)); });
+    take_targets<kTargets>(lane, labels, of_target, [&](int j, int k) {
+      return j < 0 ? none : own + (k * classes + (j << lane.shape.log_lanes));
+    });
     return all_known;
   }
   // After the last take, where nothing is put back and stored: the tile may be filled again.
@@ -431,8 +434,10 @@ struct PackInTile {
   }
 };
 
-template <typename T, int kClasses, bool kInterleaved, bool kAhead>
-using PackOf = std::conditional_t<kInterleaved, PackInTile<T, kClasses>, PackInRegisters<T, kClasses, kAhead>>;
+// kKeepsTargets: where a pack is brought ahead, and contiguous.
+template <typename T, int kClasses, bool kInterleaved, bool kAhead, bool kKeepsTargets = false>
+using PackOf =
+    std::conditional_t<kInterleaved, PackInTile<T, kClasses>, PackInRegisters<T, kClasses, kAhead, kKeepsTargets>>;
 
 // As weigh, also of voxels beyond the last one.
 template <Reads kReads, typename A, int kVoxels>
@@ -453,7 +458,7 @@ __device__ __forceinline__ void weighed_part(const Volume& v, const SplitLane& l
   pack.take(first, lane, z);
   if (weigh_split<kReads>(v, sample, at + first, labels, weights, all_known, bad)) return;
   clear_uncounted(z, labels);
-  if constexpr (Pack::kTakesTargets) {
+  if constexpr (Pack::kTargets != Targets::kUntold) {
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) of_target[k] = labels[k] == kUncounted ? -INFINITY : of_target[k];
   }
@@ -461,22 +466,24 @@ __device__ __forceinline__ void weighed_part(const Volume& v, const SplitLane& l
 
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
 // `others` only over this lane's classes, the target's in all lanes of the warp that has it.
-// kTakesTargets: of_target is as take_targets makes it, else it means nothing. kExact: the largest exponential is 1,
-// not only nearly, and of_target becomes z_top - z_target in the lane that has the target.
-template <bool kExact, bool kTakesTargets, typename A, typename T, int kClasses, int kVoxels>
+// of_target: as load makes it. kExact: the largest exponential is 1, not only nearly; see(j, k, z_top - z) is called
+// for each class; and of_target becomes z_top - z_target in the lane that has the target.
+template <bool kExact, Targets kTargets, typename A, typename T, int kClasses, int kVoxels, typename F>
 __device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
                                                  A (&of_target)[kVoxels], const SplitLane& lane,
-                                                 A (&others)[kClasses][kVoxels], SoftmaxSums<A> (&sums)[kVoxels]) {
-  static_assert(kTakesTargets || !kExact, "of_target is known");
+                                                 A (&others)[kClasses][kVoxels], SoftmaxSums<A> (&sums)[kVoxels],
+                                                 F&& see) {
+  constexpr bool kTold = kTargets != Targets::kUntold;
+  static_assert(kTold || !kExact, "of_target is known");
   A top[kVoxels];
   largest_of_thread(z, top);
-  if constexpr (kTakesTargets) {
+  if constexpr (kTargets == Targets::kTaken) {
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) top[k] = larger(top[k], of_target[k]);
   }
   max_over_lanes<kTops>(top, lane);
   if (!kExact && any_huge<T>(top)) {
-    if constexpr (kTakesTargets) {
+    if constexpr (kTold) {
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) of_target[k] -= top[k];
     }
@@ -488,20 +495,21 @@ __device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasse
     const auto exponential_of = [&](A x) {
       return kExact ? exponential(x - top[k]) : exponential_below(x, scaled_top);
     };
-    if constexpr (kTakesTargets) {
+    const int target = lane.index_of(labels[k]);
 #pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        others[j][k] = exponential_of(z[j].at(k));
+    for (int j = 0; j < kClasses; ++j) {
+      const A x = z[j].at(k), e = exponential_of(x);
+      if (kExact) see(j, k, top[k] - x);
+      if constexpr (kTold) {
+        others[j][k] = kTargets == Targets::kStay && target == j ? A(0) : e;
         sums[k].others = j == 0 ? others[j][k] : sums[k].others + others[j][k];
+      } else {
+        others[j][k] = sums[k].add(target == j, target != j, e);
       }
+    }
+    if constexpr (kTold) {
       sums[k].target = exponential_of(of_target[k]);
       if (kExact) of_target[k] = top[k] - of_target[k];
-    } else {
-      const int target = lane.index_of(labels[k]);
-#pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        others[j][k] = sums[k].add(target == j, target != j, exponential_of(z[j].at(k)));
-      }
     }
     sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
   }

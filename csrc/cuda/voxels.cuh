@@ -517,11 +517,11 @@ struct LabelSums {
     }
   }
   // c: which of the thread's classes the label is, -1 where none.
-  template <bool kWeights>
-  __device__ __forceinline__ void add(int c, A tp, A fn, A ce, A weight) const {
+  template <bool kLast>
+  __device__ __forceinline__ void add(int c, A tp, A fn, A ce, A last) const {
     constexpr int kWord = 16 / sizeof(A) < kColumns ? 16 / sizeof(A) : kColumns;
-    const A more[] = {tp, fn, ce, weight};
-    constexpr int kMore = kWeights ? 4 : 3;
+    const A more[] = {tp, fn, ce, last};
+    constexpr int kMore = kLast ? 4 : 3;
     A* sums = mine + (c + 1) * kOfThreads;
 #pragma unroll
     for (int first = 0; first < kColumns; first += kWord) {
@@ -534,7 +534,7 @@ struct LabelSums {
   __device__ __forceinline__ A tp(int c) const { return mine[(c + 1) * kOfThreads]; }
   __device__ __forceinline__ A fn(int c) const { return mine[(c + 1) * kOfThreads + 1]; }
   __device__ __forceinline__ A ce(int c) const { return mine[(c + 1) * kOfThreads + 2]; }
-  __device__ __forceinline__ A weight(int c) const { return mine[(c + 1) * kOfThreads + 3]; }
+  __device__ __forceinline__ A last(int c) const { return mine[(c + 1) * kOfThreads + 3]; }
 };
 
 // A block's share of the work: of one sample, the pieces from begin to last, a step apart; those that others have lie

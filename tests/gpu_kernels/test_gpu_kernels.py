@@ -429,18 +429,40 @@ def test_squared_of_labels(weighted, function, dtype, classes):
     check(logits, target, function=function, alpha=0.5, beta=0.5, squared=True, **options)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 33] if BACKEND == "triton" else [2, 3, 4, 5, 6, 8, 9, 20, 33, 118])
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_label_smoothing(weighted, dtype, classes):
+    """Several blocks a sample, weights of classes and voxels, and a class that is impossible at a few of them."""
+    space = (5, 16) if WHERE == "interpreter" else (20, 24, 16) if classes < 33 else (5, 24, 16)
+    logits, target = inputs(2, classes, space, dtype, torch.uint8)
+    options = {"label_smoothing": 0.2, "ce_class_weight": torch.linspace(0.5, 1.5, classes).tolist()}
+    if weighted:
+        generator = torch.Generator().manual_seed(1)
+        options.update(voxel_weight=torch.rand(target.shape, generator=generator), ignore_index=0)
+    check(logits, target, function=kernel_ce_loss, **options)
+    logits[1, 0, ..., 3] = -torch.inf
+    target[1, ..., 3] = 1
+    loss, gradient = loss_and_gradient(kernel_ce_loss, logits, target, **options)
+    assert torch.isposinf(loss)
+    assert torch.isfinite(gradient[0]).all()
+
+
 @pytest.mark.parametrize("classes", [2, 4, 20])
 def test_cross_entropy_of_huge_logits(classes):
     logits, target = inputs(1, classes, (64,))
     check(logits.sign() * 1e4, target, function=kernel_ce_loss)
     check(logits.sign() * 1e4, target, function=kernel_ce_loss, activation="sigmoid")
+    check(logits.sign() * 1e4, target, function=kernel_ce_loss, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("classes", [2, 4, 20])
 def test_cross_entropy_of_a_nearly_perfect_prediction(classes):
     logits, target = inputs(1, classes, (12, 16), torch.float64, scale=0.5)
     logits = (logits + 14 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1)).float()
-    check(logits, target, function=kernel_ce_loss, upstream=torch.tensor(2.0**20), smooth_nr=0.0, smooth_dr=0.0)
+    options = {"upstream": torch.tensor(2.0**20), "smooth_nr": 0.0, "smooth_dr": 0.0}
+    check(logits, target, function=kernel_ce_loss, **options)
+    check(logits, target, function=kernel_ce_loss, label_smoothing=0.1, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
