@@ -1,8 +1,9 @@
-"""Instructions a logit of the CUDA kernels for one label a voxel, without a GPU: python tests/cuda_instructions.py.
+"""Instructions a logit of the CUDA kernels in registers, without a GPU: python tests/cuda_instructions.py.
 
-Counted is the shortest way through a kernel's main loop that reads uint8 labels in whole loads and, in the gradient
-pass, stores: all voxels count, none has a weight, and no logit is huge. A loop over the lanes that share a voxel is
-passed once, as by two lanes. What a multiprocessor can issue while the bytes arrive is in docs/performance.md.
+Counted is the shortest way through a kernel's main loop that reads uint8 labels (or a dense float32 target) in whole
+loads and, in the gradient pass, stores: all voxels count, none has a weight, and no logit is huge. A loop over the
+lanes that share a voxel is passed once, as by two lanes. What a multiprocessor can issue while the bytes arrive is in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import tversky_kernels as tk
 
 LIBRARY = pathlib.Path(tk.__file__).parent / "_C_cuda.so"
 KERNEL = re.compile(
-    r"\d(?P<kernel>(?:split_)?(?:count|gradient)_pass_kernel)I(?P<type>f|N3c108BFloat16|N3c104Half)E?"
-    r"Li(?P<classes>\d+)ELNS_12CrossEntropyE(?P<ce>[012])ELb(?P<squared>[01])ELb(?P<interleaved>[01])E"
+    r"\d(?P<kernel>(?:(?:dense_)?split_)?(?:count|gradient)_pass_kernel)I(?P<type>f|N3c108BFloat16|N3c104Half)E?"
+    r"Li(?P<classes>\d+)EL(?:b|NS_12CrossEntropyE)(?P<ce>[012])E(?:Lb(?P<squared>[01])ELb(?P<interleaved>[01])E)?"
 )
 #: By the number of enum class CrossEntropy.
 CROSS_ENTROPIES = ("", "+ ce", "+ smoothed ce")
@@ -96,14 +97,15 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
             continue
         dtype, size = TYPES[kernel["type"]]
         classes, ce, squared = int(kernel["classes"]), CROSS_ENTROPIES[int(kernel["ce"])], kernel["squared"] == "1"
-        split = kernel["kernel"].startswith("split")
+        split, dense = "split" in kernel["kernel"], "dense" in kernel["kernel"]
         # As kVoxelsOf, kSplitVoxels and kAhead in csrc/cuda/kernels.h.
         voxels = 4 if split else 16 // size if 16 // size * classes <= (16 if ce else 32) else 8 // size
-        ahead = split and (size == 2 or "count" in kernel["kernel"])
+        ahead = split and not dense and (size == 2 or "count" in kernel["kernel"])
         load = "LDGSTS" if ahead else "LDG"
-        labels = rf"(@!?P\d )?{load}\.E(\.CONSTANT)? " if voxels == 4 else r"(@!?P\d )?LDG\.E\.64(\.CONSTANT)? "
+        width = r"\.128" if dense else "" if voxels == 4 else r"\.64"
+        target = rf"(@!?P\d )?{load}\.E{width}(\.CONSTANT)? "
         stores = [r"(@!?P\d )?STG\.E\.EF\.(128|64) "] if "gradient" in kernel["kernel"] else []
-        way = shortest_way(instructions, [labels, *stores])
+        way = shortest_way(instructions, [target, *stores])
         if way is not None:
             found[kernel["kernel"], dtype, classes, ce, squared] = way / (voxels * classes)
     return found
@@ -116,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for (kernel, dtype, classes, ce, squared), a_logit in sorted(counts(arguments.library, arguments.arch).items()):
         options = f"{ce} {'squared' if squared else ''}"
-        print(f"{kernel:28} {dtype:9} C={classes} {options:15} {a_logit:5.1f}")
+        print(f"{kernel:32} {dtype:9} C={classes} {options:15} {a_logit:5.1f}")
 
 
 if __name__ == "__main__":

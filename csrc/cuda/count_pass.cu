@@ -289,6 +289,27 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   }
 }
 
+// The counts of a block whose threads have those of each of a lane's classes.
+template <int kColumns, typename A, int kClasses>
+__device__ __forceinline__ void store_split_sums(const GeneralSums<A> (&counts)[kClasses], bool bad,
+                                                 const SplitLane& lane, int classes, A* memory, A* out) {
+  A values[kColumns * kClasses];
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    const A all[kAllCounts] = {counts[j].tp, counts[j].fp,        counts[j].fn,
+                               counts[j].ce, counts[j].smoothing, counts[j].voxels};
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) values[i * kClasses + j] = all[i];
+  }
+  const SplitBlockSums<A, kColumns * kClasses> sums{memory, lane};
+  sums.store(values, bad);
+  __syncthreads();
+  for (int i = threadIdx.x; i < kColumns * classes; i += Plan::kThreads) {
+    const int column = i / classes, c = i % classes;
+    out[i] = sums.total(c, column * kClasses + (c >> lane.shape.log_lanes));
+  }
+}
+
 // A target of its own for every class, and all options of a softmax's cross-entropy.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
@@ -310,7 +331,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
     int labels[kVoxels];
     load_split_targets(v, lane, share.sample, at, g, labels, weights, bad);
-    top_of_split(z, lane, below_top, beyond_one);
+    top_of_split(z, lane, beyond_one, [&](int j, int k, A below, A) { below_top[j][k] = below; });
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       if (labels[k] == kUncounted) continue;
@@ -324,23 +345,56 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       }
     }
   });
-
-  A values[kColumns * kClasses];
-#pragma unroll
-  for (int j = 0; j < kClasses; ++j) {
-    const A all[kAllCounts] = {counts[j].tp, counts[j].fp,        counts[j].fn,
-                               counts[j].ce, counts[j].smoothing, counts[j].voxels};
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) values[i * kClasses + j] = all[i];
-  }
-  const SplitBlockSums<A, kColumns * kClasses> sums{lane.beyond_exchange<A>(memory), lane};
-  sums.store(values, bad);
-  __syncthreads();
   A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * classes;
-  for (int i = threadIdx.x; i < kColumns * classes; i += Plan::kThreads) {
-    const int column = i / classes, c = i % classes;
-    out[i] = sums.total(c, column * kClasses + (c >> shape.log_lanes));
-  }
+  store_split_sums<kColumns>(counts, bad, lane, classes, lane.beyond_exchange<A>(memory), out);
+}
+
+// A target of its own for every class, by products: see Plan::dense.
+template <typename T, int kClasses, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
+    dense_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished,
+                                  const Blocks blocks, const SplitShape shape) {
+  using A = Compute<T>;
+  constexpr int kVoxels = kSplitVoxels, kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
+  const int classes = static_cast<int>(v.classes);
+  TK_SHARED(memory);
+  const SplitLane lane(shape, classes);
+  begin_count(finished);
+  const Share share = share_of_block<kOrder>(v, blocks);
+  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  const DenseRows<kVoxels> targets(v, lane, share.sample);
+  GeneralSums<A> counts[kClasses];
+  A weight_sum = A(0);
+  bool bad = false;
+  for_each_pack<kOrder>(share, lane, [&](int64_t at) {
+    Logits<T, kVoxels> z[kClasses];
+    A g[kClasses][kVoxels], e[kClasses][kVoxels], weights[kVoxels], beyond_one[kVoxels];
+    load_dense_split(v, rows, targets, lane, share.sample, at, z, g, weights, bad);
+    top_of_split(z, lane, beyond_one, [&](int j, int k, A below_top, A exponential_of) {
+      e[j][k] = exponential_of;
+      // -log p = below_top + log S; without g it may be infinite, and is not wanted.
+      if (kCrossEntropy && g[j][k] != A(0)) counts[j].ce += (g[j][k] * weights[k]) * below_top;
+    });
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      const A weighted = reciprocal(A(1) + beyond_one[k]) * weights[k];
+      const A log_sum = kCrossEntropy ? log_one_plus(beyond_one[k]) * weights[k] : A(0);
+      if (kCrossEntropy) weight_sum += weights[k];
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        const A p = e[j][k] * weighted, complement = unscaled_complement(e[j][k], beyond_one[k]) * weighted;
+        const Overlap<A> overlap = overlap_of(Probability<A>{p, complement}, g[j][k], OverlapForm::kProduct);
+        counts[j].tp += overlap.tp;
+        counts[j].fp += overlap.fp;
+        counts[j].fn += overlap.fn;
+        if (kCrossEntropy) counts[j].ce += log_sum * g[j][k];
+      }
+    }
+  });
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) counts[j].voxels = weight_sum;
+  A* out = partial + (share.sample * blocks.programs + share.program) * kColumns * classes;
+  store_split_sums<kColumns>(counts, bad, lane, classes, lane.beyond_exchange<A>(memory), out);
 }
 
 // The sums of [halves][values], NaN where something is bad.
@@ -573,6 +627,10 @@ struct CountPass {
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {
     launch<T>(general_split_count_pass_kernel<T, kClasses, kCrossEntropy>, plan.shape());
+  }
+  template <typename T, int kClasses, bool kCrossEntropy>
+  void dense_split() const {
+    launch<T>(dense_split_count_pass_kernel<T, kClasses, kCrossEntropy>, plan.shape());
   }
   template <typename T, Activation kActivation, bool kCrossEntropy>
   void channel() const {

@@ -44,11 +44,18 @@ __device__ __forceinline__ bool is_hard(const Volume& v, A g) {
   return v.cross_entropy != CrossEntropy::kSmoothed && (!v.dense || g == A(0) || g == A(1));
 }
 
+// S (1 - p) of a class, from its exponential e and S - 1, S being the sum of all. Of the largest, whose e is 1, nothing
+// cancels; of another e is a part of S - 1.
+template <typename A>
+__device__ __forceinline__ A unscaled_complement(A e, A beyond_one) {
+  return (A(1) - e) + beyond_one;
+}
+
 // p and 1 - p of a softmax, from z_top - z; beyond_one: the sum of the exponentials - 1, inverse: 1 / that sum.
 template <typename A>
 __device__ __forceinline__ Probability<A> dense_probability(A below_top, A beyond_one, A inverse) {
-  const A p = exponential(-below_top) * inverse;
-  return {p, below_top == A(0) ? beyond_one * inverse : A(1) - p};
+  const A e = exponential(-below_top);
+  return {e * inverse, unscaled_complement(e, beyond_one) * inverse};
 }
 
 // p and 1 - p of a channel by itself.

@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
     int labels[kVoxels];
     load_split_targets(v, lane, share.sample, at, g, labels, weights, bad);
-    top_of_split(z, lane, below_top, beyond_one);
+    top_of_split(z, lane, beyond_one, [&](int j, int k, A below, A) { below_top[j][k] = below; });
     A sums[3 * kVoxels];  // rest_u, top_u and the sum of b
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
@@ -304,6 +304,76 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
           slope += softmax_cross_entropy_gradient(p, b, sums[2 * kVoxels + k]);
         }
         dz[j].values[k] = static_cast<T>(labels[k] == kUncounted ? A(0) : slope * weights[k]);
+      }
+    }
+    store_split(v, a.out, share.sample, lane, at, dz);
+  });
+}
+
+// A target of its own for every class, by products: see Plan::dense.
+template <typename T, int kClasses, bool kCrossEntropy>
+__global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
+    dense_split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks,
+                                     const SplitShape shape) {
+  using A = Compute<T>;
+  constexpr int kVoxels = kSplitVoxels;
+  const int classes = static_cast<int>(v.classes);
+  TK_SHARED(memory);
+  const SplitLane lane(shape, classes);
+  const Share share = share_of_block<kOrder>(v, blocks);
+  const Coefficients<A>* of_class =
+      fill_coefficients<kCrossEntropy>(v, a, share.sample, lane.beyond_exchange<Coefficients<A>>(memory));
+  __syncthreads();
+
+  const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
+  const DenseRows<kVoxels> targets(v, lane, share.sample);
+  A u_background[kClasses], u_foreground[kClasses];
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    u_background[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
+    u_foreground[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].foreground : A(0);
+  }
+  const auto ce_of = [&](int j) {  // from shared memory, as registers are few
+    return lane.has<kClasses>(j) ? of_class[lane.class_of(j)].ce : A(0);
+  };
+  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  for_each_pack<kOrder>(share, lane, [&](int64_t at) {
+    Logits<T, kVoxels> z[kClasses];
+    Packed<T, kVoxels> dz[kClasses];
+    A g[kClasses][kVoxels], e[kClasses][kVoxels], weights[kVoxels], beyond_one[kVoxels];
+    load_dense_split(v, rows, targets, lane, share.sample, at, z, g, weights, bad);
+    top_of_split(z, lane, beyond_one, [&](int j, int k, A, A exponential_of) { e[j][k] = exponential_of; });
+    const auto slope_of = [&](int j, A target) {  // p does not decide it
+      return overlap_slope(Probability<A>{}, target, u_background[j], u_foreground[j], OverlapForm::kProduct);
+    };
+    A sums[3 * kVoxels];  // rest_u S, top_u and the sum of b
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      A rest_u = A(0), top_u = A(0), b_all = A(0);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        const A slope = slope_of(j, g[j][k]);
+        rest_u += e[j][k] == A(1) ? A(0) : e[j][k] * slope;
+        top_u += e[j][k] == A(1) ? slope : A(0);
+        if (kCrossEntropy) b_all += g[j][k] * ce_of(j);
+      }
+      sums[k] = rest_u;
+      sums[kVoxels + k] = top_u;
+      sums[2 * kVoxels + k] = b_all;
+    }
+    sum_over_lanes<kSums>(sums, lane);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      const A inverse = reciprocal(A(1) + beyond_one[k]), weighted = inverse * weights[k];
+      const DenseSoftmaxGradient<A> gradient =
+          dense_softmax_gradient(sums[k] * inverse, sums[kVoxels + k], beyond_one[k], inverse);
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        const A target = recomputed(g[j][k]);
+        const Probability<A> p{e[j][k] * weighted, unscaled_complement(e[j][k], beyond_one[k]) * weighted};
+        A slope = gradient.overlap(p.p, slope_of(j, target));
+        if (kCrossEntropy) slope += softmax_cross_entropy_gradient(p, target * ce_of(j), sums[2 * kVoxels + k]);
+        dz[j].values[k] = static_cast<T>(slope);
       }
     }
     store_split(v, a.out, share.sample, lane, at, dz);
@@ -523,6 +593,10 @@ struct GradientPass {
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {
     launch(general_split_gradient_pass_kernel<T, kClasses, kCrossEntropy>, plan.shape());
+  }
+  template <typename T, int kClasses, bool kCrossEntropy>
+  void dense_split() const {
+    launch(dense_split_gradient_pass_kernel<T, kClasses, kCrossEntropy>, plan.shape());
   }
   template <typename T, Activation kActivation, bool kCrossEntropy>
   void channel() const {

@@ -39,6 +39,7 @@ struct Plan {
   int warps;         // over which these threads are spread
   bool split;        // the classes of a voxel are split over the lanes (it may be one): see split.cuh
   bool general;      // split: by the kernels for a target of its own for every class, which also read resampled ones
+  bool dense;        // general: by those for dense targets of the logits' size, made of products and no powers
   bool interleaved;  // split: the classes of a voxel lie side by side
   bool by_channel;   // a block takes one channel: the blocks are a sample's and class's
   int shared_bytes;  // of a block
@@ -132,7 +133,7 @@ constexpr bool kAhead = !kGradient || sizeof(T) == 2;
 // A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
 // Of squares and label smoothing there are none such.
 constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneRare = 8;
-constexpr int kMostLanesGeneral = 32, kMostOfLaneGeneral = 4;
+constexpr int kMostLanesGeneral = 32, kMostOfLaneGeneral = 4, kMostOfLaneDense = 5;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 in half precision): in smaller ones memory comes at half its speed.
 constexpr int kMostLanesOfWarp = 4;
@@ -196,6 +197,7 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   if (classes <= lanes * kMostOfLaneRare) return f(std::integral_constant<int, kMostOfLaneRare>{});
   if constexpr (!kRare) return f(std::integral_constant<int, kMostOfLane>{});
 }
+// The same for a target of its own for every class.
 template <typename F>
 void with_general_split_classes(int64_t classes, F&& f) {
   if (classes <= 2) {
@@ -203,6 +205,11 @@ void with_general_split_classes(int64_t classes, F&& f) {
   } else {
     f(std::integral_constant<int, kMostOfLaneGeneral>{});
   }
+}
+template <typename F>
+void with_dense_split_classes(int64_t classes, int lanes, F&& f) {
+  if (classes <= lanes * kMostOfLaneGeneral) return with_general_split_classes(classes, f);
+  f(std::integral_constant<int, kMostOfLaneDense>{});
 }
 
 // Calls f with a bool as a constant.
@@ -257,8 +264,8 @@ void with_activation(Activation activation, F&& f) {
 }
 
 // The kernels that a plan asks for: calls one of the launcher's few<T, kClasses, kCeForm, kSquared, kInterleaved>(),
-// split (the same), general_split<T, kClasses, kCrossEntropy>(), channel<T, kActivation, kCrossEntropy>(), general (the
-// same), tiled (the same).
+// split (the same), general_split<T, kClasses, kCrossEntropy>(), dense_split (the same), channel<T, kActivation,
+// kCrossEntropy>(), general (the same), tiled (the same).
 template <typename Launcher>
 void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
   with_logits_type(v.logits.type, [&](auto element) {
@@ -267,7 +274,11 @@ void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
       constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value;
       if (plan.split) {
         if constexpr (sizeof(T) < 8) {
-          if (plan.general) {
+          if (plan.dense) {
+            with_dense_split_classes(v.classes, plan.lanes, [&](auto classes) {
+              launcher.template dense_split<T, decltype(classes)::value, kCrossEntropy>();
+            });
+          } else if (plan.general) {
             with_general_split_classes(v.classes, [&](auto classes) {
               launcher.template general_split<T, decltype(classes)::value, kCrossEntropy>();
             });

@@ -153,6 +153,12 @@ bool is_resampled(const Volume& v) {
   return v.target.resampling.active || v.weight.resampling.active;
 }
 
+// Whether a dense target's part is made of products alone: see Plan::dense.
+bool is_dense_by_products(const Volume& v) {
+  return v.dense && v.overlap == OverlapForm::kProduct && v.cross_entropy != CrossEntropy::kSmoothed &&
+         (v.cross_entropy == CrossEntropy::kNone || v.focal_gamma == 0) && !is_resampled(v);
+}
+
 // The same where the classes of a voxel lie side by side.
 bool aligned_interleaved(const LogitsView& x, int64_t classes, int64_t element_size) {
   return x.class_stride == 1 && x.voxel_stride == classes && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
@@ -214,10 +220,10 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   plan.interleaved = plan.interleaved && !plan.general;
   if (plan.general) {
     plan.voxels = kSplitVoxels;
-    plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, kMostOfLaneGeneral) : 0;
-    with_general_split_classes(classes, [&](auto of_lane) {
-      values = Plan::kThreads / kWarp * plan.lanes * v.count_columns() * decltype(of_lane)::value;
-    });
+    plan.dense = is_dense_by_products(v) && sizeof(T) < 8;
+    const int most_of_lane = plan.dense ? kMostOfLaneDense : kMostOfLaneGeneral;
+    plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, most_of_lane) : 0;
+    values = Plan::kThreads / kWarp * plan.lanes * v.count_columns() * most_of_lane;
   } else if (!plan.split) {
     plan.lanes = 1;
     const int n = static_cast<int>(classes);

@@ -542,6 +542,24 @@ __device__ __forceinline__ void load_dense_of(const Volume& v, const SplitLane& 
   }
 }
 
+// A voxel whose target holds the ignored value in every class does not count. All lanes of the warp must call.
+template <typename A, int kClasses, int kVoxels>
+__device__ __forceinline__ void leave_out_ignored(const Volume& v, const SplitLane& lane,
+                                                  const A (&g)[kClasses][kVoxels], int (&labels)[kVoxels]) {
+  A differs[kVoxels];
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    differs[k] = A(0);
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j) {
+      if (lane.has<kClasses>(j) && g[j][k] != static_cast<A>(v.ignore_index)) differs[k] = A(1);
+    }
+  }
+  max_over_lanes<kDiffers>(differs, lane);
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) labels[k] = differs[k] == A(0) ? kUncounted : labels[k];
+}
+
 // The targets of a lane's classes, labels (only kUncounted means something) and weights of its voxels. All lanes of the
 // warp must call.
 template <typename A, int kClasses, int kVoxels>
@@ -565,27 +583,15 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
                     [&](auto element) { load_dense_of<decltype(element)>(v, lane, sample, inside ? at : 0, g); });
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) labels[k] = inside ? 0 : kUncounted;
-  if (v.has_ignore_index) {  // a voxel that holds it in every class does not count
-    A differs[kVoxels];
-#pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-      differs[k] = A(0);
-#pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        if (lane.has<kClasses>(j) && g[j][k] != static_cast<A>(v.ignore_index)) differs[k] = A(1);
-      }
-    }
-    max_over_lanes<kDiffers>(differs, lane);
-#pragma unroll
-    for (int k = 0; k < kVoxels; ++k) labels[k] = differs[k] == A(0) ? kUncounted : labels[k];
-  }
+  if (v.has_ignore_index) leave_out_ignored(v, lane, g, labels);
   weigh_split<Reads::kResampled>(v, sample, at, labels, weights, false, bad);
 }
 
-// Softmax of a lane's classes: z_top - z, inf where there is no such class, and the voxel's sums over all lanes.
-template <typename A, typename T, int kClasses, int kVoxels>
+// Softmax of a lane's classes: calls keep(j, k, z_top - z, exponential), inf and 0 where there is no such class; and
+// the voxel's sums over all lanes.
+template <typename A, typename T, int kClasses, int kVoxels, typename F>
 __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClasses], const SplitLane& lane,
-                                             A (&below_top)[kClasses][kVoxels], A (&beyond_one)[kVoxels]) {
+                                             A (&beyond_one)[kVoxels], F&& keep) {
   A top[kVoxels], sums[2 * kVoxels];
   largest_of_thread(z, top);
   max_over_lanes<kTops>(top, lane);
@@ -594,8 +600,9 @@ __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClas
     TopSums<A> of_lane;
 #pragma unroll
     for (int j = 0; j < kClasses; ++j) {
-      below_top[j][k] = top[k] - z[j].at(k);
-      of_lane.add(below_top[j][k] == A(0), exponential(-below_top[j][k]));
+      const A below_top = top[k] - z[j].at(k), e = exponential(-below_top);
+      keep(j, k, below_top, e);
+      of_lane.add(e == A(1), e);
     }
     sums[k] = of_lane.rest;
     sums[kVoxels + k] = of_lane.tops;
@@ -603,6 +610,80 @@ __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClas
   sum_over_lanes<kTopSums>(sums, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) beyond_one[k] = TopSums<A>{sums[k], sums[kVoxels + k]}.beyond_one();
+}
+
+// The values of a dense target of a sample as a lane reads them, of the logits' size: see Plan::dense.
+template <int kVoxels>
+struct DenseRows {
+  const Volume& v;
+  const SplitLane& lane;
+  int64_t start;  // of the sample
+  bool whole;     // in whole loads
+
+  __device__ __forceinline__ DenseRows(const Volume& volume, const SplitLane& lane_, int64_t sample)
+      : v(volume), lane(lane_), start(sample * volume.target.sample_stride), whole(false) {
+    if (v.target.voxel_stride != 1 || (start | v.target.class_stride) % kVoxels != 0) return;
+    with_element_type(v.target.type, [&](auto element) {
+      constexpr int kBytes = sizeof(element) * kVoxels < 16 ? sizeof(element) * kVoxels : 16;
+      whole = reinterpret_cast<uintptr_t>(v.target.data) % kBytes == 0;
+    });
+  }
+  // From a multiple of kVoxels on; 0 where there is no such class.
+  template <typename A, int kClasses>
+  __device__ __forceinline__ void load(int64_t at, A (&g)[kClasses][kVoxels]) const {
+    with_element_type(v.target.type, [&](auto element) {
+      using X = decltype(element);
+      Packed<X, kVoxels> values[kClasses] = {};
+      if (whole) {
+        for_each_row<X, kClasses>(at, 1, [&](int j, const X* row) { values[j] = load_packed<X, kVoxels>(row); });
+      } else {
+        for_each_row<X, kClasses>(at, v.target.voxel_stride, [&](int j, const X* row) {
+#pragma unroll
+          for (int k = 0; k < kVoxels; ++k) values[j].values[k] = row[k * v.target.voxel_stride];
+        });
+      }
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+#pragma unroll
+        for (int k = 0; k < kVoxels; ++k) g[j][k] = to_compute<A>(values[j].values[k]);
+      }
+    });
+  }
+
+ private:
+  template <typename X, int kClasses, typename F>
+  __device__ __forceinline__ void for_each_row(int64_t at, int64_t voxel_stride, F&& f) const {
+    const int64_t step = v.target.class_stride << lane.shape.log_lanes;
+    const X* row =
+        static_cast<const X*>(v.target.data) + start + lane.first_class * v.target.class_stride + at * voxel_stride;
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j, row += step) {
+      if (lane.has<kClasses>(j)) f(j, row);
+    }
+  }
+};
+
+// The logits, targets and weights of a lane's classes and voxels. What does not count has logits, targets and weights
+// of 0. All lanes of the warp must call.
+template <typename A, typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void load_dense_split(const Volume& v, const T* rows, const DenseRows<kVoxels>& targets,
+                                                 const SplitLane& lane, int64_t sample, int64_t at,
+                                                 Logits<T, kVoxels> (&z)[kClasses], A (&g)[kClasses][kVoxels],
+                                                 A (&weights)[kVoxels], bool& bad) {
+  load_split(v, rows, lane, at, z);
+  const bool inside = at < v.voxels;
+  targets.load(inside ? at : 0, g);
+  int labels[kVoxels];
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) labels[k] = inside ? 0 : kUncounted;
+  if (v.has_ignore_index) leave_out_ignored(v, lane, g, labels);
+  if (weigh_split<Reads::kSameSize>(v, sample, at, labels, weights, !v.has_ignore_index, bad)) return;
+  clear_uncounted(z, labels);
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j) g[j][k] = labels[k] == kUncounted ? A(0) : g[j][k];
+  }
 }
 
 }  // namespace cuda

@@ -236,11 +236,13 @@ def test_what_does_not_count_may_be_nan(options, classes, dtype):
     assert torch.isnan(function(logits, target, **options))
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("classes", [2, 3, 20])
-def test_nearly_perfect_prediction(classes):
+def test_nearly_perfect_prediction(classes, dense):
     logits, target = inputs(1, classes, (12, 16), torch.float64, scale=0.5)
-    logits = (logits + 14 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1)).float()
-    check(logits, target, upstream=torch.tensor(2.0**20), smooth_nr=0.0, smooth_dr=0.0)
+    one_hot = torch.nn.functional.one_hot(target, classes).movedim(-1, 1)
+    options = {"upstream": torch.tensor(2.0**20), "smooth_nr": 0.0, "smooth_dr": 0.0}
+    check((logits + 14 * one_hot).float(), one_hot if dense else target, **options)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -389,16 +391,22 @@ def test_cross_entropy(classes, dtype, options):
     check(*inputs(2, classes, (5, 16), dtype), function=kernel_ce_loss, **options)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 4, 20])
-@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1, 2, 4, 20] if BACKEND == "triton" else [1, 2, 3, 4, 5, 10, 20, 40])
+@pytest.mark.parametrize(
+    "target_dtype",
+    [torch.uint8, torch.bool, torch.float32, torch.bfloat16]
+    + ([] if BACKEND == "triton" else [torch.int16, torch.int64, torch.float64]),
+)
 @pytest.mark.parametrize("soft_label", [False, True])
 def test_dense_targets(classes, target_dtype, soft_label):
+    """The classes of a voxel side by side, as one_hot makes them, and contiguous."""
     logits, target = inputs(2, classes, (5, 16))
     one_hot = torch.nn.functional.one_hot(target, max(classes, 2)).movedim(-1, 1)[:, -classes:]
     if target_dtype.is_floating_point:
         one_hot = 0.5 * one_hot + 0.5 * torch.rand(one_hot.shape)
     activation = "sigmoid" if classes == 1 else "softmax"
-    check(logits, one_hot.to(target_dtype), activation=activation, soft_label=soft_label)
+    for dense in (one_hot, one_hot.contiguous()):
+        check(logits, dense.to(target_dtype), activation=activation, soft_label=soft_label)
 
 
 @pytest.mark.parametrize("classes", [2, 4, 20])
@@ -459,9 +467,11 @@ def test_cross_entropy_of_huge_logits(classes):
 @pytest.mark.parametrize("classes", [2, 4, 20])
 def test_cross_entropy_of_a_nearly_perfect_prediction(classes):
     logits, target = inputs(1, classes, (12, 16), torch.float64, scale=0.5)
-    logits = (logits + 14 * torch.nn.functional.one_hot(target, classes).movedim(-1, 1)).float()
+    one_hot = torch.nn.functional.one_hot(target, classes).movedim(-1, 1)
+    logits = (logits + 14 * one_hot).float()
     options = {"upstream": torch.tensor(2.0**20), "smooth_nr": 0.0, "smooth_dr": 0.0}
     check(logits, target, function=kernel_ce_loss, **options)
+    check(logits, one_hot.half(), function=kernel_ce_loss, **options)
     check(logits, target, function=kernel_ce_loss, label_smoothing=0.1, **options)
 
 
