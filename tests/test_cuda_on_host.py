@@ -94,8 +94,8 @@ PLANTED = {
     ),
     "a label's logit stays among the others": (
         "split.cuh",
-        "*z = static_cast<std::remove_reference_t<decltype(*z)>>(-INFINITY);",
-        "",
+        "if (kTargets == Targets::kTaken)",
+        "if (kTargets == Targets::kUntold)",
     ),
     "the label's logit is smoothed as another's": (
         "split.cuh",

@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
   const Share share = share_of_block<kOrder>(v, blocks);
   const T* rows = static_cast<const T*>(v.logits.data) + kept(share.sample * v.logits.sample_stride);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
-  A counts[count_values<kCeForm, kSquared>(kClasses)] =
-      {};  // from of_weights on: sum of the weights, or of each label's
+  A counts[count_values<kCeForm, kSquared>(kClasses)] = {};
+  // From here on the sum of the weights, or of each label's.
   constexpr int of_weights = kWeights<kCeForm> * kClasses;
   TK_SHARED(memory);
   // Two classes have theirs in registers.
@@ -249,19 +249,19 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         fp[j] += kSquared ? (others[j][k] * inverse) * (others[j][k] * weighted) : others[j][k] * weighted;
       }
       if (kCrossEntropy && !kSquared) weight_sum += weight;
-      A missed = sums[k].others * weighted, ce = A(0), more = weight;  // of the last column
+      A missed = sums[k].others * weighted, ce = A(0), last = weight;
       if (kSquared) missed *= sums[k].others * inverse;
       if (kCrossEntropy) {
         const A log_sum = log_one_plus(exponentials_beyond_one(sums[k])), term = of_target[k] + log_sum;
         ce = (kSmoothed ? term : with_focal_factor(v, sums[k].others * inverse, term)) * weight;
-        if (kSmoothed) more *= log_sum;
+        if (kSmoothed) last *= log_sum;
       }
       of_label.template add<kSquared || kSmoothed>(recomputed(lane.index_of(labels[k])), sums[k].target * weighted,
-                                                   missed, ce, more);
+                                                   missed, ce, last);
     }
   });
 
-  A values[kValues], log_sums = A(0);  // of smoothing the same for every class, by label or none
+  A values[kValues], log_sums = A(0);  // of smoothing, the same for every class; they were summed by label
   if constexpr (kSmoothed) {
 #pragma unroll 1
     for (int j = -1; j < kClasses; ++j) log_sums += of_label.last(j);

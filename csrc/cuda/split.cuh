@@ -220,12 +220,12 @@ __device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRo
   return at < v.voxels && row.load(at, labels, bad);
 }
 
-// What load does to a pack's logits of the labels: they stay and are not told apart; they are told, and stay; or they
-// are told, and -inf is in their place: so no class has to ask whether it is the label's.
+// What a pack's load does with the logits of the labels: it does not tell them; it tells them, and they stay; or it
+// takes them, and -inf stays in their place, so that no class has to ask whether it is the label's.
 enum class Targets { kUntold, kStay, kTaken };
 
-// Those of the labels that are of this lane's classes, -inf of the others. place(j, k): where that of class j and voxel
-// k is; of class -1, a place that is this thread's and has -inf, for a branch would cost more.
+// The logits of the labels that are of this lane's classes, -inf of the others. place(j, k): where that of class j and
+// voxel k is; of class -1, a place that is this thread's and has -inf, for a branch would cost more.
 template <Targets kTargets, typename A, int kVoxels, typename F>
 __device__ __forceinline__ void take_targets(const SplitLane& lane, const int (&labels)[kVoxels],
                                              A (&of_target)[kVoxels], F&& place) {
