@@ -81,8 +81,8 @@ struct Volume {
   TK_MATH bool sums_label_weights() const {
     return overlap == OverlapForm::kSquared && !dense && activation == Activation::kSoftmax;
   }
-  // Whether a softmax's label is the target and its cross-entropy is smoothed, without anything that makes powers or
-  // squares of it: of this CUDA has kernels for one label a voxel, but not for every type and layout.
+  // Whether a softmax's label is the target and its cross-entropy is smoothed, and nothing is a power or a square: for
+  // most types and layouts of this CUDA's kernels for one label a voxel will do, although it is_general.
   TK_MATH bool smooths_labels() const {
     return cross_entropy == CrossEntropy::kSmoothed && activation == Activation::kSoftmax && !dense &&
            overlap != OverlapForm::kSquared && focal_gamma == 0;
