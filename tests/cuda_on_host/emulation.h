@@ -10,6 +10,7 @@
 // Not modelled: the memory model, the accuracy of device intrinsics, and time.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -56,9 +57,28 @@ struct Copy {
   size_t bytes;
 };
 
+// Where a fiber, or who runs it, goes on.
+struct Context {
+  ucontext_t first;  // the fiber's beginning
+  jmp_buf place;
+  bool has_begun = false;
+};
+
+// swapcontext would ask the system for the signals' mask at every turn, which takes longer than most turns;
+// AddressSanitizer knows of no other way.
+inline void go_on(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.first, &to.first);
+#else
+  if (_setjmp(from.place) != 0) return;
+  from.has_begun = true;
+  if (to.has_begun) _longjmp(to.place, 1);
+  setcontext(&to.first);
+#endif
+}
+
 struct Thread {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  Context* context = nullptr;
   unsigned index = 0;
   State state = State::kReady;
   std::vector<Copy> copies;  // begun and not waited for
@@ -77,7 +97,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> shared;
   std::string error;
   const std::function<void()>* kernel = nullptr;
-  ucontext_t scheduler;
+  Context scheduler;
 };
 
 inline Block*& current_block() {
@@ -97,17 +117,43 @@ inline Thread*& current_thread() {
 inline void wait_as(State state) {
   Thread* self = current_thread();
   self->state = state;
-  swapcontext(&self->context, &current_block()->scheduler);
+  go_on(*self->context, current_block()->scheduler);
 }
 
-inline void run_thread() {
-  Block* block = current_block();
-  try {
-    (*block->kernel)();
-  } catch (const std::exception& error) {
-    if (block->error.empty()) block->error = error.what();
+// A fiber runs one thread after another.
+inline void run_threads() {
+  for (;;) {
+    try {
+      (*current_block()->kernel)();
+    } catch (const std::exception& error) {
+      std::string& first = current_block()->error;
+      if (first.empty()) first = error.what();
+    }
+    wait_as(State::kDone);
   }
-  wait_as(State::kDone);
+}
+
+struct Fiber {
+  Context context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+
+  Fiber() {
+    getcontext(&context.first);
+    context.first.uc_stack.ss_sp = stack.get();
+    context.first.uc_stack.ss_size = kStackBytes;
+    context.first.uc_link = nullptr;
+    makecontext(&context.first, run_threads, 0);
+  }
+};
+
+// Those of the threads of a block, kept for the next one.
+inline std::vector<std::unique_ptr<Fiber>>& fibers() {
+  static thread_local std::vector<std::unique_ptr<Fiber>> all;
+  return all;
+}
+inline Context& context_of(unsigned thread) {
+  while (fibers().size() <= thread) fibers().push_back(std::make_unique<Fiber>());
+  return fibers()[thread]->context;
 }
 
 // Of all threads, or one with a number for some warps.
@@ -217,12 +263,7 @@ inline void run_block(Block& block, std::mt19937* random) {
     t.operations = 0;
     t.delay = 0;
     t.copies.clear();
-    if (t.stack == nullptr) t.stack.reset(new char[kStackBytes]);
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.get();
-    t.context.uc_stack.ss_size = kStackBytes;
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, run_thread, 0);
+    t.context = &context_of(i);
   }
   for (;;) {
     if (random != nullptr) std::shuffle(order.begin(), order.end(), *random);
@@ -236,7 +277,7 @@ inline void run_block(Block& block, std::mt19937* random) {
         continue;
       }
       current_thread() = &t;
-      swapcontext(&block.scheduler, &t.context);
+      go_on(block.scheduler, *t.context);
       if (!block.error.empty()) throw std::runtime_error(block.error);
     }
     const bool all_done = std::all_of(block.threads.begin(), block.threads.end(),
@@ -278,7 +319,12 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
     std::memset(block.shared.get(), 0xff, shared_bytes);
     std::mt19937 random(seed != nullptr ? std::atoi(seed) * 7919u + i : 0u);
     current_block() = &block;
-    run_block(block, seed != nullptr ? &random : nullptr);
+    try {
+      run_block(block, seed != nullptr ? &random : nullptr);
+    } catch (...) {
+      fibers().clear();  // they are in the middle of the kernel
+      throw;
+    }
   }
 }
 
