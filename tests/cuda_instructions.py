@@ -39,6 +39,15 @@ def cuda_tool(name: str) -> pathlib.Path | str | None:
     return pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
+def ptx_files(where: pathlib.Path) -> list[pathlib.Path]:
+    """Extracts the PTX of the library's kernels to this folder; none: it has none, or there is no tool for it."""
+    tool = cuda_tool("cuobjdump")
+    if tool is None or not LIBRARY.exists():
+        return []
+    subprocess.run([tool, "-xptx", "all", LIBRARY], cwd=where, capture_output=True, text=True, check=True)
+    return sorted(path for path in where.glob("*.ptx") if ".entry" in path.read_text())
+
+
 def functions(library: pathlib.Path, arch: str) -> dict[str, list[tuple[int, str]]]:
     """By name, the addresses and instructions of every kernel."""
     command = [cuda_tool("cuobjdump"), "-sass", "-arch", f"sm_{arch}", library]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from cuda_instructions import LIBRARY, counts, cuda_tool
+from cuda_instructions import LIBRARY, counts, cuda_tool, ptx_files
 from processes import run
 
 import tversky_kernels as tk
@@ -37,12 +37,7 @@ def assemblies():
 
 def portable_code(where):
     """The library's PTX, which newer cards compile for themselves, a file for each source."""
-    result = run([tool("cuobjdump"), "-xptx", "all", LIBRARY], where=where)
-    assert result.returncode == 0, result.stderr
-    files = [path for path in where.glob("*.ptx") if ".entry" in path.read_text()]
-    if not files:
-        pytest.skip("this build of the package has no PTX")
-    return files
+    return ptx_files(where) or pytest.skip("this build of the package has no PTX")
 
 
 @pytest.mark.parametrize("arch", ["80", "90"])

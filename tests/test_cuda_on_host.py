@@ -1,13 +1,17 @@
-"""The CUDA kernels without a GPU: their sources run on the host, in several orders of the threads and under sanitizers.
+"""The CUDA kernels without a GPU: their sources run on the host, in several orders of the threads and under sanitizers,
+and so does what nvcc compiled of them (PTX).
 
 Bugs are planted to see that they are found. What nvcc says is in test_cuda_by_nvcc.py.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 
 import pytest
+from cuda_instructions import ptx_files
 from processes import ROOT, TORCH, assert_passed, run, run_kernels_of
 
 SOURCES = ("count_pass", "table", "gradient_pass", "ops")
@@ -22,6 +26,12 @@ def build_on_host(sources, out, *flags, only=SOURCES, objects=()):
         compiled.append(out.parent / f"{out.stem}_{name}.o")
         result = run([*base, "-c", sources / f"{name}.cu", "-o", compiled[-1]])
         assert result.returncode == 0, result.stderr[-3000:]
+    if not any(o.name.endswith("_ptx.o") for o in objects):
+        compiled.append(out.parent / f"{out.stem}_ptx.o")
+        result = run(
+            [*base, "-O2", "-fwrapv", *flags, "-c", ROOT / "tests" / "cuda_on_host" / "ptx.cpp", "-o", compiled[-1]]
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
     link = ["g++", "-shared", *flags, *compiled, *objects, "-o", out, f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed"]
     result = run([*link, "-ltorch", "-ltorch_cpu"])
     assert result.returncode == 0, result.stderr
@@ -35,6 +45,12 @@ def host_build(tmp_path_factory):
     return library, build_on_host(ROOT / "csrc" / "cuda", library, "-O1")
 
 
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    """What nvcc compiled for sm_90, a file for each source."""
+    return ptx_files(tmp_path_factory.mktemp("ptx")) or pytest.skip("this build of the package has no PTX")
+
+
 @pytest.mark.parametrize(
     ("seed", "only"), [(None, None), ("1", "softmax or dense or blocks"), ("2", "channels_last or test_options")]
 )
@@ -42,6 +58,47 @@ def test_cuda_kernels_on_the_host(host_build, seed, only):
     """In the order of the threads, and in random orders: nothing may depend on it."""
     environment, options = ({}, ()) if seed is None else ({"TK_EMULATION_SEED": seed}, ("-k", only))
     assert_passed(run_kernels_of(host_build[0], *options, environment=environment), 200 if seed is None else 100)
+
+
+def run_compiled_kernels_of(library, ptx, *options, **environment):
+    return run_kernels_of(library, *options, environment={"TK_EMULATION_PTX": ":".join(map(str, ptx)), **environment})
+
+
+def test_what_nvcc_compiled_on_the_host(host_build, ptx):
+    # Most of the time of those that are left out goes into reading one kernel more for each.
+    only = ("-k", "not test_squared_of_labels and not test_any_combination and not test_targets_of_another_size")
+    assert_passed(run_compiled_kernels_of(host_build[0], ptx, *only), 800)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "tests"),
+    [
+        ("rcp.approx.ftz.f32", "ex2.approx.ftz.f32", "test_softmax and float32"),
+        ("cp.async.wait_all;", "", "test_softmax and float32"),
+        ("bar.sync 0;", "", "test_softmax and float32"),
+        ("barrier.sync ", "// ", "test_channels_last and 40"),
+    ],
+)
+def test_what_is_planted_in_compiled_code_is_found(host_build, ptx, tmp_path, right, wrong, tests):
+    files = [tmp_path / path.name for path in ptx]
+    for path, file in zip(ptx, files, strict=True):
+        file.write_text(path.read_text().replace(right, wrong))
+    assert any(file.read_text() != path.read_text() for path, file in zip(ptx, files, strict=True))
+    result = run_compiled_kernels_of(host_build[0], files, "-x", "-k", tests, TK_EMULATION_SEED="4")
+    assert result.returncode == 1, result.stdout[-2000:]
+
+
+def test_the_volume_is_read_once_a_pass(host_build, ptx):
+    """By the sectors that the loads and stores of compiled code take, and nothing that is not asked for."""
+    result = run([sys.executable, "tests/memory_traffic.py", "--quick", host_build[0], *ptx], where=ROOT)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r"(\w+)_pass_kernel +C=(\d+) .* read ([\d.]+), written +([\d.]*)", result.stdout)
+    assert len(rows) == 2 * 2 * 6  # passes, types, numbers of classes
+    for kernel, classes, read, written in rows:
+        # What is more are labels, which several warps read where there are many classes, and the coefficients.
+        assert 1.0 <= float(read) <= 1.06, (kernel, classes, read)
+        if "gradient" in kernel:
+            assert float(written) == 1.0, (kernel, classes, written)
 
 
 def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path):
@@ -179,7 +236,8 @@ def test_a_wrong_mask_is_found(host_build, tmp_path):
     path = tmp_path / "csrc" / "cuda" / "platform.h"
     assert "kFullWarp = 0xffffffffu" in path.read_text()
     path.write_text(path.read_text().replace("kFullWarp = 0xffffffffu", "kFullWarp = 0x0000ffffu"))
-    build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O1")
+    interpreter = [o for o in host_build[1] if o.name.endswith("_ptx.o")]
+    build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O1", objects=interpreter)
     result = run_kernels_of(tmp_path / "bug.so", "-x", "-k", "test_softmax and float32")
     assert result.returncode == 1
     assert "not in the mask of its own warp operation" in result.stdout

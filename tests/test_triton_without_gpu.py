@@ -1,4 +1,5 @@
-"""The Triton kernels without a GPU: in Triton's interpreter, and compiled ahead of time for several GPUs.
+"""The Triton kernels without a GPU: in Triton's interpreter, compiled ahead of time for several GPUs, and what was
+compiled (PTX) run on the host.
 
 Bugs are planted to see that they are found.
 """
@@ -12,7 +13,7 @@ import signal
 import sys
 
 import pytest
-from processes import ROOT, assert_passed, run, run_kernels_of
+from processes import ROOT, TORCH, assert_passed, run, run_kernels_of
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 INTERPRETED = {"TRITON_INTERPRET": "1"}
@@ -42,6 +43,27 @@ def test_triton_kernels_compile_without_spills(arch, tmp_path):
         aligned = [x for x in lines if re.search(r"all_classes_\w+_kernel +C=20 bfloat16 uint8 .'channels_last'", x)]
         assert len(aligned) == 2
         assert all("ld.global.v2.b32" in x and "global.v4" not in x for x in aligned), aligned
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """What runs PTX on the host."""
+    library = tmp_path_factory.mktemp("emulator") / "ptx.so"
+    command = ["g++", "-std=c++20", "-O2", "-fwrapv", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += ["-isystem", TORCH / "include", ROOT / "tests" / "cuda_on_host" / "ptx.cpp", "-o", library]
+    result = run(command)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return library
+
+
+@needs_triton
+def test_what_triton_compiles_on_the_host(emulator, tmp_path):
+    """For sm_90; each test takes a second for the compiler."""
+    tests = "(test_softmax and (33 or 5) and not float64) or test_channels_last or test_nearly_perfect"
+    tests += " or (test_many_classes and spatial0 and (118 or 1000)) or test_label_smoothing"
+    tests += " or test_nothing_beyond"
+    environment = {"TRITON_CACHE_DIR": str(tmp_path)}
+    assert_passed(run_kernels_of(f"triton:{emulator}", "-k", tests, environment=environment), 50)
 
 
 PLANTED = {

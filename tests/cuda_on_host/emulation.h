@@ -95,6 +95,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<uint64_t> exchanged;  // [warp][parity][lane]
   std::unique_ptr<unsigned char[]> shared;
+  size_t shared_bytes = 0;
   std::string error;
   const std::function<void()>* kernel = nullptr;
   Context scheduler;
@@ -313,9 +314,10 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
   block.kernel = &kernel;
   block.threads = std::vector<Thread>(threads);
   block.exchanged.resize((threads + kWarpSize - 1) / kWarpSize * 2 * kWarpSize);
-  for (unsigned i = 0; i < grid.x; ++i) {
-    block.index = dim3(i, 0, 0);
+  for (unsigned i = 0; i < grid.x * grid.y; ++i) {
+    block.index = dim3(i % grid.x, i / grid.x, 0);
     block.shared.reset(new unsigned char[shared_bytes > 0 ? shared_bytes : 1]);
+    block.shared_bytes = shared_bytes;
     std::memset(block.shared.get(), 0xff, shared_bytes);
     std::mt19937 random(seed != nullptr ? std::atoi(seed) * 7919u + i : 0u);
     current_block() = &block;
@@ -325,6 +327,24 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
       fibers().clear();  // they are in the middle of the kernel
       throw;
     }
+  }
+}
+
+// Of the PTX in TK_EMULATION_PTX (files, with colons between them), what was compiled from the same function as this one
+// here; null: that is not set. And its launch, with where the arguments lie and how large they are. See ptx.cpp.
+class PtxKernel;
+const PtxKernel* ptx_kernel_at(const void* function);
+void launch_ptx(const PtxKernel& kernel, dim3 grid, dim3 size, size_t shared_bytes, void* const* arguments,
+                const std::vector<size_t>& bytes);
+
+template <typename... Parameters>
+void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared_bytes,
+                   std::type_identity_t<Parameters>... arguments) {
+  if (const PtxKernel* compiled = ptx_kernel_at(reinterpret_cast<const void*>(kernel))) {
+    void* const all[] = {&arguments...};
+    launch_ptx(*compiled, grid, size, shared_bytes, all, {sizeof(arguments)...});
+  } else {
+    launch(grid, size, shared_bytes, [&] { kernel(arguments...); });
   }
 }
 
@@ -358,7 +378,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
 #define TK_SHARED(name) unsigned char* name = emulation::current_block()->shared.get()
 #define TK_UNPAREN(...) __VA_ARGS__
 #define TK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), emulation::launch(grid, block, shared_bytes, [&] { (TK_UNPAREN kernel)(__VA_ARGS__); }))
+  ((void)(stream), emulation::launch_kernel(TK_UNPAREN kernel, grid, block, shared_bytes, __VA_ARGS__))
 
 #define TK_LAUNCH_EARLY TK_LAUNCH
 

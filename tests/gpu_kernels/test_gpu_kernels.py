@@ -1,8 +1,8 @@
 """The GPU kernels against the float64 reference.
 
 TK_GPU_KERNELS says where they run: "cuda" or "triton" on a card (make gpu-check), "interpreter" for Triton's (with
-TRITON_INTERPRET=1), or the path of the host build's library. tests/test_triton_without_gpu.py and
-tests/test_cuda_on_host.py run the last two, in processes of their own.
+TRITON_INTERPRET=1), the path of the host build's library, or "triton:" and that path for what Triton compiles.
+tests/test_triton_without_gpu.py and tests/test_cuda_on_host.py run the last three, in processes of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import hypothesis
+import kernels_on_host
 import pytest
 import torch
 from combinations import cases, check_case
@@ -29,15 +30,8 @@ import tversky_kernels as tk
 from tversky_kernels import _linear, _ops
 
 WHERE = os.environ["TK_GPU_KERNELS"]
-BACKEND = WHERE if WHERE in ("cuda", "triton") else "triton" if WHERE == "interpreter" else "cpu"
+BACKEND = {"cuda": "cuda", "triton": "triton", "interpreter": "triton"}.get(WHERE) or kernels_on_host.use(WHERE)
 DEVICE = "cuda" if WHERE in ("cuda", "triton") else "cpu"
-if BACKEND == "cpu":
-    library = torch.library.Library("tversky_kernels_cuda_on_host", "DEF")
-    for schema in _ops.SCHEMAS:
-        library.define(schema)
-    torch.ops.load_library(WHERE)
-    host = torch.ops.tversky_kernels_cuda_on_host
-    _ops.OPERATORS["cpu"] = _ops.Operators(*(getattr(host, name) for name in _ops.NAMES))
 OPERATORS = _ops.OPERATORS[BACKEND]
 #: voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma
 PLAIN = (None, 0, None, 0, 0, 0.0)
