@@ -80,6 +80,7 @@ def cases(draw, tiny=False, most_classes=9, largest=19):
     floating = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
     target_dtypes = {"index": INDEX_DTYPES, "one-hot": [*INDEX_DTYPES, *floating], "soft": floating}[target]
     resampled = draw(st.integers(0, 3)) == 0
+    weight = st.one_of(st.just(0.0), st.floats(1e-3, 2))
     per_class = st.lists(st.floats(0, 2), min_size=classes, max_size=classes)
     options = {
         "activation": activation,
@@ -104,7 +105,8 @@ def cases(draw, tiny=False, most_classes=9, largest=19):
         options.update(
             tversky_weight=draw(st.sampled_from([0.0, 1.0, 0.3])),
             ce_weight=draw(st.sampled_from([1.0, 0.7])),
-            ce_class_weight=draw(st.one_of(st.none(), per_class)),
+            # A tiny sum of weights would be divided by, and its loss be more than a float.
+            ce_class_weight=draw(st.one_of(st.none(), st.lists(weight, min_size=classes, max_size=classes))),
             label_smoothing=draw(st.sampled_from([0.0, 0.0, 0.1])),
             focal_gamma=draw(st.sampled_from([0.0, 0.0, 2.0] if tiny else [0.0, 0.0, 0.5, 2.0])),
         )

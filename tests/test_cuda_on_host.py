@@ -192,6 +192,8 @@ PLANTED = {
     ),
     "a warp is not asked": ("split.cuh", "if (warps > 2) {", "if (warps > 4) {"),
     "a class too many": ("split.cuh", "j < kClasses - 2 || j < own", "j < kClasses"),
+    "a logit is too large for its exponential": ("general.cuh", "largest <= A(80)", "largest <= A(1e9)"),
+    "a soft target has the focal factor of a hard one": ("general.cuh", "between == A(0)", "between >= A(0)"),
 }
 #: The tests that find one, where it is not the first ones.
 FOUND_BY = {
@@ -211,6 +213,8 @@ FOUND_BY = {
     "what other warps still read is overwritten": "test_channels_last and 40",
     "warps that share voxels do not wait": "test_channels_last and 40",
     "a warp is not asked": "test_many_classes and 118",
+    "a logit is too large for its exponential": "test_sigmoid_of_channels",
+    "a soft target has the focal factor of a hard one": "test_sigmoid_of_channels",
 }
 
 

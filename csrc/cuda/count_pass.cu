@@ -589,17 +589,25 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
       static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride + channel * v.logits.class_stride;
   GeneralSums<A> sums;
   bool bad = false;
+  const bool plain = has_plain_channels<kActivation, A>(v);
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
-    Logits<T, kPack<T>> z[kPacks];
+    Logits<T, kPack<T>> packs[kPacks];
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) z[i] = load_logits<T, kPack<T>>(row + at + i * kPack<T>);
+    for (int i = 0; i < kPacks; ++i) packs[i] = load_logits<T, kPack<T>>(row + at + i * kPack<T>);
+    const auto z = [&](int k) { return packs[k / kPack<T>].at(k % kPack<T>); };
     A g[kVoxels], weights[kVoxels];
     int labels[kVoxels];
-    load_channel(v, share.sample, channel, at, g, labels, weights, bad);
+    const bool all_count = load_channel(v, share.sample, channel, at, g, labels, weights, bad);
+    if constexpr (kActivation == Activation::kSigmoid && sizeof(A) == 4) {
+      if (plain && all_count && are_plain(z, g, v.focal_gamma != 0)) {
+        add_plain_channel(v, z, g, sums);
+        return;
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       if (labels[k] == kUncounted) continue;
-      sums.template add_channel<kActivation>(v, z[k / kPack<T>].at(k % kPack<T>), g[k], weights[k]);
+      sums.template add_channel<kActivation>(v, z(k), g[k], weights[k]);
     }
   });
   A values[kAllCounts] = {sums.tp, sums.fp, sums.fn, sums.ce, sums.smoothing, sums.voxels};

@@ -148,9 +148,117 @@ __device__ __forceinline__ A channel_gradient(const Volume& v, const Coefficient
   return dz;
 }
 
-// The targets of neighbouring voxels in one channel, their labels (only kUncounted means something) and weights.
+// ---- A sigmoid's channels with what is mostly asked for: overlaps that are products, no weights, a cross-entropy
+// without smoothing or with the focal exponent 2. Which options there are is asked once for a thread's voxels instead
+// of for each.
+
+// Whether a launch is of these.
+template <Activation kActivation, typename A>
+__device__ __forceinline__ bool has_plain_channels(const Volume& v) {
+  return sizeof(A) == 4 && kActivation == Activation::kSigmoid && v.overlap == OverlapForm::kProduct &&
+         v.weight.data == nullptr && v.cross_entropy != CrossEntropy::kSmoothed &&
+         (v.cross_entropy == CrossEntropy::kNone || v.focal_gamma == 0 || v.focal_gamma == 2);
+}
+
+// And whether these voxels are: none has a logit so large that e^-z, or a product with 0, is no number; and with a
+// focal exponent targets are 0 or 1.
+template <typename A, int kVoxels, typename Z>
+__device__ __forceinline__ bool are_plain(const Z& z, const A (&g)[kVoxels], bool focal) {
+  A largest = A(0), between = A(0);
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) largest = larger(largest, magnitude(z(k)));
+  if (focal) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) between = larger(between, magnitude(g[k] - g[k] * g[k]));
+  }
+  return largest <= A(80) && between == A(0);
+}
+
+// p, 1 - p and p (1 - p).
+template <typename A>
+struct PlainSigmoid {
+  A p, complement, product;
+
+  __device__ __forceinline__ explicit PlainSigmoid(A x) {
+    const A e = exponential(-x);
+    p = reciprocal(A(1) + e);
+    complement = e * p;
+    product = complement * p;
+  }
+};
+// And -log of what the target says: -log(max(p, 1 - p)) + max(z, 0) - g z, of which nothing cancels in one
+// multiply-add.
+template <typename A>
+struct PlainSigmoidWithLog : PlainSigmoid<A> {
+  A minus_log;
+
+  __device__ __forceinline__ PlainSigmoidWithLog(A x, A g) : PlainSigmoid<A>(x) {
+    minus_log = minus_log_one_minus_small(smaller(this->p, this->complement)) + fma(-g, x, larger(x, A(0)));
+  }
+};
+
+template <typename A, int kVoxels, typename Z>
+__device__ __forceinline__ void add_plain_channel(const Volume& v, const Z& z, const A (&g)[kVoxels],
+                                                  GeneralSums<A>& sums) {
+  const auto add_overlap = [&](const PlainSigmoid<A>& of, A target) {
+    sums.tp += of.p * target;
+    sums.fp += of.p * (A(1) - target);
+    sums.fn += of.complement * target;
+  };
+  if (v.cross_entropy == CrossEntropy::kNone) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) add_overlap(PlainSigmoid<A>(z(k)), g[k]);
+    return;
+  }
+  sums.voxels += A(kVoxels);
+  if (v.focal_gamma == 0) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      const PlainSigmoidWithLog<A> of(z(k), g[k]);
+      add_overlap(of, g[k]);
+      sums.ce += of.minus_log;
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    const PlainSigmoidWithLog<A> of(z(k), g[k]);
+    add_overlap(of, g[k]);
+    const A wrong = g[k] != A(0) ? of.complement : of.p;
+    sums.ce += of.minus_log * (wrong * wrong);
+  }
+}
+
+template <bool kCrossEntropy, typename A, int kVoxels, typename Z, typename F>
+__device__ __forceinline__ void plain_channel_gradient(const Volume& v, const Coefficients<A>& u, const Z& z,
+                                                       const A (&g)[kVoxels], const F& store) {
+  const auto overlap = [&](const PlainSigmoid<A>& of, A target) {
+    return (u.background * (A(1) - target) + u.foreground * target) * of.product;
+  };
+  if (kCrossEntropy && v.focal_gamma != 0) {
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+      const PlainSigmoidWithLog<A> of(z(k), g[k]);
+      const bool is_one = g[k] != A(0);
+      const Probability<A> right = of_outcome(is_one, Probability<A>{of.p, of.complement});
+      const A slope = right.complement * (u.ce * focal_slope(right, of.minus_log, A(2), FocalPower{}));
+      store(k, overlap(of, g[k]) + (is_one ? -slope : slope));
+    }
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) {
+    const PlainSigmoid<A> of(z(k));
+    A dz = overlap(of, g[k]);
+    if (kCrossEntropy) dz += u.ce * (of.p * (A(1) - g[k]) - of.complement * g[k]);
+    store(k, dz);
+  }
+}
+
+// The targets of neighbouring voxels in one channel, their labels (only kUncounted means something) and weights. True:
+// all voxels count.
 template <typename A, int kVoxels>
-__device__ __forceinline__ void load_channel(const Volume& v, int64_t sample, int64_t c, int64_t voxel, A (&g)[kVoxels],
+__device__ __forceinline__ bool load_channel(const Volume& v, int64_t sample, int64_t c, int64_t voxel, A (&g)[kVoxels],
                                              int (&labels)[kVoxels], A (&weights)[kVoxels], bool& bad) {
   if (v.dense) {
     const int64_t start = sample * v.target.sample_stride + c * v.target.class_stride;
@@ -163,13 +271,14 @@ __device__ __forceinline__ void load_channel(const Volume& v, int64_t sample, in
     }
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) labels[k] = 0;
-    weigh<Reads::kResampled>(v, sample, voxel, labels, weights, true, bad);
-  } else {
-    load_voxels(v, LabelRow<Reads::kResampled, kVoxels>(v, sample * v.target.sample_stride), sample, voxel, labels,
-                weights, bad);
-#pragma unroll
-    for (int k = 0; k < kVoxels; ++k) g[k] = labels[k] == c + v.first_label ? A(1) : A(0);
+    return weigh<Reads::kResampled>(v, sample, voxel, labels, weights, true, bad);
   }
+  const LabelRow<Reads::kResampled, kVoxels> row(v, sample * v.target.sample_stride);
+  const bool all_count = load_voxels(v, row, sample, voxel, labels, weights, bad);
+  const int own = static_cast<int>(c) + v.first_label;
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) g[k] = labels[k] == own ? A(1) : A(0);
+  return all_count;
 }
 
 }  // namespace cuda

@@ -557,22 +557,31 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + channel * a.out.class_stride;
   const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(v, a, share.sample, channel);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
-  const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
+  const bool plain = has_plain_channels<kActivation, A>(v);
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
-    Logits<T, kPack<T>> z[kPacks];
-    Packed<T, kPack<T>> dz[kPacks];
+    Logits<T, kPack<T>> packs[kPacks];
+    Packed<T, kPack<T>> slopes[kPacks];
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) z[i] = load_logits<T, kPack<T>>(row + at + i * kPack<T>);
+    for (int i = 0; i < kPacks; ++i) packs[i] = load_logits<T, kPack<T>>(row + at + i * kPack<T>);
+    const auto z = [&](int k) { return packs[k / kPack<T>].at(k % kPack<T>); };
+    const auto store = [&](int k, A dz) { slopes[k / kPack<T>].values[k % kPack<T>] = static_cast<T>(dz); };
     A g[kVoxels], weights[kVoxels];
     int labels[kVoxels];
-    load_channel(v, share.sample, channel, at, g, labels, weights, bad);
+    const bool all_count = load_channel(v, share.sample, channel, at, g, labels, weights, bad);
+    bool done = false;
+    if constexpr (kActivation == Activation::kSigmoid && sizeof(A) == 4) {
+      done = plain && all_count && are_plain(z, g, kCrossEntropy && v.focal_gamma != 0);
+      if (done) plain_channel_gradient<kCrossEntropy>(v, u, z, g, store);
+    }
+    if (!done) {
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-      const A slope = channel_gradient<kActivation, kCrossEntropy>(v, u, z[k / kPack<T>].at(k % kPack<T>), g[k]);
-      dz[k / kPack<T>].values[k % kPack<T>] = static_cast<T>(labels[k] == kUncounted ? A(0) : slope * weights[k]);
+      for (int k = 0; k < kVoxels; ++k) {
+        const A slope = channel_gradient<kActivation, kCrossEntropy>(v, u, z(k), g[k]);
+        store(k, labels[k] == kUncounted ? A(0) : slope * weights[k]);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) store_packed(out + at + i * kPack<T>, dz[i]);
+    for (int i = 0; i < kPacks; ++i) store_packed(out + at + i * kPack<T>, slopes[i]);
   });
 }
 

@@ -155,17 +155,28 @@ __device__ __forceinline__ double reciprocal(double x) {
   return 1.0 / x;
 }
 
-// log(1 + x) for x in [0, 1], with relative accuracy as x -> 0: 2 atanh(s), s = x / (2 + x) <= 1/3, by a polynomial of
-// s^2 through Chebyshev's points of atanh(s) / s, which is off by 1.6e-8 at the most.
-__device__ __forceinline__ float log_one_plus_small(float x) {
-  const float s = x * reciprocal(2.0f + x), z = s * s;
+// 2 atanh(s) for s in [0, 1/3], with relative accuracy as s -> 0: by a polynomial of s^2 through Chebyshev's points of
+// atanh(s) / s, which is off by 1.6e-8 at the most.
+__device__ __forceinline__ float twice_atanh(float s) {
+  const float z = s * s;
   float polynomial = fmaf(0.13433774f, z, 0.14116979f);
   polynomial = fmaf(polynomial, z, 0.20003836f);
   polynomial = fmaf(polynomial, z, 0.3333332f);
   return 2.0f * fmaf(s * z, polynomial, s);
 }
+
+// log(1 + x) for x in [0, 1], and -log(1 - x) for x in [0, 1/2].
+__device__ __forceinline__ float log_one_plus_small(float x) {
+  return twice_atanh(x * reciprocal(2.0f + x));
+}
 __device__ __forceinline__ double log_one_plus_small(double x) {
   return log1p(x);
+}
+__device__ __forceinline__ float minus_log_one_minus_small(float x) {
+  return twice_atanh(x * reciprocal(2.0f - x));
+}
+__device__ __forceinline__ double minus_log_one_minus_small(double x) {
+  return -log1p(-x);
 }
 
 // The same for any x >= 0; beyond 1 a logarithm is within 2.4e-7 of itself. Half the instructions of log1pf.

@@ -385,6 +385,31 @@ def test_cross_entropy(classes, dtype, options):
     check(*inputs(2, classes, (5, 16), dtype), function=kernel_ce_loss, **options)
 
 
+@pytest.mark.parametrize("dtype", TWO_DTYPES)
+@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [(f, o) for f in (kernel_loss, kernel_ce_loss) for o in ({}, {"ignore_index": 0}, {"weighted": True})]
+    + [(kernel_ce_loss, {"focal_gamma": 2.0})],
+)
+def test_sigmoid_of_channels(function, options, target_dtype, dtype):
+    """Most voxels are of those that need no more than products; some have huge logits, some soft targets."""
+    options = dict(options)
+    logits, _ = inputs(2, 3, (16, 24), dtype)
+    target = (torch.rand(2, 3, 16, 24) < 0.3).to(target_dtype)
+    logits = torch.where(target == 1, logits + 8, logits - 8)  # nearly right
+    logits[:, :, 3::7, 5::11] *= 20
+    logits[:, 1, 2] = 1e4
+    if target_dtype == torch.float32:
+        target[:, 2, ::5, ::3] = 0.25
+    if options.pop("weighted", False):
+        options["voxel_weight"] = torch.rand(2, 16, 24) * (torch.rand(2, 16, 24) < 0.8)
+    if options.pop("ignore_index", None) is not None:  # of class indices alone, a class a voxel
+        target = target.argmax(1)
+        options["ignore_index"] = 0
+    check(logits.to(dtype), target, function=function, activation="sigmoid", **options)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 4, 20] if BACKEND == "triton" else [1, 2, 3, 4, 5, 10, 20, 40])
 @pytest.mark.parametrize(
     "target_dtype",
