@@ -21,6 +21,12 @@ def run(command, environment=None, timeout=900, where=ROOT):
     )
 
 
+def under_sanitizers() -> dict[str, str]:
+    """The environment for a library that is built with them, in a Python that is not."""
+    libraries = [run(["g++", f"-print-file-name=lib{n}.so"]).stdout.strip() for n in ("asan", "ubsan")]
+    return {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+
+
 def run_kernels_of(kernels, *options, environment=None, where=ROOT):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu_kernels", *options]
     return run(command, {"TK_GPU_KERNELS": str(kernels), **(environment or {})}, where=where)

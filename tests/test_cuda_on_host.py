@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from cuda_instructions import ptx_files
-from processes import ROOT, TORCH, assert_passed, run, run_kernels_of
+from processes import ROOT, TORCH, assert_passed, run, run_kernels_of, under_sanitizers
 
 SOURCES = ("count_pass", "table", "gradient_pass", "ops")
 
@@ -28,9 +28,8 @@ def build_on_host(sources, out, *flags, only=SOURCES, objects=()):
         assert result.returncode == 0, result.stderr[-3000:]
     if not any(o.name.endswith("_ptx.o") for o in objects):
         compiled.append(out.parent / f"{out.stem}_ptx.o")
-        result = run(
-            [*base, "-O2", "-fwrapv", *flags, "-c", ROOT / "tests" / "cuda_on_host" / "ptx.cpp", "-o", compiled[-1]]
-        )
+        source, faster = ROOT / "tests" / "cuda_on_host" / "ptx.cpp", [] if "-O0" in flags else ["-O2"]
+        result = run([*base, *faster, "-fwrapv", "-c", source, "-o", compiled[-1]])
         assert result.returncode == 0, result.stderr[-3000:]
     link = ["g++", "-shared", *flags, *compiled, *objects, "-o", out, f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed"]
     result = run([*link, "-ltorch", "-ltorch_cpu"])
@@ -47,8 +46,14 @@ def host_build(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory):
-    """What nvcc compiled for sm_90, a file for each source."""
-    return ptx_files(tmp_path_factory.mktemp("ptx")) or pytest.skip("this build of the package has no PTX")
+    """What nvcc compiled for sm_90, a file for each source; none: this build of the package has no PTX."""
+    return ptx_files(tmp_path_factory.mktemp("ptx"))
+
+
+@pytest.fixture
+def needs_ptx(ptx):
+    if not ptx:
+        pytest.skip("this build of the package has no PTX")
 
 
 @pytest.mark.parametrize(
@@ -64,12 +69,14 @@ def run_compiled_kernels_of(library, ptx, *options, **environment):
     return run_kernels_of(library, *options, environment={"TK_EMULATION_PTX": ":".join(map(str, ptx)), **environment})
 
 
+@pytest.mark.usefixtures("needs_ptx")
 def test_what_nvcc_compiled_on_the_host(host_build, ptx):
     # Most of the time of those that are left out goes into reading one kernel more for each.
     only = ("-k", "not test_squared_of_labels and not test_any_combination and not test_targets_of_another_size")
     assert_passed(run_compiled_kernels_of(host_build[0], ptx, *only), 800)
 
 
+@pytest.mark.usefixtures("needs_ptx")
 @pytest.mark.parametrize(
     ("right", "wrong", "tests"),
     [
@@ -88,6 +95,7 @@ def test_what_is_planted_in_compiled_code_is_found(host_build, ptx, tmp_path, ri
     assert result.returncode == 1, result.stdout[-2000:]
 
 
+@pytest.mark.usefixtures("needs_ptx")
 def test_the_volume_is_read_once_a_pass(host_build, ptx):
     """By the sectors that the loads and stores of compiled code take, and nothing that is not asked for."""
     result = run([sys.executable, "tests/memory_traffic.py", "--quick", host_build[0], *ptx], where=ROOT)
@@ -101,13 +109,14 @@ def test_the_volume_is_read_once_a_pass(host_build, ptx):
             assert float(written) == 1.0, (kernel, classes, written)
 
 
-def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path):
+def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path, ptx):
     flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
     build_on_host(ROOT / "csrc" / "cuda", tmp_path / "sanitized.so", *flags)
-    libraries = [run(["g++", f"-print-file-name=lib{n}.so"]).stdout.strip() for n in ("asan", "ubsan")]
-    environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     only = ("-k", "(softmax and float32) or layouts or channels_last or beyond or nothing or target_dtypes")
-    assert_passed(run_kernels_of(tmp_path / "sanitized.so", *only, environment=environment), 50)
+    assert_passed(run_kernels_of(tmp_path / "sanitized.so", *only, environment=under_sanitizers()), 50)
+    if ptx:  # every load and store of compiled code is one of the interpreter's
+        only = ("-k", "beyond or (test_softmax and spatial1 and 33)")
+        assert_passed(run_compiled_kernels_of(tmp_path / "sanitized.so", ptx, *only, **under_sanitizers()), 10)
 
 
 FINAL_LOOP = "for (int i = threadIdx.x; i < kValues"
