@@ -74,8 +74,8 @@ def count(backend: str, traffic: str, classes: int, dtype: torch.dtype, options:
         name = re.search(r"([a-z_]*(?:count|gradient)(?:_pass)?_kernel)", kernel)
         if name is None:  # the table
             continue
-        _, _, read, _ = kinds["global loads"]
-        _, _, written, _ = kinds["global stores"]
+        _, _, read = kinds["global loads"]
+        _, _, written = kinds["global stores"]
         shared = [kinds[kind] for kind in ("shared loads", "shared stores") if kind in kinds]
         turns, asked = sum(x[2] for x in shared), sum(x[1] for x in shared)
         rows.append(

@@ -174,16 +174,13 @@ __device__ __forceinline__ bool are_plain(const Z& z, const A (&g)[kVoxels], boo
   return largest <= A(80) && between == A(0);
 }
 
-// p, 1 - p and p (1 - p).
+// p and 1 - p.
 template <typename A>
-struct PlainSigmoid {
-  A p, complement, product;
-
+struct PlainSigmoid : Probability<A> {
   __device__ __forceinline__ explicit PlainSigmoid(A x) {
     const A e = exponential(-x);
-    p = reciprocal(A(1) + e);
-    complement = e * p;
-    product = complement * p;
+    this->p = reciprocal(A(1) + e);
+    this->complement = e * this->p;
   }
 };
 // And -log of what the target says: -log(max(p, 1 - p)) + max(z, 0) - g z, of which nothing cancels in one
@@ -201,9 +198,10 @@ template <typename A, int kVoxels, typename Z>
 __device__ __forceinline__ void add_plain_channel(const Volume& v, const Z& z, const A (&g)[kVoxels],
                                                   GeneralSums<A>& sums) {
   const auto add_overlap = [&](const PlainSigmoid<A>& of, A target) {
-    sums.tp += of.p * target;
-    sums.fp += of.p * (A(1) - target);
-    sums.fn += of.complement * target;
+    const Overlap<A> overlap = overlap_of<A>(of, target, OverlapForm::kProduct);
+    sums.tp += overlap.tp;
+    sums.fp += overlap.fp;
+    sums.fn += overlap.fn;
   };
   if (v.cross_entropy == CrossEntropy::kNone) {
 #pragma unroll
@@ -233,14 +231,14 @@ template <bool kCrossEntropy, typename A, int kVoxels, typename Z, typename F>
 __device__ __forceinline__ void plain_channel_gradient(const Volume& v, const Coefficients<A>& u, const Z& z,
                                                        const A (&g)[kVoxels], const F& store) {
   const auto overlap = [&](const PlainSigmoid<A>& of, A target) {
-    return (u.background * (A(1) - target) + u.foreground * target) * of.product;
+    return overlap_slope<A>(of, target, u.background, u.foreground, OverlapForm::kProduct) * (of.complement * of.p);
   };
   if (kCrossEntropy && v.focal_gamma != 0) {
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const PlainSigmoidWithLog<A> of(z(k), g[k]);
       const bool is_one = g[k] != A(0);
-      const Probability<A> right = of_outcome(is_one, Probability<A>{of.p, of.complement});
+      const Probability<A> right = of_outcome<A>(is_one, of);
       const A slope = right.complement * (u.ce * focal_slope(right, of.minus_log, A(2), FocalPower{}));
       store(k, overlap(of, g[k]) + (is_one ? -slope : slope));
     }

@@ -330,8 +330,8 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
   }
 }
 
-// Of the PTX in TK_EMULATION_PTX (files, with colons between them), what was compiled from the same function as this one
-// here; null: that is not set. And its launch, with where the arguments lie and how large they are. See ptx.cpp.
+// Of the PTX in TK_EMULATION_PTX (files, with colons between them), what was compiled from the same function as this
+// one here; null: that is not set. And its launch, with where the arguments lie and how large they are. See ptx.cpp.
 class PtxKernel;
 const PtxKernel* ptx_kernel_at(const void* function);
 void launch_ptx(const PtxKernel& kernel, dim3 grid, dim3 size, size_t shared_bytes, void* const* arguments,

@@ -53,9 +53,9 @@ template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // What the lanes of a warp read or write by one instruction, where TK_EMULATION_TRAFFIC names a file to which each
-// launch adds a line of every kind: kernel, kind, requests, bytes that were asked for, pieces that they take, bytes of
-// these pieces that differ. A piece of global memory is a sector of 32 bytes; one of shared memory all that its 32
-// banks of 4 bytes can give at once, to 32, 16 or 8 lanes.
+// launch adds a line of every kind: kernel, kind, requests, bytes that were asked for, pieces that they take. A piece
+// of global memory is a sector of 32 bytes; one of shared memory all that its 32 banks of 4 bytes can give at once, to
+// 32, 16 or 8 lanes.
 class Traffic {
  public:
   enum Kind { kGlobalLoads, kGlobalStores, kSharedLoads, kSharedStores, kKinds };
@@ -74,12 +74,11 @@ class Traffic {
 
   void write(const std::string& kernel) {
     std::ofstream file(path_, std::ios::app);
-    file << kernel << "\tinstructions\t" << instructions_ << "\t0\t0\t0\n";
+    file << kernel << "\tinstructions\t" << instructions_ << "\t0\t0\n";
     instructions_ = 0;
     const char* const names[] = {"global loads", "global stores", "shared loads", "shared stores"};
     for (int kind = 0; kind < kKinds; ++kind) {
       size_t requests = 0, bytes = 0, pieces = 0;
-      std::set<uint64_t> sectors;
       for (const auto& [key, lanes] : requests_) {
         if (std::get<0>(key) != kind) continue;
         ++requests;
@@ -93,11 +92,9 @@ class Traffic {
           for (uint64_t s = lane.at / 32; s <= (lane.at + lane.bytes - 1) / 32; ++s) touched.insert(s);
         }
         pieces += touched.size();
-        sectors.insert(touched.begin(), touched.end());
       }
       if (requests == 0) continue;
-      file << kernel << '\t' << names[kind] << '\t' << requests << '\t' << bytes << '\t' << pieces << '\t'
-           << 32 * sectors.size() << '\n';
+      file << kernel << '\t' << names[kind] << '\t' << requests << '\t' << bytes << '\t' << pieces << '\n';
     }
     requests_.clear();
   }
