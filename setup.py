@@ -188,7 +188,7 @@ def compile_object(out, command):
     source = ROOT / command[-1]
     for path in [source, *sorted((ROOT / "csrc").glob("*.*h")), *sorted(source.parent.glob("*.*h"))]:
         key.update(path.name.encode() + path.read_bytes())
-    for tool in {command[0], compiler()[0]}:
+    for tool in sorted({command[0], compiler()[0]}):
         key.update(version_of(tool))
     key.update((torch_directory() / "version.py").read_bytes())
     kept = pathlib.Path(folder) / f"{out.parent.name}.{out.stem}.{key.hexdigest()[:32]}.o"

@@ -167,16 +167,19 @@ def test_failing_build_says_what_is_missing(source, tmp_path, environment, messa
 def test_kept_objects_are_taken_until_something_changes(source, tmp_path):
     copy = tmp_path / "source"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
-    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit\n'
-        f'case "$*" in *-shared*) ;; *) echo "$*" >> {calls} ;; esac\n'
-        'while [ "$1" != -o ]; do shift; done\necho object > "$2"\n'
-    )
-    compiler.chmod(0o755)
-    environment = {"CXX": compiler, "TVERSKY_KERNELS_OBJECTS": tmp_path / "objects", "TVERSKY_KERNELS_WITH_CUDA": "0"}
+    compiler, nvcc, calls = tmp_path / "compiler", tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "calls"
+    nvcc.parent.mkdir(parents=True)
+    for tool in (compiler, nvcc):
+        tool.write_text(
+            '#!/bin/sh\n[ "$1" = --version ] && echo "$0" && exit\n'
+            f'case "$*" in *-shared*) ;; *) echo "$*" >> {calls} ;; esac\n'
+            'while [ "$1" != -o ]; do shift; done\necho object > "$2"\n'
+        )
+        tool.chmod(0o755)
+    environment = {"CXX": compiler, "TVERSKY_KERNELS_OBJECTS": tmp_path / "objects", "CUDA_HOME": tmp_path / "cuda"}
 
-    def compiled():
+    def compiled(hash_seed=0):
+        environment["PYTHONHASHSEED"] = hash_seed  # by which Python orders sets of strings
         calls.write_text("")
         shutil.rmtree(tmp_path / "t", ignore_errors=True)
         command = [sys.executable, "setup.py", "build_ext", "--force", "--build-temp", tmp_path / "t"]
@@ -185,10 +188,12 @@ def test_kept_objects_are_taken_until_something_changes(source, tmp_path):
 
     first = compiled()
     assert first > 3
-    assert compiled() == 0
+    assert [compiled(seed) for seed in range(4)] == [0] * 4
     environment["CXXFLAGS"] = "-g"
-    assert compiled() == first
-    for name, recompiled in (("tversky_math.h", first), ("cpu/kernels.h", first), ("cpu/capability.cpp", 1)):
+    cuda = len(list((copy / "csrc" / "cuda").glob("*.cu")))
+    assert compiled() == first - cuda
+    changes = {"tversky_math.h": first, "cpu/kernels.h": first - cuda, "cpu/capability.cpp": 1, "cuda/kernels.h": cuda}
+    for name, recompiled in changes.items():
         path = copy / "csrc" / name
         path.write_text(path.read_text() + "// another\n")
         assert compiled() == recompiled
