@@ -37,6 +37,7 @@ def assemblies():
 
 def portable_code(where):
     """The library's PTX, which newer cards compile for themselves, a file for each source."""
+    tool("cuobjdump")
     return ptx_files(where) or pytest.skip("this build of the package has no PTX")
 
 

@@ -46,14 +46,14 @@ def host_build(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory):
-    """What nvcc compiled for sm_90, a file for each source; none: this build of the package has no PTX."""
+    """What nvcc compiled for sm_90, a file for each source; none: see ptx_files."""
     return ptx_files(tmp_path_factory.mktemp("ptx"))
 
 
 @pytest.fixture
 def needs_ptx(ptx):
     if not ptx:
-        pytest.skip("this build of the package has no PTX")
+        pytest.skip("this build of the package has no PTX, or no cuobjdump is there to read it")
 
 
 @pytest.mark.parametrize(

@@ -589,7 +589,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
       static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride + channel * v.logits.class_stride;
   GeneralSums<A> sums;
   bool bad = false;
-  const bool plain = has_plain_channels<kActivation, A>(v);
+  const bool plain = has_plain_channels(v);
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
     Logits<T, kPack<T>> packs[kPacks];
 #pragma unroll
@@ -598,7 +598,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
     A g[kVoxels], weights[kVoxels];
     int labels[kVoxels];
     const bool all_count = load_channel(v, share.sample, channel, at, g, labels, weights, bad);
-    if constexpr (kActivation == Activation::kSigmoid && sizeof(A) == 4) {
+    if constexpr (kMayBePlain<kActivation, A>) {
       if (plain && all_count && are_plain(z, g, v.focal_gamma != 0)) {
         add_plain_channel(v, z, g, sums);
         return;

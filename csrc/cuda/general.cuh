@@ -152,11 +152,11 @@ __device__ __forceinline__ A channel_gradient(const Volume& v, const Coefficient
 // without smoothing or with the focal exponent 2. Which options there are is asked once for a thread's voxels instead
 // of for each.
 
-// Whether a launch is of these.
+// Whether a kernel may be of these, and a launch is.
 template <Activation kActivation, typename A>
+constexpr bool kMayBePlain = kActivation == Activation::kSigmoid && sizeof(A) == 4;
 __device__ __forceinline__ bool has_plain_channels(const Volume& v) {
-  return sizeof(A) == 4 && kActivation == Activation::kSigmoid && v.overlap == OverlapForm::kProduct &&
-         v.weight.data == nullptr && v.cross_entropy != CrossEntropy::kSmoothed &&
+  return v.overlap == OverlapForm::kProduct && v.weight.data == nullptr && v.cross_entropy != CrossEntropy::kSmoothed &&
          (v.cross_entropy == CrossEntropy::kNone || v.focal_gamma == 0 || v.focal_gamma == 2);
 }
 

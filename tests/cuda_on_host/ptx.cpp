@@ -203,33 +203,20 @@ std::string trimmed(const std::string& text) {
 // Calls f with a value of the type that PTX calls so.
 template <typename F>
 void of_type(const std::string& type, F f) {
-  if (type == "pred" || type == "u8" || type == "b8") {
-    f(uint8_t());
-  } else if (type == "u16" || type == "b16") {
-    f(uint16_t());
-  } else if (type == "u32" || type == "b32") {
-    f(uint32_t());
-  } else if (type == "u64" || type == "b64") {
-    f(uint64_t());
-  } else if (type == "s8") {
-    f(int8_t());
-  } else if (type == "s16") {
-    f(int16_t());
-  } else if (type == "s32") {
-    f(int32_t());
-  } else if (type == "s64") {
-    f(int64_t());
-  } else if (type == "f16") {
-    f(Half());
-  } else if (type == "bf16") {
-    f(BFloat16());
-  } else if (type == "f32") {
-    f(float());
-  } else if (type == "f64") {
-    f(double());
-  } else {
-    throw std::runtime_error("PTX on the host: the type " + type + " is not known");
-  }
+  const auto is = [&](auto... names) { return ((type == names) || ...); };
+  if (is("pred", "u8", "b8")) return f(uint8_t());
+  if (is("u16", "b16")) return f(uint16_t());
+  if (is("u32", "b32")) return f(uint32_t());
+  if (is("u64", "b64")) return f(uint64_t());
+  if (is("s8")) return f(int8_t());
+  if (is("s16")) return f(int16_t());
+  if (is("s32")) return f(int32_t());
+  if (is("s64")) return f(int64_t());
+  if (is("f16")) return f(Half());
+  if (is("bf16")) return f(BFloat16());
+  if (is("f32")) return f(float());
+  if (is("f64")) return f(double());
+  throw std::runtime_error("PTX on the host: the type " + type + " is not known");
 }
 
 template <typename F>
