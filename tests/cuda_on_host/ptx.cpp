@@ -286,6 +286,9 @@ struct Instruction {
   const std::string& operand(size_t i) const { return operands.at(i); }
 };
 
+// What a thread finds in registers when it begins.
+constexpr const char* kSpecial[] = {"%tid.x", "%laneid", "%ntid.x", "%nctaid.x", "%ctaid.x", "%ctaid.y"};
+
 struct Parameter {
   std::string name;
   size_t bytes, offset;
@@ -336,13 +339,10 @@ class PtxKernel {
     for (const auto& [index, value] : constants_) frame.registers[index] = value;
     const Block& block = *current_block();
     const unsigned thread = current_thread()->index;
-    const std::pair<const char*, unsigned> special[] = {
-        {"%tid.x", thread},          {"%laneid", thread % kWarpSize}, {"%ntid.x", block.size.x},
-        {"%nctaid.x", block.grid.x}, {"%ctaid.x", block.index.x},     {"%ctaid.y", block.index.y},
-    };
-    for (const auto& [name, value] : special) {
-      const auto found = registers_.find(name);
-      if (found != registers_.end()) frame.registers[found->second] = value;
+    const unsigned values[] = {thread, thread % kWarpSize, block.size.x, block.grid.x, block.index.x, block.index.y};
+    for (size_t i = 0; i < std::size(kSpecial); ++i) {
+      const auto found = registers_.find(kSpecial[i]);
+      if (found != registers_.end()) frame.registers[found->second] = values[i];
     }
     size_t instructions = 0;
     while (frame.next < steps_.size()) {
@@ -456,6 +456,8 @@ class PtxKernel {
       }
       return {-1, first == '-' ? static_cast<uint64_t>(std::stoll(text, nullptr, 0)) : std::stoull(text, nullptr, 0)};
     }
+    const bool special = first == '%' && text.find('.') != std::string::npos;
+    if (special && std::find(std::begin(kSpecial), std::end(kSpecial), text) == std::end(kSpecial)) unknown();
     return {index_of(text), 0};
   }
 
