@@ -21,7 +21,7 @@ import tversky_kernels as tk
 LIBRARY = pathlib.Path(tk.__file__).parent / "_C_cuda.so"
 KERNEL = re.compile(
     r"\d(?P<kernel>(?:(?:dense_)?split_)?(?:count|gradient)_pass_kernel)I(?P<type>f|N3c108BFloat16|N3c104Half)E?"
-    r"Li(?P<classes>\d+)EL(?:b|NS_12CrossEntropyE)(?P<ce>[012])E(?:Lb(?P<squared>[01])ELb(?P<interleaved>[01])E)?"
+    r"Li(?P<classes>\d+)EL(?:b|NS_12CrossEntropyE)(?P<ce>[012])E(?:Lb(?P<squared>[01])EL[bi](?P<interleaved>\d)E)?"
 )
 #: By the number of enum class CrossEntropy.
 CROSS_ENTROPIES = ("", "+ ce", "+ smoothed ce")
@@ -74,7 +74,8 @@ def shortest_way(instructions: list[tuple[int, str]], through: list[str]) -> int
             target = index[int(branch[2], 16)]
             conditional = not always or re.match(r"BRA\S*\s+!?U?P\d", operation)
             following.append([target, *(after if conditional else [])])
-            if i - target > loop[1] - loop[0]:
+            # Behind the last EXIT is what a divergent shuffle jumps to, and from there back.
+            if i - target > loop[1] - loop[0] and not any("EXIT" in text for _, text in instructions[target:i]):
                 loop = (target, i)
         else:
             following.append([] if operation.startswith("EXIT") and always else after)
@@ -97,12 +98,14 @@ def shortest_way(instructions: list[tuple[int, str]], through: list[str]) -> int
     return None
 
 
-def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str, str, int, str, bool], float]:
-    """Instructions a logit by kernel, type, classes (of a lane, where they are split), cross-entropy and squares."""
+def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str, str, int, str, bool, int], float]:
+    """Instructions a logit by kernel, type, classes (of a lane, where they are split), cross-entropy, squares and turns
+    (0: contiguous; of channels_last only kernels of split classes)."""
     found = {}
     for name, instructions in functions(library, arch).items():
         kernel = KERNEL.search(name)
-        if kernel is None or kernel["interleaved"] == "1":  # channels_last
+        turns = int(kernel["interleaved"] or 0) if kernel else 0
+        if kernel is None or (turns and "split" not in kernel["kernel"]):
             continue
         dtype, size = TYPES[kernel["type"]]
         classes, ce, squared = int(kernel["classes"]), CROSS_ENTROPIES[int(kernel["ce"])], kernel["squared"] == "1"
@@ -113,10 +116,13 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
         load = "LDGSTS" if ahead else "LDG"
         width = r"\.128" if dense else "" if voxels == 4 else r"\.64"
         target = rf"(@!?P\d )?{load}\.E{width}(\.CONSTANT)? "
+        pieces = [r"(@!?P\d )?LDGSTS\.E\.BYPASS\.128 "] if turns else []
+        if turns:
+            target = r"(@!?P\d )?LDG(STS)?\.E(\.CONSTANT)? "
         stores = [r"(@!?P\d )?STG\.E\.EF\.(128|64) "] if "gradient" in kernel["kernel"] else []
-        way = shortest_way(instructions, [target, *stores])
+        way = shortest_way(instructions, [target, *pieces, *stores])
         if way is not None:
-            found[kernel["kernel"], dtype, classes, ce, squared] = way / (voxels * classes)
+            found[kernel["kernel"], dtype, classes, ce, squared, turns] = way / (voxels * classes)
     return found
 
 
@@ -125,9 +131,11 @@ def main() -> None:
     parser.add_argument("--arch", default="90", help="default: %(default)s")
     parser.add_argument("--library", type=pathlib.Path, default=LIBRARY)
     arguments = parser.parse_args()
-    for (kernel, dtype, classes, ce, squared), a_logit in sorted(counts(arguments.library, arguments.arch).items()):
-        options = f"{ce} {'squared' if squared else ''}"
-        print(f"{kernel:32} {dtype:9} C={classes} {options:15} {a_logit:5.1f}")
+    for (kernel, dtype, classes, ce, squared, turns), a_logit in sorted(
+        counts(arguments.library, arguments.arch).items()
+    ):
+        options = f"{ce} {'squared' if squared else ''} {f'channels_last, {turns} in turn' if turns else ''}"
+        print(f"{kernel:32} {dtype:9} C={classes} {options:30} {a_logit:5.1f}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ F, B = torch.float32, torch.bfloat16
 CASES = [
     *((c, d, {}) for c in (2, 4, 14, 32, 33, 118, 200) for d in (F, B)),
     *((14, d, {"target": torch.int64}) for d in (F, B)),
-    *((c, d, {"channels_last": True}) for c in (2, 14, 33) for d in (F, B)),
+    *((c, d, {"channels_last": True}) for c in (2, 14, 32, 33, 118) for d in (F, B)),
     *((c, d, {"dense": True}) for c in (2, 14, 33) for d in (F, B)),
     *((14, d, {"ce": True}) for d in (F, B)),
     *((14, d, {"ce": True, "label_smoothing": 0.1}) for d in (F, B)),

@@ -152,12 +152,24 @@ PLANTED = {
         "      wait_for_copies();",
         "      if (next >= 0) expect(v, rows, row, lane, next);\n      wait_for_copies();",
     ),
-    "a voxel of a pack is taken twice": ("split.cuh", "(k * classes + (j", "(k / 2 * classes + (j"),
-    "a tile is read before it is filled": (
-        "split.cuh",
-        "    synchronise(lane);\n    T* const own",
-        "    T* const own",
+    "a voxel of a pack is taken twice": (
+        "interleaved.cuh",
+        "kSplitVoxels + k) * classes",
+        "kSplitVoxels + k / 2) * classes",
     ),
+    "a tile is read before it is filled": ("interleaved.cuh", "synchronise(lane);  // what the others brought", "//"),
+    "the next tile is brought to this one": (
+        "interleaved.cuh",
+        "bring(v, rows, lane, at, other)",
+        "bring(v, rows, lane, at, tile)",
+    ),
+    "the next labels are brought too early": (
+        "interleaved.cuh",
+        "      if (at < v.voxels) all_known",
+        "      if (next >= 0) expect(v, rows, row, lane, next);\n      wait_for_copies();\n"
+        "      if (at < v.voxels) all_known",
+    ),
+    "a lane's turn comes too often": ("interleaved.cuh", "- start - turn +", "- start +"),
     "a label's logit stays among the others": (
         "split.cuh",
         "if (kTargets == Targets::kTaken)",
@@ -184,7 +196,7 @@ PLANTED = {
         "bad |= false;\n  if",
     ),
     "the largest exponential is one of many": ("split.cuh", "of_lane.add(e == A(1), e)", "of_lane.add(e < A(0), e)"),
-    "rows of a tile lie in each other": ("split.cuh", "classes % 2 == 0 ?", "classes % 3 == 0 ?"),
+    "rows of a tile lie in each other": ("interleaved.cuh", "row.stride > row.pieces ?", "row.stride < row.pieces ?"),
     "a lane is not asked": ("split.cuh", "distance >= lane.slots", "distance > lane.slots"),
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
     "the wrong channel": ("voxels.cuh", "share.sample % v.classes", "0"),
@@ -216,6 +228,9 @@ FOUND_BY = {
     "the label's logit is smoothed as another's": "test_label_smoothing and 20",
     "logarithms of other lanes' labels are forgotten": "test_label_smoothing and 20",
     "a tile is read before it is filled": "test_channels_last and 40",
+    "the next tile is brought to this one": "test_channels_last and 40",
+    "the next labels are brought too early": "test_channels_last and 40",
+    "a lane's turn comes too often": "test_channels_last and 30",
     "rows of a tile lie in each other": "test_channels_last",
     "the wrong channel": "test_many_blocks_of_dense_targets and sigmoid",
     "a channel's voxels are not told apart": "test_many_blocks_of_dense_targets and sigmoid",

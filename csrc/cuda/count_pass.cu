@@ -1,4 +1,5 @@
 // The count pass on CUDA: logits and target in, one partial sum of the counts a block out.
+#include "interleaved.cuh"
 #include "split.cuh"
 #include "tile.cuh"
 
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
 template <typename A, int kValues>
 struct SplitBlockSums {
   A* memory;
-  const SplitLane& lane;
+  const LaneOfVoxel& lane;
 
   // From the values of each thread: over the slots of a warp, in a fixed order; NaN where a thread is bad. All threads
   // must call, and synchronise before they read.
@@ -183,24 +184,24 @@ struct SplitBlockSums {
       for (int i = 0; i < kValues; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
     }
     __syncthreads();  // the memory has been read
-    A* mine = memory + ((lane.group() << lane.shape.log_lanes) + lane.first_class) * kValues;
+    A* mine = memory + ((lane.group() << lane.shape.log_lanes) + lane.place) * kValues;
     if (lane.slot == 0) {
 #pragma unroll
       for (int i = 0; i < kValues; ++i) mine[i] = values[i];
     }
   }
-  // Value i of the lane that has the class, over the groups of warps.
-  __device__ __forceinline__ A total(int c, int i) const {
+  // Value i of the lane at this place, over the groups of warps.
+  __device__ __forceinline__ A total(int place, int i) const {
     A sum = A(0);
     for (int group = 0; group < lane.groups(); ++group) {
-      sum += memory[((group << lane.shape.log_lanes) + (c & (lane.lanes() - 1))) * kValues + i];
+      sum += memory[((group << lane.shape.log_lanes) + place) * kValues + i];
     }
     return sum;
   }
 };
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
+template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, int kTurns>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished, const Blocks blocks,
                             const SplitShape shape) {
@@ -209,8 +210,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   constexpr int kVoxels = kSplitVoxels, kValues = count_values<kCeForm, kSquared>(kClasses);
   constexpr int kColumns = kCrossEntropy ? kAllCounts : kOverlapCounts;
   TK_SHARED(memory);
-  const SplitLane lane(shape, static_cast<int>(v.classes));
-  A* of_sums = lane.beyond_exchange<A>(memory);
+  using Lane = LaneFor<kClasses, kTurns>;
+  const Lane lane(shape, static_cast<int>(v.classes));
+  A* of_sums = lane.template beyond_exchange<A>(memory);
   const LabelSums<A, kCrossEntropy> of_label(of_sums, kClasses);
   begin_count(finished);
   const Share share = share_of_block<kOrder>(v, blocks);
@@ -219,7 +221,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   A fp[kClasses] = {}, smoothing[kClasses] = {}, weight_sum = A(0);
   bool bad = false;
   unsigned char* const tiles = reinterpret_cast<unsigned char*>(of_sums + label_sum_values<kCrossEntropy>(kClasses));
-  using Pack = PackOf<T, kClasses, kInterleaved, kAhead<T, false>, kSmoothed>;
+  using Pack = PackOf<T, kClasses, kTurns, kAhead<T, false>, kSmoothed>;
   Pack pack(tiles, v, lane);
   const auto expect = [&](int64_t at) { pack.expect(v, rows, target_row, lane, at); };
   for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     A of_target[kVoxels], weights[kVoxels];
     const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels, of_target, bad);
     Logits<T, kVoxels> z[kClasses];
-    weighed_part<Reads::kSameSize>(v, lane, share.sample, at, 0, pack, labels, all_known, z, of_target, weights, bad);
+    weighed_pack<Reads::kSameSize>(v, lane, share.sample, at, pack, labels, all_known, z, of_target, weights, bad);
     pack.release(lane);
     A others[kClasses][kVoxels], totals[2 * kVoxels];
     SoftmaxSums<A> sums[kVoxels];
@@ -239,7 +241,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       totals[k] = sums[k].others;
       totals[kVoxels + k] = sums[k].target;
     }
-    sum_over_lanes<kSums, kVoxels>(totals, lane);
+    sum_over_lanes<kSums, Lane::kKnowsOwner ? kVoxels : 0>(totals, lane);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       sums[k] = {totals[kVoxels + k], totals[k]};
@@ -284,8 +286,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   for (int i = threadIdx.x; i < kColumns * static_cast<int>(v.classes); i += Plan::kThreads) {
     const int column = i / static_cast<int>(v.classes), c = i % static_cast<int>(v.classes);
     const int first = column == Count::kVoxels ? of_weights : column * kClasses;
-    const int of_lane = first + (column == Count::kVoxels && !kSquared ? 0 : c >> shape.log_lanes);
-    out[i] = column == kSmoothing && !kSmoothed ? A(0) : sums.total(c, of_lane);
+    const ClassOfLane found = lane.find(c, static_cast<int>(v.classes));
+    const int of_lane = first + (column == Count::kVoxels && !kSquared ? 0 : found.j);
+    out[i] = column == kSmoothing && !kSmoothed ? A(0) : sums.total(found.place, of_lane);
   }
 }
 
@@ -306,7 +309,8 @@ __device__ __forceinline__ void store_split_sums(const GeneralSums<A> (&counts)[
   __syncthreads();
   for (int i = threadIdx.x; i < kColumns * classes; i += Plan::kThreads) {
     const int column = i / classes, c = i % classes;
-    out[i] = sums.total(c, column * kClasses + (c >> lane.shape.log_lanes));
+    const ClassOfLane found = lane.find(c, classes);
+    out[i] = sums.total(found.place, column * kClasses + found.j);
   }
 }
 
@@ -628,9 +632,9 @@ struct CountPass {
   void few() const {
     launch<T>(count_pass_kernel<T, kClasses, kCeForm, kSquared, kInterleaved>);
   }
-  template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
+  template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, int kTurns>
   void split() const {
-    launch<T>(split_count_pass_kernel<T, kClasses, kCeForm, kSquared, kInterleaved>, plan.shape());
+    launch<T>(split_count_pass_kernel<T, kClasses, kCeForm, kSquared, kTurns>, plan.shape());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {

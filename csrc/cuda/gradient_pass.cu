@@ -1,4 +1,5 @@
 // The gradient pass on CUDA: logits, target and coefficients in, dL/dlogits out.
+#include "interleaved.cuh"
 #include "split.cuh"
 #include "tile.cuh"
 
@@ -150,17 +151,18 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
 }
 
 // More classes than one thread's registers hold, split over the lanes of a warp: see split.cuh.
-template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
+template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, int kTurns>
 __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
   constexpr bool kCrossEntropy = kCeForm != CrossEntropy::kNone, kSmoothed = kCeForm == CrossEntropy::kSmoothed;
-  constexpr int kVoxels = kInterleaved ? kSplitVoxels / 2 : kSplitVoxels;  // registers are few in tiles
+  constexpr int kVoxels = kSplitVoxels;
   const int classes = static_cast<int>(v.classes);
   TK_SHARED(memory);
-  const SplitLane lane(shape, classes);
+  using Lane = LaneFor<kClasses, kTurns>;
+  const Lane lane(shape, classes);
   const Share share = share_of_block<kOrder>(v, blocks);
-  Coefficients<A>* const coefficients = lane.beyond_exchange<Coefficients<A>>(memory);
+  Coefficients<A>* const coefficients = lane.template beyond_exchange<Coefficients<A>>(memory);
   const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(v, a, share.sample, coefficients);
   unsigned char* const tiles = reinterpret_cast<unsigned char*>(coefficients + classes + 1);
   __syncthreads();
@@ -170,70 +172,65 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const auto take_background = [&] {
 #pragma unroll
     for (int j = 0; j < kClasses; ++j) {
-      u_background[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
+      u_background[j] = lane.template has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
     }
   };
-  if (!kInterleaved) take_background();
+  if (kTurns == 0) take_background();
   const A smoothing_of_all = kSmoothed ? sum_of_smoothing(of_class, classes) : A(0);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kSplitVoxels> target_row(v, share.sample * v.target.sample_stride);
-  using Pack = PackOf<T, kClasses, kInterleaved, kAhead<T, true>>;
+  using Pack = PackOf<T, kClasses, kTurns, kAhead<T, true>>;
   Pack pack(tiles, v, lane);
   const auto expect = [&](int64_t at) { pack.expect(v, rows, target_row, lane, at); };
   for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
-    int labels_of_pack[kSplitVoxels];
-    A targets_of_pack[kSplitVoxels];
-    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels_of_pack, targets_of_pack, bad);
+    int labels[kVoxels];
+    A of_target[kVoxels], weights[kVoxels];
+    const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels, of_target, bad);
+    Logits<T, kVoxels> z[kClasses];
+    Packed<T, kVoxels> dz[kClasses];
+    weighed_pack<Reads::kSameSize>(v, lane, share.sample, at, pack, labels, all_known, z, of_target, weights, bad);
+    if (kTurns > 0) take_background();  // from shared memory again, as registers are few
+    A others[kClasses][kVoxels], totals[3 * kVoxels];
+    SoftmaxSums<A> sums[kVoxels];
+    softmax_of_split<false, Pack::kTargets>(z, labels, of_target, lane, others, sums, [](int, int, A) {});
 #pragma unroll
-    for (int first = 0; first < kSplitVoxels; first += kVoxels) {
-      int (&labels)[kVoxels] = reinterpret_cast<int (&)[kVoxels]>(labels_of_pack[first]);
-      A(&of_target)[kVoxels] = reinterpret_cast<A(&)[kVoxels]>(targets_of_pack[first]);
-      Logits<T, kVoxels> z[kClasses];
-      Packed<T, kVoxels> dz[kClasses];
-      A weights[kVoxels];
-      weighed_part<Reads::kSameSize>(v, lane, share.sample, at, first, pack, labels, all_known, z, of_target, weights,
-                                     bad);
-      if (kInterleaved) take_background();  // from shared memory again, as registers are few
-      A others[kClasses][kVoxels], totals[3 * kVoxels];
-      SoftmaxSums<A> sums[kVoxels];
-      softmax_of_split<false, Pack::kTargets>(z, labels, of_target, lane, others, sums, [](int, int, A) {});
+    for (int k = 0; k < kVoxels; ++k) {
+      totals[k] = sums[k].others;
+      totals[kVoxels + k] = A(0);
 #pragma unroll
-      for (int k = 0; k < kVoxels; ++k) {
-        totals[k] = sums[k].others;
-        totals[kVoxels + k] = A(0);
-#pragma unroll
-        for (int j = 0; j < kClasses; ++j) {
-          totals[kVoxels + k] += others[j][k] * slope_of_other<kSquared>(others[j][k], u_background[j]);
-        }
-        totals[2 * kVoxels + k] = sums[k].target;
+      for (int j = 0; j < kClasses; ++j) {
+        totals[kVoxels + k] += others[j][k] * slope_of_other<kSquared>(others[j][k], u_background[j]);
       }
-      sum_over_lanes<kSums, kVoxels>(totals, lane);
+      totals[2 * kVoxels + k] = sums[k].target;
+    }
+    sum_over_lanes<kSums, Lane::kKnowsOwner ? kVoxels : 0>(totals, lane);
 #pragma unroll
-      for (int k = 0; k < kVoxels; ++k) {
-        sums[k] = {totals[2 * kVoxels + k], totals[k]};
-        const int label = labels[k], target = recomputed(lane.index_of(label));
-        const A inverse = reciprocal(sums[k].target + sums[k].others);
-        const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
-        A weighted_others = totals[kVoxels + k], u_target = of_class[label].foreground;
-        if constexpr (kSquared) {
-          weighted_others *= inverse;  // the slopes were made of exponentials
-          u_target = squared_slope_of_target(sums[k].others * inverse, of_class[label].background, u_target);
-        }
-        SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
+    for (int k = 0; k < kVoxels; ++k) {
+      sums[k] = {totals[2 * kVoxels + k], totals[k]};
+      const int label = labels[k], target = recomputed(lane.index_of(label));
+      const A inverse = reciprocal(sums[k].target + sums[k].others);
+      const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
+      A weighted_others = totals[kVoxels + k], u_target = of_class[label].foreground;
+      if constexpr (kSquared) {
+        weighted_others *= inverse;  // the slopes were made of exponentials
+        u_target = squared_slope_of_target(sums[k].others * inverse, of_class[label].background, u_target);
+      }
+      SoftmaxGradient<A> gradient = softmax_gradient(sums[k], weighted_others, u_target, inverse, weight);
+      if (kSmoothed) {
+        gradient.add_smoothed_cross_entropy(sums[k], of_class[label].ce, of_class[label].smoothing, smoothing_of_all);
+      } else if (kCrossEntropy) {
+        gradient.add_cross_entropy(sums[k], with_focal_slope(v, sums[k], inverse, of_class[label].ce));
+      }
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) {
+        const A slope = slope_of_other<kSquared>(others[j][k] * inverse, u_background[j]);
+        A other = gradient.other(others[j][k], slope);
         if (kSmoothed) {
-          gradient.add_smoothed_cross_entropy(sums[k], of_class[label].ce, of_class[label].smoothing, smoothing_of_all);
-        } else if (kCrossEntropy) {
-          gradient.add_cross_entropy(sums[k], with_focal_slope(v, sums[k], inverse, of_class[label].ce));
+          other -= (lane.template has<kClasses>(j) ? of_class[lane.class_of(j)].smoothing : A(0)) * weight;
         }
-#pragma unroll
-        for (int j = 0; j < kClasses; ++j) {
-          const A slope = slope_of_other<kSquared>(others[j][k] * inverse, u_background[j]);
-          A other = gradient.other(others[j][k], slope);
-          if (kSmoothed) other -= (lane.has<kClasses>(j) ? of_class[lane.class_of(j)].smoothing : A(0)) * weight;
-          dz[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
-        }
-        pack.put(dz, k, first, lane);
+        dz[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
       }
+      pack.put(dz, k, lane);
     }
     pack.store(v, a.out, share.sample, lane, at);
   });
@@ -595,9 +592,9 @@ struct GradientPass {
   void few() const {
     launch(gradient_pass_kernel<T, kClasses, kCeForm, kSquared, kInterleaved>);
   }
-  template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, bool kInterleaved>
+  template <typename T, int kClasses, CrossEntropy kCeForm, bool kSquared, int kTurns>
   void split() const {
-    launch(split_gradient_pass_kernel<T, kClasses, kCeForm, kSquared, kInterleaved>, plan.shape());
+    launch(split_gradient_pass_kernel<T, kClasses, kCeForm, kSquared, kTurns>, plan.shape());
   }
   template <typename T, int kClasses, bool kCrossEntropy>
   void general_split() const {

@@ -130,6 +130,22 @@ constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
 // for memory anyway, and was slower so.
 template <typename T, bool kGradient>
 constexpr bool kAhead = !kGradient || sizeof(T) == 2;
+// The same of tiles (interleaved.cuh): two of them in float32 would leave an sm_80 one block a multiprocessor.
+template <typename T>
+constexpr bool kTileAhead = sizeof(T) == 2;
+// Classes that a lane takes from a tile by one access, where it has at most so many.
+template <int kClasses>
+constexpr int kUnitOf = kClasses % 2 == 0 ? 2 : 1;
+// A row of a tile: as few packs as are whole pieces of 16 bytes.
+struct RowOfTile {
+  int packs;   // of kSplitVoxels voxels
+  int pieces;  // that it has
+  int stride;  // pieces from one row to the next, an odd number: rows begin in different banks
+  __host__ __device__ RowOfTile(int classes, int element_size)
+      : packs(classes * kSplitVoxels * element_size % 16 == 0 ? 1 : 2),
+        pieces(classes * kSplitVoxels * packs * element_size / 16),
+        stride(pieces | 1) {}
+};
 // A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
 // Of squares and label smoothing there are none such.
 constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneRare = 8;
@@ -179,15 +195,15 @@ constexpr int label_sum_values(int classes) {
 }
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
-// kSquared: one lane for three and four classes too, which without squares have kernels of their own. These, kSmoothed
-// and kInterleaved have fewer numbers, for they are rarer and every kernel is compiled.
-template <bool kSquared, bool kSmoothed, bool kInterleaved, typename F>
+// kSquared: one lane for three and four classes too, which without squares have kernels of their own. These and
+// kSmoothed have fewer numbers, for they are rarer and every kernel is compiled.
+template <bool kSquared, bool kSmoothed, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
   constexpr bool kRare = kSquared || kSmoothed;
   if constexpr (kSquared) {
     if (classes <= 4) return f(std::integral_constant<int, 4>{});
   }
-  if constexpr (!kRare && !kInterleaved) {
+  if constexpr (!kRare) {
     if (classes <= lanes * 5) return f(std::integral_constant<int, 5>{});
   }
   if (classes <= lanes * 6) return f(std::integral_constant<int, 6>{});
@@ -197,7 +213,25 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   if (classes <= lanes * kMostOfLaneRare) return f(std::integral_constant<int, kMostOfLaneRare>{});
   if constexpr (!kRare) return f(std::integral_constant<int, kMostOfLane>{});
 }
-// The same for a target of its own for every class.
+// The same where the classes of a voxel lie side by side, f(classes, turns): how many lanes take units of classes in
+// turn (TileLane), so that few of a warp meet in a bank. Even numbers are for even numbers of classes, of which pairs
+// are whole words at every voxel; of odd ones all but the last three at least are there.
+template <typename F>
+void with_interleaved_classes(int64_t classes, int lanes, F&& f) {
+  const bool even = classes % 2 == 0;
+  if (even && classes <= lanes * 6) {
+    f(std::integral_constant<int, 6>{}, std::integral_constant<int, 1>{});
+  } else if (classes <= lanes * 7) {
+    f(std::integral_constant<int, 7>{}, std::integral_constant<int, 1>{});
+  } else if (even && classes <= lanes * 8) {
+    if (lanes < 4) return f(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
+    f(std::integral_constant<int, 8>{}, std::integral_constant<int, 4>{});
+  } else {
+    if (lanes < 2) return f(std::integral_constant<int, kMostOfLane>{}, std::integral_constant<int, 1>{});
+    f(std::integral_constant<int, kMostOfLane>{}, std::integral_constant<int, 2>{});
+  }
+}
+// Where they do not, for a target of its own for every class.
 template <typename F>
 void with_general_split_classes(int64_t classes, F&& f) {
   if (classes <= 2) {
@@ -237,19 +271,19 @@ void with_label_sums(const Volume& v, F&& f) {
   });
 }
 
-// Calls f(classes, ce, squared, interleaved), constants, for a plan that splits the classes of a voxel and whose target
-// is a label.
+// Calls f(classes, ce, squared, turns), constants, for a plan that splits the classes of a voxel and whose target is a
+// label. turns: 0 where the voxels of a class lie side by side; else see with_interleaved_classes.
 template <typename F>
 void with_split_labels(const Volume& v, const Plan& plan, F&& f) {
   with_label_sums(v, [&](auto ce, auto squared) {
-    with_bool(plan.interleaved, [&](auto interleaved) {
-      constexpr bool kSquared = decltype(squared)::value, kInterleaved = decltype(interleaved)::value;
-      constexpr bool kSmoothed = decltype(ce)::value == CrossEntropy::kSmoothed;
-      if constexpr (!(kInterleaved && (kSquared || kSmoothed))) {  // for which there is no plan
-        with_split_classes<kSquared, kSmoothed, kInterleaved>(
-            v.classes, plan.lanes, [&](auto classes) { f(classes, ce, squared, interleaved); });
-      }
-    });
+    constexpr bool kSquared = decltype(squared)::value, kSmoothed = decltype(ce)::value == CrossEntropy::kSmoothed;
+    if (!plan.interleaved) {
+      with_split_classes<kSquared, kSmoothed>(
+          v.classes, plan.lanes, [&](auto classes) { f(classes, ce, squared, std::integral_constant<int, 0>{}); });
+    } else if constexpr (!kSquared && !kSmoothed) {  // for which there is no plan
+      with_interleaved_classes(v.classes, plan.lanes,
+                               [&](auto classes, auto turns) { f(classes, ce, squared, turns); });
+    }
   });
 }
 
@@ -264,8 +298,8 @@ void with_activation(Activation activation, F&& f) {
 }
 
 // The kernels that a plan asks for: calls one of the launcher's few<T, kClasses, kCeForm, kSquared, kInterleaved>(),
-// split (the same), general_split<T, kClasses, kCrossEntropy>(), dense_split (the same), channel<T, kActivation,
-// kCrossEntropy>(), general (the same), tiled (the same).
+// split<T, kClasses, kCeForm, kSquared, kTurns>(), general_split<T, kClasses, kCrossEntropy>(), dense_split (the same),
+// channel<T, kActivation, kCrossEntropy>(), general (the same), tiled (the same).
 template <typename Launcher>
 void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
   with_logits_type(v.logits.type, [&](auto element) {
@@ -283,9 +317,9 @@ void with_kernel(const Volume& v, const Plan& plan, const Launcher& launcher) {
               launcher.template general_split<T, decltype(classes)::value, kCrossEntropy>();
             });
           } else {
-            with_split_labels(v, plan, [&](auto classes, auto ce, auto squared, auto interleaved) {
+            with_split_labels(v, plan, [&](auto classes, auto ce, auto squared, auto turns) {
               launcher.template split<T, decltype(classes)::value, decltype(ce)::value, decltype(squared)::value,
-                                      decltype(interleaved)::value>();
+                                      decltype(turns)::value>();
             });
           }
         }

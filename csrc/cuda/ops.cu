@@ -233,17 +233,17 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     if (classes > 2) values = std::max<int64_t>(values, label_values(n));
   } else {
     plan.lanes = lanes;
-    with_split_labels(v, plan, [&](auto of_lane, auto, auto, auto interleaved) {
+    with_split_labels(v, plan, [&](auto of_lane, auto, auto, auto turns) {
       constexpr int kClasses = decltype(of_lane)::value;
       values = label_values(kClasses);
-      // Rows of as many voxels as 16 bytes hold of one class, of an odd number of such bytes; or a pack of each class.
-      // And a place of no class.
-      if (decltype(interleaved)::value) {
-        const int rows = Plan::kThreads / lanes * kSplitVoxels * static_cast<int>(sizeof(T)) / 16;
-        packs = rows * static_cast<int>(classes | 1) * 16 + Plan::kThreads * static_cast<int>(sizeof(T));
+      // Tiles, or a pack of each class; and a place of no class.
+      const int labels = bytes_of_label(v.target.type) * kSplitVoxels * Plan::kThreads;
+      if (decltype(turns)::value > 0) {
+        const RowOfTile row(static_cast<int>(classes), sizeof(T));
+        const int tile = Plan::kThreads / lanes / row.packs * row.stride * 16;
+        packs = Plan::kThreads * static_cast<int>(sizeof(T)) + (kTileAhead<T> ? 2 * tile + labels : tile);
       } else if (out == nullptr ? kAhead<T, false> : kAhead<T, true>) {
-        packs = ((kClasses + 1) * static_cast<int>(sizeof(T)) + bytes_of_label(v.target.type)) * kSplitVoxels *
-                Plan::kThreads;
+        packs = (kClasses + 1) * static_cast<int>(sizeof(T)) * kSplitVoxels * Plan::kThreads + labels;
       }
     });
   }

@@ -140,6 +140,14 @@ __device__ __forceinline__ float half_of_pair(BFloat16, uint32_t pair, bool seco
   return __uint_as_float(bits);
 #endif
 }
+// The first halves, or the second ones, of two pairs as a pair.
+__device__ __forceinline__ uint32_t halves_of_pairs(uint32_t a, uint32_t b, bool second) {
+#if defined(TK_CUDA_ON_HOST)
+  return second ? (b & 0xffff0000u) | a >> 16 : b << 16 | (a & 0xffffu);
+#else
+  return __byte_perm(a, b, second ? 0x7632 : 0x5410);
+#endif
+}
 
 // 1 / x for the sum of a voxel's exponentials, at least 1: within 1 ulp.
 __device__ __forceinline__ float reciprocal(float x) {

@@ -13,20 +13,18 @@
 namespace tversky_kernels {
 namespace cuda {
 
-struct SplitLane {
+// One of the lanes that share a voxel.
+struct LaneOfVoxel {
   const SplitShape& shape;
-  int slots;        // packs of voxels that a warp takes at once
-  int slot;         // of this lane
-  int first_class;  // of this lane; the next ones are `lanes` apart
-  int own;          // how many they are
+  int slots;  // packs of voxels that a warp takes at once
+  int slot;   // of this lane
+  int place;  // which of the lanes that share its voxels this is
 
-  __device__ __forceinline__ SplitLane(const SplitShape& shape_, int classes) : shape(shape_) {
+  __device__ __forceinline__ explicit LaneOfVoxel(const SplitShape& shape_) : shape(shape_) {
     const int thread = static_cast<int>(threadIdx.x), log_of_warp = shape.log_lanes - shape.log_warps;
-    const int place = thread / kWarp & (warps() - 1);
     slots = kWarp >> log_of_warp;
     slot = thread & (slots - 1);
-    first_class = (place << log_of_warp) + (thread % kWarp >> (5 - log_of_warp));
-    own = (classes - first_class + lanes() - 1) >> shape.log_lanes;
+    place = ((thread / kWarp & (warps() - 1)) << log_of_warp) + (thread % kWarp >> (5 - log_of_warp));
   }
 
   __device__ __forceinline__ int lanes() const { return 1 << shape.log_lanes; }
@@ -39,8 +37,24 @@ struct SplitLane {
   __device__ __forceinline__ X* beyond_exchange(unsigned char* memory) const {
     return reinterpret_cast<X*>(reinterpret_cast<float*>(memory) + (shape.log_warps > 0 ? kExchange : 0));
   }
+};
+
+// Class j of a lane, and the place of the lane.
+struct ClassOfLane {
+  int place, j;
+};
+
+struct SplitLane : LaneOfVoxel {
+  static constexpr bool kKnowsOwner = true;
+
+  int first_class;  // of this lane; the next ones are `lanes` apart
+  int own;          // how many they are
+
+  __device__ __forceinline__ SplitLane(const SplitShape& shape_, int classes)
+      : LaneOfVoxel(shape_), first_class(place), own((classes - place + lanes() - 1) >> shape_.log_lanes) {}
 
   __device__ __forceinline__ int class_of(int j) const { return first_class + (j << shape.log_lanes); }
+  __device__ __forceinline__ ClassOfLane find(int c, int) const { return {c & (lanes() - 1), c >> shape.log_lanes}; }
   // Whether class_of(j) exists, of at most kClasses. with_split_classes takes kClasses so that only the last two may
   // not.
   template <int kClasses>
@@ -61,7 +75,7 @@ struct SplitLane {
 // Where warps share voxels: combine(.., ..) of the values of a warp's voxels, the same in all its lanes of a slot, and
 // those of the other warps, in all of them the same. kPlace: of the exchange, another one than of the one before.
 template <const ExchangePlace& kPlace, int kValues, typename F>
-__device__ __forceinline__ void over_warps(float (&values)[kValues], const SplitLane& lane, F&& combine) {
+__device__ __forceinline__ void over_warps(float (&values)[kValues], const LaneOfVoxel& lane, F&& combine) {
   constexpr int kWord = kValues % 4 == 0   ? 4
                         : kValues % 2 == 0 ? 2
                                            : 1,
@@ -112,7 +126,7 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const Split
 
 // The largest over the lanes that share a voxel, in all of them. kPlace: see over_warps.
 template <const ExchangePlace& kPlace, int kValues>
-__device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const SplitLane& lane) {
+__device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const LaneOfVoxel& lane) {
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
 #pragma unroll
@@ -126,7 +140,7 @@ __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const S
 // The sums over the lanes that share a voxel, in all of them, always in the same order. The last kOfWarp values are the
 // same in all lanes of a warp, and only the warps' are added.
 template <const ExchangePlace& kPlace, int kOfWarp = 0, int kValues>
-__device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const SplitLane& lane) {
+__device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const LaneOfVoxel& lane) {
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
 #pragma unroll
@@ -185,7 +199,7 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
 // Calls f(at) for the packs of each lane in the block's share, kSplitVoxels from `at` on; the lanes of all warps
 // that share voxels together, also where some are beyond the last voxel.
 template <Order kOrder, typename F>
-__device__ __forceinline__ void for_each_pack(const Share& share, const SplitLane& lane, F&& f) {
+__device__ __forceinline__ void for_each_pack(const Share& share, const LaneOfVoxel& lane, F&& f) {
   const int of_group = lane.slots * kSplitVoxels;
   for_each_piece<kOrder>(share, lane.group() * of_group, [&](int64_t first) { f(first + lane.slot * kSplitVoxels); });
 }
@@ -193,7 +207,7 @@ __device__ __forceinline__ void for_each_pack(const Share& share, const SplitLan
 // The same with f(at, next): where the lane's next pack begins, -1 where there is none. expect(at): once before, of the
 // first one.
 template <Order kOrder, typename E, typename F>
-__device__ __forceinline__ void for_each_pack_ahead(const Share& share, const SplitLane& lane, E&& expect, F&& f) {
+__device__ __forceinline__ void for_each_pack_ahead(const Share& share, const LaneOfVoxel& lane, E&& expect, F&& f) {
   const int of_group = lane.slots * kSplitVoxels, in_group = lane.slot * kSplitVoxels;
   const int64_t first = share.begin + lane.group() * of_group;
   const int64_t step = kOrder == Order::kForward ? share.step : -share.step;
@@ -224,21 +238,20 @@ __device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRo
 // takes them, and -inf stays in their place, so that no class has to ask whether it is the label's.
 enum class Targets { kUntold, kStay, kTaken };
 
-// The logits of the labels that are of this lane's classes, -inf of the others. place(j, k): where that of class j and
-// voxel k is; of class -1, a place that is this thread's and has -inf, for a branch would cost more.
+// The logits of the labels that are of this lane's classes, -inf of the others. place(label, k): where that of voxel k
+// is; of another lane's class, a place that is this thread's and has -inf, for a branch would cost more.
 template <Targets kTargets, typename A, int kVoxels, typename F>
-__device__ __forceinline__ void take_targets(const SplitLane& lane, const int (&labels)[kVoxels],
-                                             A (&of_target)[kVoxels], F&& place) {
+__device__ __forceinline__ void take_targets(const int (&labels)[kVoxels], A (&of_target)[kVoxels], F&& place) {
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
-    auto* const z = place(lane.index_of(labels[k]), k);
+    auto* const z = place(labels[k], k);
     of_target[k] = static_cast<A>(*z);
     if (kTargets == Targets::kTaken) *z = static_cast<std::remove_reference_t<decltype(*z)>>(-INFINITY);
   }
   asm volatile("" : : : "memory");  // they are read next in words of another type
 }
 
-// A lane's pack of logits, and its gradient in their place; kVoxels at a time are taken from it and each put back.
+// A lane's pack of logits, which are taken from it, and its gradient, which is put back voxel by voxel.
 // kAhead: the next pack and its labels are brought to shared memory while a thread works on one, to a place of its own.
 template <typename T, int kClasses, bool kAhead, bool kKeepsTargets>
 struct PackInRegisters {
@@ -285,7 +298,7 @@ struct PackInRegisters {
       for (int k = 0; k < kSplitVoxels; ++k) labels[k] = kUncounted;
       bool all_known = false;
       if (at < v.voxels) all_known = row.whole ? row.take(label_slots(), labels, bad) : row.load(at, labels, bad);
-      take_targets<kTargets>(lane, labels, of_target, [&](int j, int k) { return slot(j) + k; });
+      take_targets<kTargets>(labels, of_target, [&](int label, int k) { return slot(lane.index_of(label)) + k; });
 #pragma unroll
       for (int j = 0; j < kClasses; ++j) z[j] = load_logits<T, kSplitVoxels>(slot(j));
       if (next >= 0) expect(v, rows, row, lane, next);
@@ -293,16 +306,13 @@ struct PackInRegisters {
     }
   }
   __device__ __forceinline__ void release(const SplitLane&) {}
-  template <int kVoxels>
-  __device__ __forceinline__ void take(int, const SplitLane&, Logits<T, kVoxels> (&part)[kClasses]) const {
-    static_assert(kVoxels == kSplitVoxels, "the whole pack");
+  __device__ __forceinline__ void take(const SplitLane&, Logits<T, kSplitVoxels> (&logits)[kClasses]) const {
 #pragma unroll
-    for (int j = 0; j < kClasses; ++j) part[j] = z[j];
+    for (int j = 0; j < kClasses; ++j) logits[j] = z[j];
   }
-  template <int kVoxels>
-  __device__ __forceinline__ void put(const Packed<T, kVoxels> (&part)[kClasses], int k, int first, const SplitLane&) {
+  __device__ __forceinline__ void put(const Packed<T, kSplitVoxels> (&gradient)[kClasses], int k, const SplitLane&) {
 #pragma unroll
-    for (int j = 0; j < kClasses; ++j) dz[j].values[first + k] = part[j].values[k];
+    for (int j = 0; j < kClasses; ++j) dz[j].values[k] = gradient[j].values[k];
   }
   __device__ __forceinline__ void store(const Volume& v, const GradientView& out, int64_t sample, const SplitLane& lane,
                                         int64_t at) const {
@@ -318,127 +328,6 @@ struct PackInRegisters {
   }
 };
 
-// The same where the classes of a voxel lie side by side (channels_last), by way of shared memory: the lanes of all
-// warps that share voxels bring what lies side by side in pieces of 16 bytes, and each takes its own classes. A row of
-// the tile is as many voxels as such a piece holds of one class, an odd number of pieces: rows begin in different
-// banks.
-template <typename T, int kClasses>
-struct PackInTile {
-  using A = Compute<T>;
-  using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
-  static constexpr Targets kTargets = Targets::kTaken;
-  static constexpr int kPiece = kPack<T>, kPieces = (kClasses * kSplitVoxels + kPiece - 1) / kPiece;
-
-  T* none;  // a place of this thread's in the place of a class that there is not
-  T* tile;
-  int classes;
-
-  __device__ __forceinline__ PackInTile(unsigned char* memory, const Volume& v, const SplitLane& lane)
-      : none(reinterpret_cast<T*>(memory) + threadIdx.x), classes(static_cast<int>(v.classes)) {
-    *none = static_cast<T>(-INFINITY);
-    tile = reinterpret_cast<T*>(memory) + Plan::kThreads +
-           lane.group() * (lane.slots * kSplitVoxels / kPiece) * row_stride();
-  }
-  __device__ __forceinline__ void expect(const Volume&, const T*, const Labels&, const SplitLane&, int64_t) const {}
-  // What is loaded is there for all lanes that share voxels.
-  __device__ __forceinline__ bool load(const Volume& v, const T* rows, const Labels& row, const SplitLane& lane,
-                                       int64_t at, int64_t, int (&labels)[kSplitVoxels], A (&of_target)[kSplitVoxels],
-                                       bool& bad) {
-    const T* from = rows + first_of_tile(lane, at) * classes;
-    for_each_piece_of_thread(v, lane, at, [&](int i, T* place) { begin_copy<16, false>(place, from + i * kPiece); });
-    const bool all_known = load_split_labels(v, row, at, labels, bad);
-    wait_for_copies();
-    synchronise(lane);
-    T* const own = own_classes(0, lane);
-    take_targets<kTargets>(lane, labels, of_target, [&](int j, int k) {
-      return j < 0 ? none : own + (k * classes + (j << lane.shape.log_lanes));
-    });
-    return all_known;
-  }
-  // After the last take, where nothing is put back and stored: the tile may be filled again.
-  __device__ __forceinline__ void release(const SplitLane& lane) const { synchronise(lane); }
-  template <int kVoxels>
-  __device__ __forceinline__ void take(int first_of_part, const SplitLane& lane,
-                                       Logits<T, kVoxels> (&part)[kClasses]) const {
-    T values[kClasses][kVoxels];
-    for_each_own_class<kVoxels>(first_of_part, lane, [&](int j, int k, const T* x) {
-      values[j][k] = x != nullptr ? *x : static_cast<T>(-INFINITY);
-    });
-#pragma unroll
-    for (int j = 0; j < kClasses; ++j) part[j] = logits_of(values[j]);
-  }
-  template <int kVoxels>
-  __device__ __forceinline__ void put(const Packed<T, kVoxels> (&part)[kClasses], int k, int first_of_part,
-                                      const SplitLane& lane) const {
-    for_each_own_class<1>(first_of_part + k, lane, [&](int j, int, T* x) {
-      if (x != nullptr) *x = part[j].values[k];
-    });
-  }
-  __device__ __forceinline__ void store(const Volume& v, const GradientView& out, int64_t sample, const SplitLane& lane,
-                                        int64_t at) const {
-    synchronise(lane);
-    const int64_t start = opaque(static_cast<int>(sample)) * out.sample_stride;
-    T* to = static_cast<T*>(out.data) + start + first_of_tile(lane, at) * classes;
-    for_each_piece_of_thread(
-        v, lane, at, [&](int i, const T* place) { store_packed(to + i * kPiece, load_packed<T, kPiece>(place)); });
-  }
-
- private:
-  __device__ __forceinline__ int row_stride() const { return (classes | 1) * kPiece; }
-  // The first voxel of the tile in which the lane's are from `at` on.
-  __device__ __forceinline__ int64_t first_of_tile(const SplitLane& lane, int64_t at) const {
-    return at - lane.slot * kSplitVoxels;
-  }
-  // Calls f(i, place) for the pieces that a thread brings: number i of the tile, and where it is there.
-  template <typename F>
-  __device__ __forceinline__ void for_each_piece_of_thread(const Volume& v, const SplitLane& lane, int64_t at,
-                                                           F&& f) const {
-    const int64_t left = v.voxels - first_of_tile(lane, at), most = lane.slots * kSplitVoxels;
-    const int total = static_cast<int>(left < most ? left : most) / kPiece * classes;  // that are in the volume
-    const int threads = kWarp << lane.shape.log_warps;
-    const int thread = opaque(static_cast<int>(threadIdx.x)) & (threads - 1);
-    // i / classes by a multiplication: both are small. Where they are odd there is nothing between the rows.
-    const unsigned inverse = classes % 2 == 0 ? 0xffffffffu / static_cast<unsigned>(classes) + 1 : 0u;
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-      const int i = thread + j * threads;
-      if (i < total) f(i, tile + (i + static_cast<int>(__umulhi(static_cast<unsigned>(i), inverse))) * kPiece);
-    }
-  }
-  // Where the lane's classes begin, of its voxel number `first`. All lanes of the warp must call.
-  __device__ __forceinline__ T* own_classes(int first, const SplitLane& lane) const {
-    constexpr int kSlotsOfRow = kPiece / kSplitVoxels;
-    const int row = lane.slot / kSlotsOfRow, voxel = lane.slot % kSlotsOfRow * kSplitVoxels;
-    return tile + opaque(row * row_stride() + voxel * classes + lane.first_class) + first * classes;
-  }
-  // Calls f(j, k, place) for the classes of this lane and voxels of its pack, null where there is no such class. All
-  // lanes of the warp must call.
-  template <int kVoxels, typename F>
-  __device__ __forceinline__ void for_each_own_class(int first_of_part, const SplitLane& lane, F&& f) const {
-    T* const own = own_classes(first_of_part, lane);
-#pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-#pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        f(j, k, lane.has<kClasses>(j) ? own + (k * classes + (j << lane.shape.log_lanes)) : nullptr);
-      }
-    }
-  }
-  // The lanes of all warps that share voxels.
-  __device__ __forceinline__ void synchronise(const SplitLane& lane) const {
-    if (lane.shape.log_warps == 0) {
-      __syncwarp();
-    } else {
-      synchronise_warps(1 + lane.group(), kWarp << lane.shape.log_warps);
-    }
-  }
-};
-
-// kKeepsTargets: where a pack is brought ahead, and contiguous.
-template <typename T, int kClasses, bool kInterleaved, bool kAhead, bool kKeepsTargets = false>
-using PackOf =
-    std::conditional_t<kInterleaved, PackInTile<T, kClasses>, PackInRegisters<T, kClasses, kAhead, kKeepsTargets>>;
-
 // As weigh, also of voxels beyond the last one.
 template <Reads kReads, typename A, int kVoxels>
 __device__ __forceinline__ bool weigh_split(const Volume& v, int64_t sample, int64_t at, int (&labels)[kVoxels],
@@ -448,15 +337,15 @@ __device__ __forceinline__ bool weigh_split(const Volume& v, int64_t sample, int
   return at < v.voxels && weigh<kReads>(v, sample, at, labels, weights, all_count, bad);
 }
 
-// Voxels first to first + kVoxels of a pack that starts at `at`, their weights, and their labels, which are the pack's
-// own; the logits of those that do not count as 0. of_target: see take_targets, of these voxels.
-template <Reads kReads, typename A, typename T, int kClasses, int kVoxels, typename Pack>
-__device__ __forceinline__ void weighed_part(const Volume& v, const SplitLane& lane, int64_t sample, int64_t at,
-                                             int first, const Pack& pack, int (&labels)[kVoxels], bool all_known,
+// The logits of a pack that starts at `at`, those of voxels that do not count as 0, and its weights; its labels and
+// of_target (see take_targets) are changed where a voxel does not count. all_known: as load returned it.
+template <Reads kReads, typename A, typename T, int kClasses, int kVoxels, typename Pack, typename Lane>
+__device__ __forceinline__ void weighed_pack(const Volume& v, const Lane& lane, int64_t sample, int64_t at,
+                                             const Pack& pack, int (&labels)[kVoxels], bool all_known,
                                              Logits<T, kVoxels> (&z)[kClasses], A (&of_target)[kVoxels],
                                              A (&weights)[kVoxels], bool& bad) {
-  pack.take(first, lane, z);
-  if (weigh_split<kReads>(v, sample, at + first, labels, weights, all_known, bad)) return;
+  pack.take(lane, z);
+  if (weigh_split<kReads>(v, sample, at, labels, weights, all_known, bad)) return;
   clear_uncounted(z, labels);
   if constexpr (Pack::kTargets != Targets::kUntold) {
 #pragma unroll
@@ -465,12 +354,13 @@ __device__ __forceinline__ void weighed_part(const Volume& v, const SplitLane& l
 }
 
 // Softmax of a lane's classes of its voxels. others: exponentials over the voxel's largest one, 0 at the target. sums:
-// `others` only over this lane's classes, the target's in all lanes of the warp that has it.
+// `others` only over this lane's classes, the target's in all lanes of the warp that has it, or (a lane that does not
+// know the owner) in the owner alone.
 // of_target: as load makes it. kExact: the largest exponential is 1, not only nearly; see(j, k, z_top - z) is called
 // for each class; and of_target becomes z_top - z_target in the lane that has the target.
-template <bool kExact, Targets kTargets, typename A, typename T, int kClasses, int kVoxels, typename F>
+template <bool kExact, Targets kTargets, typename A, typename T, int kClasses, int kVoxels, typename Lane, typename F>
 __device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels],
-                                                 A (&of_target)[kVoxels], const SplitLane& lane,
+                                                 A (&of_target)[kVoxels], const Lane& lane,
                                                  A (&others)[kClasses][kVoxels], SoftmaxSums<A> (&sums)[kVoxels],
                                                  F&& see) {
   constexpr bool kTold = kTargets != Targets::kUntold;
@@ -511,7 +401,9 @@ __device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasse
       sums[k].target = exponential_of(of_target[k]);
       if (kExact) of_target[k] = top[k] - of_target[k];
     }
-    sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
+    if constexpr (Lane::kKnowsOwner) {
+      sums[k].target = __shfl_sync(kFullWarp, sums[k].target, lane.owner(labels[k]));
+    }
   }
 }
 

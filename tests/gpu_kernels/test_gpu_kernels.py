@@ -164,8 +164,10 @@ def test_layouts(classes, layout, dtype):
     check(strided, target[: len(strided)])
 
 
-#: Of one lane and of many, some of several tiles a block.
+#: Of one lane and of many, which take pairs or single classes, in turn or not; some of several tiles a block.
 CHANNELS_LAST = [(5, (8, 8)), (7, (5, 8)), (8, (7, 8)), (14, (20, 24)), (33, (72, 40)), (40, (72, 40)), (73, (8, 9))]
+CHANNELS_LAST += [(6, (40, 56)), (9, (8, 9)), (16, (8, 9)), (17, (8, 9)), (30, (72, 40)), (32, (24, 25)), (34, (8, 9))]
+CHANNELS_LAST += [(58, (8, 9)), (118, (24, 25)), (131, (8, 9))]
 
 
 @pytest.mark.parametrize("function", [kernel_loss, kernel_ce_loss])
