@@ -42,8 +42,9 @@ struct TileLane : LaneOfVoxel {
   }
   // Which of this lane's classes the label is, -1 where none.
   __device__ __forceinline__ int index_of(int label) const {
-    const unsigned x = static_cast<unsigned>(label - first_class);
-    return has_label(label) ? static_cast<int>(x / (kTurns * kUnit) * kUnit + x % kUnit) : -1;
+    static_assert(kTurns == 1 || kTurns >= kUnit, "so that x / kTurns is the first class of its unit");
+    const unsigned x = static_cast<unsigned>(label - first_class), j = kTurns == 1 ? x : x / kTurns | x % kUnit;
+    return has_label(label) ? static_cast<int>(j) : -1;
   }
   __device__ __forceinline__ ClassOfLane find(int c, int classes) const {
     const Units units(classes, shape.log_lanes);
