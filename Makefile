@@ -45,6 +45,9 @@ TEST_READY := $(VENV)/.extras-test$(comma)examples$(comma)dev
 BENCH_EXTRAS := bench
 BENCH_READY := $(VENV)/.extras-$(BENCH_EXTRAS)
 
+# For the demo alone, where there is no card, nothing is compiled for one: nvcc takes minutes.
+$(DEMO_READY): export TVERSKY_KERNELS_WITH_CUDA ?= $(if $(wildcard $(VENV)/.extras-*)$(shell nvidia-smi -L 2>/dev/null),auto,0)
+
 .data/lung: $(DEMO_READY)
 	$(PY) examples/fetch_lung_ct.py $@
 	@touch $@
