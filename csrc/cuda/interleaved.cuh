@@ -9,10 +9,11 @@
 namespace tversky_kernels {
 namespace cuda {
 
-// kUnit_: classes that a lane takes by one access. As many neighbouring lanes as there are turns have neighbouring
-// units and take them in turn; all such groups of lanes have as many units, the first ones perhaps one more.
+// kUnit_: classes that a lane takes by one access. kTurns neighbouring lanes have neighbouring units and take them in
+// turn; all such groups of lanes have as many units, the first ones perhaps one more.
 template <int kUnit_, int kTurns>
 struct TileLane : LaneOfVoxel {
+  static_assert(kTurns == 1 || kTurns == 2);
   static constexpr bool kKnowsOwner = false;
   static constexpr int kUnit = kUnit_;
 
@@ -57,9 +58,9 @@ struct TileLane : LaneOfVoxel {
     int each, longer;  // so many a group, and so many groups with one more
 
     __device__ __forceinline__ Units(int classes, int log_lanes) {
-      const int units = classes / kUnit, groups = (1 << log_lanes) / kTurns;
-      each = (units >> log_lanes) * kTurns + (units & ((1 << log_lanes) - 1)) / groups;
-      longer = (units & ((1 << log_lanes) - 1)) % groups;
+      const int units = classes / kUnit, log_groups = log_lanes - (kTurns > 1);
+      each = units >> log_groups;
+      longer = units & ((1 << log_groups) - 1);
     }
     __device__ __forceinline__ int first(int group) const { return group * each + (group < longer ? group : longer); }
     __device__ __forceinline__ int group_of(int unit) const {
