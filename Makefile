@@ -61,7 +61,7 @@ DEMO := --steps 400 --batch-size 2 --features 8 --norm instance --lr 2e-3 --deca
 # A file of tests to each process: the compilers and emulators that some of them run take one core.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 test: $(TEST_READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 $(TESTS)
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .
