@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     const bool all_known = pack.load(v, rows, target_row, lane, at, next, labels, of_target, bad);
     Logits<T, kVoxels> z[kClasses];
     Packed<T, kVoxels> dz[kClasses];
+    T at_target[kVoxels];
     weighed_pack<Reads::kSameSize>(v, lane, share.sample, at, pack, labels, all_known, z, of_target, weights, bad);
     if (kTurns > 0) take_background();  // from shared memory again, as registers are few
     A others[kClasses][kVoxels], totals[3 * kVoxels];
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       sums[k] = {totals[2 * kVoxels + k], totals[k]};
-      const int label = labels[k], target = recomputed(lane.index_of(label));
+      const int label = labels[k], target = Pack::kPutsTargets ? -1 : recomputed(lane.index_of(label));
       const A inverse = reciprocal(sums[k].target + sums[k].others);
       const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
       A weighted_others = totals[kVoxels + k], u_target = of_class[label].foreground;
@@ -231,7 +232,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
         dz[j].values[k] = static_cast<T>(target == j ? gradient.at_target : other);
       }
       pack.put(dz, k, lane);
+      at_target[k] = static_cast<T>(gradient.at_target);
     }
+    pack.put_targets(at_target, labels, lane);
     pack.store(v, a.out, share.sample, lane, at);
   });
 }

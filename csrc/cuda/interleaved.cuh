@@ -79,6 +79,7 @@ struct PackInTile {
   using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
   using Lane = TileLane<kUnitOf<kClasses>, kTurns>;
   static constexpr Targets kTargets = Targets::kTaken;
+  static constexpr bool kPutsTargets = true;
   static constexpr int kPiece = kPack<T>, kPieces = (kClasses * kSplitVoxels + kPiece - 1) / kPiece;
   static constexpr int kUnit = Lane::kUnit;
 
@@ -153,6 +154,15 @@ struct PackInTile {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) unit.values[i] = gradient[j + i].values[k];
       if (lane.template has<kClasses>(j)) store_shared(own + Lane::offset_of(j), unit);
+    }
+  }
+  // After put, which knows nothing of labels: their gradients in the place of what it has put there.
+  __device__ __forceinline__ void put_targets(const T (&gradient)[kSplitVoxels], const int (&labels)[kSplitVoxels],
+                                              const Lane& lane) const {
+    asm volatile("" : : : "memory");  // words of another type have been written there
+#pragma unroll
+    for (int k = 0; k < kSplitVoxels; ++k) {
+      if (lane.has_label(labels[k])) own_classes(k, lane)[labels[k] - lane.first_class] = gradient[k];
     }
   }
   __device__ __forceinline__ void store(const Volume& v, const GradientView& out, int64_t sample, const Lane& lane,

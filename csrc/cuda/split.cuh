@@ -258,6 +258,7 @@ struct PackInRegisters {
   using A = Compute<T>;
   using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
   static constexpr Targets kTargets = !kAhead ? Targets::kUntold : kKeepsTargets ? Targets::kStay : Targets::kTaken;
+  static constexpr bool kPutsTargets = false;  // put takes them among the others
 
   T* slots;  // [classes + 1][threads] packs, the first of no class; and Labels' from there on
   Logits<T, kSplitVoxels> z[kClasses];
@@ -314,6 +315,8 @@ struct PackInRegisters {
 #pragma unroll
     for (int j = 0; j < kClasses; ++j) dz[j].values[k] = gradient[j].values[k];
   }
+  __device__ __forceinline__ void put_targets(const T (&)[kSplitVoxels], const int (&)[kSplitVoxels],
+                                              const SplitLane&) const {}
   __device__ __forceinline__ void store(const Volume& v, const GradientView& out, int64_t sample, const SplitLane& lane,
                                         int64_t at) const {
     store_split(v, out, sample, lane, at, dz);
