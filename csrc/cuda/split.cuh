@@ -44,8 +44,9 @@ struct ClassOfLane {
   int place, j;
 };
 
+// Where the voxels of a class lie side by side; where the classes of a voxel do, it is TileLane (interleaved.cuh).
 struct SplitLane : LaneOfVoxel {
-  static constexpr bool kKnowsOwner = true;
+  static constexpr bool kKnowsOwner = true;  // there is owner()
 
   int first_class;  // of this lane; the next ones are `lanes` apart
   int own;          // how many they are
