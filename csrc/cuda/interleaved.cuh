@@ -13,7 +13,7 @@ namespace cuda {
 // turn; all such groups of lanes have as many units, the first ones perhaps one more.
 template <int kUnit_, int kTurns>
 struct TileLane : LaneOfVoxel {
-  static_assert(kTurns == 1 || kTurns == 2);
+  static_assert(kTurns == 1 || kTurns == 2 || kTurns == 4);
   static constexpr bool kKnowsOwner = false;
   static constexpr int kUnit = kUnit_;
 
@@ -58,7 +58,7 @@ struct TileLane : LaneOfVoxel {
     int each, longer;  // so many a group, and so many groups with one more
 
     __device__ __forceinline__ Units(int classes, int log_lanes) {
-      const int units = classes / kUnit, log_groups = log_lanes - (kTurns > 1);
+      const int units = classes / kUnit, log_groups = log_lanes - kTurns / 2;  // 0, 1 or 2 fewer
       each = units >> log_groups;
       longer = units & ((1 << log_groups) - 1);
     }

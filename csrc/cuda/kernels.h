@@ -218,15 +218,15 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
 // are whole words at every voxel; of odd ones all but the last three at least are there.
 template <typename F>
 void with_interleaved_classes(int64_t classes, int lanes, F&& f) {
-  const auto in_turn = [&](auto of_lane) {
-    if (lanes > 1) return f(of_lane, std::integral_constant<int, 2>{});
-    f(of_lane, std::integral_constant<int, 1>{});
-  };
   const bool even = classes % 2 == 0;
   if (even && classes <= lanes * 6) return f(std::integral_constant<int, 6>{}, std::integral_constant<int, 1>{});
-  if (even && classes <= lanes * 8) return in_turn(std::integral_constant<int, 8>{});
+  if (even && classes <= lanes * 8) {
+    if (lanes == 1) return f(std::integral_constant<int, 8>{}, std::integral_constant<int, 1>{});
+    return f(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{});
+  }
   if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{}, std::integral_constant<int, 1>{});
-  in_turn(std::integral_constant<int, kMostOfLane>{});
+  if (lanes < 4) return f(std::integral_constant<int, kMostOfLane>{}, std::integral_constant<int, 1>{});
+  f(std::integral_constant<int, kMostOfLane>{}, std::integral_constant<int, 4>{});
 }
 // Where they do not, for a target of its own for every class.
 template <typename F>
