@@ -104,8 +104,10 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
     found = {}
     for name, instructions in functions(library, arch).items():
         kernel = KERNEL.search(name)
-        turns = int(kernel["interleaved"] or 0) if kernel else 0
-        if kernel is None or (turns and "split" not in kernel["kernel"]):
+        if kernel is None:
+            continue
+        turns = int(kernel["interleaved"] or 0)
+        if turns and "split" not in kernel["kernel"]:
             continue
         dtype, size = TYPES[kernel["type"]]
         classes, ce, squared = int(kernel["classes"]), CROSS_ENTROPIES[int(kernel["ce"])], kernel["squared"] == "1"

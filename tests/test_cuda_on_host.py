@@ -165,9 +165,9 @@ PLANTED = {
     ),
     "the next labels are brought too early": (
         "interleaved.cuh",
-        "      if (at < v.voxels) all_known",
+        "      all_known = take_split_labels",
         "      if (next >= 0) expect(v, rows, row, lane, next);\n      wait_for_copies();\n"
-        "      if (at < v.voxels) all_known",
+        "      all_known = take_split_labels",
     ),
     "a lane's turn comes too often": ("interleaved.cuh", "- start - turn +", "- start +"),
     "a label's logit stays among the others": (

@@ -119,9 +119,7 @@ struct PackInTile {
       tile = filled;
       wait_for_copies();
       synchronise(lane);  // what the others brought; and none of them uses the other tile any more
-#pragma unroll
-      for (int k = 0; k < kSplitVoxels; ++k) labels[k] = kUncounted;
-      if (at < v.voxels) all_known = row.whole ? row.take(label_slots, labels, bad) : row.load(at, labels, bad);
+      all_known = take_split_labels(v, row, label_slots, at, labels, bad);
       if (next >= 0) expect(v, rows, row, lane, next);
     } else {
       bring(v, rows, lane, at, tile);

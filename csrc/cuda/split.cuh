@@ -234,6 +234,15 @@ __device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRo
   for (int k = 0; k < kVoxels; ++k) labels[k] = kUncounted;
   return at < v.voxels && row.load(at, labels, bad);
 }
+// The same where they were brought ahead to these slots, if they could be.
+template <int kVoxels>
+__device__ __forceinline__ bool take_split_labels(const Volume& v, const LabelRow<Reads::kSameSize, kVoxels>& row,
+                                                  unsigned char* slots, int64_t at, int (&labels)[kVoxels], bool& bad) {
+#pragma unroll
+  for (int k = 0; k < kVoxels; ++k) labels[k] = kUncounted;
+  if (at >= v.voxels) return false;
+  return row.whole ? row.take(slots, labels, bad) : row.load(at, labels, bad);
+}
 
 // What a pack's load does with the logits of the labels: it does not tell them; it tells them, and they stay; or it
 // takes them, and -inf stays in their place, so that no class has to ask whether it is the label's.
@@ -296,10 +305,7 @@ struct PackInRegisters {
       return load_split_labels(v, row, at, labels, bad);
     } else {
       wait_for_copies();
-#pragma unroll
-      for (int k = 0; k < kSplitVoxels; ++k) labels[k] = kUncounted;
-      bool all_known = false;
-      if (at < v.voxels) all_known = row.whole ? row.take(label_slots(), labels, bad) : row.load(at, labels, bad);
+      const bool all_known = take_split_labels(v, row, label_slots(), at, labels, bad);
       take_targets<kTargets>(labels, of_target, [&](int label, int k) { return slot(lane.index_of(label)) + k; });
 #pragma unroll
       for (int j = 0; j < kClasses; ++j) z[j] = load_logits<T, kSplitVoxels>(slot(j));
