@@ -152,6 +152,17 @@ PLANTED = {
         "      wait_for_copies();",
         "      if (next >= 0) expect(v, rows, row, lane, next);\n      wait_for_copies();",
     ),
+    "the next voxels of few classes are brought too early": (
+        "count_pass.cu",
+        "      wait_for_copies();\n      ahead.take(z);",
+        "      if (next >= 0) expect(next);\n      wait_for_copies();\n      ahead.take(z);",
+    ),
+    "a thread's sums are of several columns": ("table.cu", "/ period * period", ""),
+    "a block does not wait for the others' counts": (
+        "table.cu",
+        "atomicAdd(a.finished, 1u) == gridDim.x - 1",
+        "atomicAdd(a.finished, 1u) == 0",
+    ),
     "a voxel of a pack is taken twice": (
         "interleaved.cuh",
         "kSplitVoxels + k) * classes",
@@ -221,6 +232,8 @@ FOUND_BY = {
     "two blocks take the same voxels": "test_many_blocks",
     "shared memory is used again too early": "test_many_blocks or test_channels_last",
     "the next voxels are brought too early": "test_many_blocks",
+    "the next voxels of few classes are brought too early": "test_many_blocks and 4",
+    "a block does not wait for the others' counts": "test_many_samples",
     "a voxel of a pack is taken twice": "test_channels_last",
     "a dense target's classes are all lanes' first": "test_dense_targets and 20",
     "what a dense target ignores counts": "test_many_classes_of_other_options and 33",
@@ -252,8 +265,9 @@ def test_planted_bugs_are_found(bug, host_build, tmp_path):
     text = path.read_text()
     assert right in text
     path.write_text(text.replace(right, wrong))
-    others = [o for o in objects if "count_pass" not in o.name]
-    build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O0", only=("count_pass",), objects=others)
+    source = "table" if file == "table.cu" else "count_pass"
+    others = [o for o in objects if source not in o.name]
+    build_on_host(tmp_path / "csrc" / "cuda", tmp_path / "bug.so", "-O0", only=(source,), objects=others)
     tests = ("-x", "-k", FOUND_BY.get(bug, "test_softmax and float32"))
     result = run_kernels_of(tmp_path / "bug.so", *tests, environment={"TK_EMULATION_SEED": "3"})
     assert result.returncode == 1, result.stdout[-2000:]

@@ -77,16 +77,36 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
   constexpr int of_weights = kWeights<kCeForm> * kClasses;
   TK_SHARED(memory);
   // Two classes have theirs in registers.
-  const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses > 2 ? kClasses : -1);
+  A* const of_sums = reinterpret_cast<A*>(memory);
+  const LabelSums<A, kCrossEntropy> of_label(of_sums, kClasses > 2 ? kClasses : -1);
   A log_sums = A(0);  // of smoothing, the same for every class
   bool bad = false;
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
-  for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
+  using Ahead = ClassesAhead<kInterleaved, T, kClasses, kVoxels>;
+  const Ahead ahead{memory + few_sum_values<kCeForm, kSquared>(kClasses) * sizeof(A)};
+  unsigned char* const label_slots = ahead.slots + Ahead::kBytes;
+  const auto expect = [&](int64_t at) {
+    if constexpr (few_come_ahead<T>(kClasses)) {
+      ahead.expect(rows, v.logits.class_stride, at);
+      if (target_row.whole) target_row.expect(at, label_slots);
+    }
+  };
+  const int offset = static_cast<int>(threadIdx.x) * kVoxels;
+  for_each_piece_ahead<kOrder>(share, offset, 0, expect, [&](int64_t at, int64_t next) {
     Logits<T, kVoxels> z[kClasses];
-    load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);
     int labels[kVoxels];
     A weights[kVoxels];
-    if (!load_voxels(v, target_row, share.sample, at, labels, weights, bad)) clear_uncounted(z, labels);
+    bool all_known;
+    if constexpr (few_come_ahead<T>(kClasses)) {
+      wait_for_copies();
+      ahead.take(z);
+      all_known = target_row.whole ? target_row.take(label_slots, labels, bad) : target_row.load(at, labels, bad);
+      if (next >= 0) expect(next);
+    } else {
+      load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);
+      all_known = target_row.load(at, labels, bad);
+    }
+    if (!weigh<Reads::kSameSize>(v, share.sample, at, labels, weights, all_known, bad)) clear_uncounted(z, labels);
     A tops[kVoxels];
     if (kClasses > 2) largest_of_thread(z, tops);
     if (kClasses > 2 && !kCrossEntropy && any_huge<T>(tops)) take_off(z, tops);

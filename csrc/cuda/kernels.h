@@ -61,6 +61,7 @@ struct TableArguments {
   const void* partial;  // as above, or null: `counts` holds the sums already
   bool partial_is_double;
   bool begins_early;   // its launch may begin while the count pass, launched right before, is still running
+  bool rehearses;      // and then goes through its instructions once before it waits: see table_kernel
   unsigned* finished;  // blocks that have summed their part of partial; 0
   int programs;
   double* counts;  // [N][C][columns], written from partial
@@ -93,6 +94,9 @@ inline bool takes_general_tiles(const Volume& v) {
   return v.is_general() || v.overlap == OverlapForm::kSquared;
 }
 
+// So few that the count pass's blocks end too close together for a rehearsal of the table.
+constexpr int64_t kFewClasses = 4;
+
 // Calls f with a value of the logits' type.
 template <typename F>
 void with_logits_type(ElementType type, F&& f) {
@@ -120,6 +124,14 @@ void with_few_classes(int64_t classes, F&& f) {
   } else if constexpr (kClasses < kMostInRegisters<T>) {
     with_few_classes<T, kClasses + 1>(classes, f);
   }
+}
+
+// Whether the count pass brings the next voxels to shared memory while a thread that has all classes of some works on
+// these. The gradient pass waits for memory anyway, two classes have so many threads at once that it gains nothing, and
+// a copy has 4 bytes at least, of labels too.
+template <typename T>
+constexpr bool few_come_ahead(int classes) {
+  return sizeof(T) < 8 && classes > 2;
 }
 
 // Where the classes of a voxel are split over the lanes of a warp: blocks of a multiprocessor, which bounds the
@@ -192,6 +204,15 @@ constexpr int kLabelColumns = kCrossEntropy ? 4 : 2;
 template <bool kCrossEntropy>
 constexpr int label_sum_values(int classes) {
   return (classes + 1) * kLabelColumns<kCrossEntropy> * Plan::kThreads;
+}
+
+// The values of a block whose threads have all classes in their registers: those of each warp, and before them what
+// LabelSums keeps; of an even number, for 16-byte words lie behind them.
+template <CrossEntropy kCeForm, bool kSquared>
+constexpr int few_sum_values(int classes) {
+  const int of_warps = Plan::kThreads / kWarp * count_values<kCeForm, kSquared>(classes);
+  const int of_labels = classes > 2 ? label_sum_values<kCeForm != CrossEntropy::kNone>(classes) : 0;
+  return ((of_warps > of_labels ? of_warps : of_labels) + 3) & ~3;
 }
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.

@@ -63,9 +63,10 @@ void run_forward(const Tensor& logits, const Volume& v, TableArguments a) {
   const Plan plan = any ? make_plan(v, nullptr, device.multiprocessors) : Plan{};
   a.programs = any ? plan.blocks.programs : 1;  // where there is nothing to count, one block of zeros a sample
   a.partial_is_double = is_double(logits);
-  // One allocation: counts, partial sums and TableArguments::finished, in doubles.
+  // One allocation: counts (an even number, so that 16 bytes at once can be read of what follows), partial sums and
+  // TableArguments::finished, in doubles.
   const int64_t all_counts = v.samples * v.count_columns() * v.classes, values = a.programs * all_counts;
-  const int64_t counts = a.counts == nullptr ? all_counts : 0,
+  const int64_t counts = a.counts == nullptr ? (all_counts + 1) / 2 * 2 : 0,
                 partial = a.partial_is_double ? values : (values + 1) / 2;
   const std::vector<int64_t> shape{counts + partial + 1};
   const Tensor memory = any ? torch::stable::new_empty(logits, shape, ScalarType::Double)
@@ -77,6 +78,7 @@ void run_forward(const Tensor& logits, const Volume& v, TableArguments a) {
     launch_count_pass(v, plan, start + counts, a.finished, device.stream);
     device.check_launch();
     a.begins_early = device.capability >= 9;
+    a.rehearses = a.begins_early && v.classes > kFewClasses;
   }
   a.partial = v.samples > 0 ? start + counts : nullptr;
   launch_table(a, device.stream);
@@ -228,9 +230,11 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     plan.lanes = 1;
     const int n = static_cast<int>(classes);
     with_label_sums(v, [&](auto ce, auto is_squared) {
-      values = Plan::kThreads / kWarp * count_values<decltype(ce)::value, decltype(is_squared)::value>(n);
+      values = few_sum_values<decltype(ce)::value, decltype(is_squared)::value>(n);
     });
-    if (classes > 2) values = std::max<int64_t>(values, label_values(n));
+    if (out == nullptr && few_come_ahead<T>(n)) {
+      packs = (n * static_cast<int>(sizeof(T)) + bytes_of_label(v.target.type)) * plan.voxels * Plan::kThreads;
+    }
   } else {
     plan.lanes = lanes;
     with_split_labels(v, plan, [&](auto of_lane, auto, auto, auto turns) {
@@ -286,13 +290,18 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
 
 // All blocks of a pass, for each multiprocessor: whole rounds of those that it holds at once, which are 4 for two
 // classes without a cross-entropy, 2 or 3 for most. Each round of the count pass costs some microseconds and a sum of
-// each block; of the gradient pass, more of them end closer together (measured on an H100, all of it).
-int blocks_of_multiprocessor(const Volume& v, const Plan& plan, bool gradient) {
+// each block; of the gradient pass, more of them end closer together, and where classes are split, in half precision,
+// the warps of a block are the less apart the fewer pieces it has, so that they read and write what lies in one place
+// of memory at about the same time (measured on an H100, all of it). pieces: of each multiprocessor.
+int blocks_of_multiprocessor(const Volume& v, const Plan& plan, bool gradient, int64_t pieces) {
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   const bool four = plan.lanes == 1 && !plan.split && v.classes == 2 && !cross_entropy;
   const bool half = v.logits.type == ElementType::kHalf || v.logits.type == ElementType::kBFloat16;
-  if (gradient) return !half ? 24 : four ? 4 : 6;
   const bool split_labels = plan.split && !plan.general;
+  constexpr int64_t kPieces = 16;
+  if (gradient && half && split_labels) return static_cast<int>(std::clamp<int64_t>(pieces / kPieces / 2 * 2, 6, 24));
+  if (gradient) return !half ? 24 : four ? 4 : 6;
+  if (half && plan.lanes == 1 && !plan.split && v.classes == 4 && !cross_entropy) return 4;
   if (split_labels && half) return 2;
   return four || split_labels || (plan.lanes == 0 && !plan.by_channel) ? 4 : 6;
 }
@@ -308,10 +317,11 @@ Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
     plan_tiled<T>(v, out, plan = {});
   });
   const bool tiled = plan.lanes == 0 && !plan.by_channel;
-  const int64_t blocks = static_cast<int64_t>(multiprocessors) * blocks_of_multiprocessor(v, plan, out != nullptr);
   const int64_t rows = std::max<int64_t>(1, plan.by_channel ? v.samples * v.classes : v.samples);
   const int64_t of_block = tiled ? plan.voxels : int64_t{plan.voxels} * Plan::kThreads / std::max(1, plan.lanes);
   const int64_t pieces = (v.voxels + of_block - 1) / of_block;
+  const int of_one = blocks_of_multiprocessor(v, plan, out != nullptr, rows * pieces / multiprocessors);
+  const int64_t blocks = static_cast<int64_t>(multiprocessors) * of_one;
   int64_t programs = std::max<int64_t>(1, std::min(pieces, blocks / rows));
   if (out == nullptr) {
     // A thread's sums are float, and where all voxels are alike each addition rounds the same way: whole rounds of

@@ -209,21 +209,8 @@ __device__ __forceinline__ void for_each_pack(const Share& share, const LaneOfVo
 // first one.
 template <Order kOrder, typename E, typename F>
 __device__ __forceinline__ void for_each_pack_ahead(const Share& share, const LaneOfVoxel& lane, E&& expect, F&& f) {
-  const int of_group = lane.slots * kSplitVoxels, in_group = lane.slot * kSplitVoxels;
-  const int64_t first = share.begin + lane.group() * of_group;
-  const int64_t step = kOrder == Order::kForward ? share.step : -share.step;
-  int64_t at = first;
-  if (kOrder == Order::kBackward) {
-    at = share.last + lane.group() * of_group;
-    if (at >= share.end) at -= share.step;
-  }
-  const auto has = [&](int64_t x) { return kOrder == Order::kForward ? x < share.end : x >= first; };
-  if (has(at)) expect(at + in_group);
-  while (has(at)) {
-    const int64_t next = at + step;
-    f(at + in_group, has(next) ? next + in_group : int64_t{-1});
-    at = next;
-  }
+  const int of_group = lane.slots * kSplitVoxels;
+  for_each_piece_ahead<kOrder>(share, lane.group() * of_group, lane.slot * kSplitVoxels, expect, f);
 }
 
 // The labels of a lane's voxels, kUncounted beyond the last one. True: all are of classes.

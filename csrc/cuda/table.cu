@@ -1,13 +1,15 @@
 // The table on CUDA: partial sums of all blocks in, loss and coefficients out. Every block sums some columns, and the
 // one that is the last to finish goes on with the table.
 #include "kernels.h"
+#include "voxels.cuh"
 
 namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-constexpr int kTableThreads = 512, kTableWarps = kTableThreads / kWarp;
-// Columns of the partial sums that a block adds up: 32 bytes of each row, which memory hands out at once.
+// So few, and with so few registers, that a block fits beside one of the count pass.
+constexpr int kTableThreads = 384, kTableWarps = kTableThreads / kWarp;
+// Columns of the partial sums that one of several blocks adds up: 32 bytes of each row, which memory hands out at once.
 constexpr int kTogether = 8;
 
 // Of x > 0. By logarithm, for pow is a call, around which the registers would be spilled.
@@ -15,10 +17,78 @@ struct Power {
   __device__ double operator()(double x, double y) const { return exp(log(x) * y); }
 };
 
-// This block's columns of the counts, from the partial sums of all blocks of the count pass: neighbouring threads take
-// neighbouring columns, and those of every k-th row; always in the same order. sums: [threads].
+// How one block sums all columns. What it would tell others takes longer than that, unless there are many.
+struct Alone {
+  int threads;  // of each sample; 0: there are several blocks
+  int vector;   // values that a thread reads at once
+  int lanes;    // a power of two: threads that put a column's sums together
+
+  // Bytes of partial sums that one block reads before several have told each other what they have (on an H100).
+  static constexpr int64_t kMostBytes = 48 * 1024;
+
+  __host__ Alone(int64_t samples, int64_t programs, int64_t row, int64_t element_size)
+      : threads(0), vector(1), lanes(kWarp) {
+    if (samples == 0 || samples > kTableThreads || row > 4 * kTableThreads) return;
+    const int64_t of_sample = programs * row;
+    const int most = static_cast<int>(16 / element_size);
+    if (of_sample % most == 0) vector = most;
+    if (samples * of_sample * element_size > kMostBytes * vector / most) return;
+    // As many threads as always read the same columns.
+    int64_t period = row;
+    for (int v = vector; v > 1 && period % 2 == 0; v /= 2) period /= 2;
+    threads = static_cast<int>(kTableThreads / samples / period * period);
+    while (lanes > 1 && samples * row * lanes > kTableThreads) lanes /= 2;
+  }
+  // Doubles in shared memory: the threads' sums, and the counts from there on.
+  __host__ __device__ int64_t sums(int64_t samples) const { return samples * threads * vector; }
+};
+
+// The counts, from the partial sums of all blocks of the count pass, in shared memory too; always in the same order.
+// memory: [samples][threads][vector] and [samples][classes][columns].
+template <typename A, int kVector>
+__device__ void sum_all(const TableArguments& a, const Alone& alone, int programs, double* memory) {
+  const int samples = static_cast<int>(a.table.samples), classes = static_cast<int>(a.table.classes);
+  const int columns = a.table.columns(), row = columns * classes;
+  const int thread = static_cast<int>(threadIdx.x), of_sample = alone.threads * kVector;
+  if (thread < samples * alone.threads) {
+    const int sample = thread / alone.threads, vectors = programs * row / kVector;
+    const A* from = static_cast<const A*>(a.partial) + static_cast<int64_t>(sample) * programs * row;
+    double sum[kVector] = {};
+#pragma unroll 8
+    for (int i = thread % alone.threads; i < vectors; i += alone.threads) {
+      const auto values = load_packed<A, kVector>(from + i * kVector);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) sum[k] += static_cast<double>(values.values[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) memory[thread * kVector + k] = sum[k];
+  }
+  __syncthreads();
+  double* counts = memory + samples * of_sample;
+  for (int first = 0; first < samples * row; first += kTableThreads / alone.lanes) {
+    const int job = first + thread / alone.lanes, sample = job / row, column = job - sample * row;
+    double total = 0;
+    if (sample < samples) {
+      for (int i = column + thread % alone.lanes * row; i < of_sample; i += alone.lanes * row) {
+        total += memory[sample * of_sample + i];
+      }
+    }
+    for (int distance = alone.lanes / 2; distance > 0; distance /= 2) {
+      total += __shfl_xor_sync(kFullWarp, total, distance);
+    }
+    if (sample < samples && thread % alone.lanes == 0) {
+      const int at = (sample * classes + column % classes) * columns + column / classes;
+      counts[at] = total;
+      if (programs > 0) a.counts[at] = total;
+    }
+  }
+  __syncthreads();
+}
+
+// One block's columns of the counts, where there are several: neighbouring threads take neighbouring columns, and those
+// of every k-th row; always in the same order. sums: [threads].
 template <typename A>
-__device__ void sum_partial(const TableArguments& a, double* sums) {
+__device__ void sum_columns(const TableArguments& a, int programs, double* sums) {
   const int columns = a.table.columns(), classes = static_cast<int>(a.table.classes), row = columns * classes;
   const int slices = (row + kTogether - 1) / kTogether, first = static_cast<int>(blockIdx.x) % slices * kTogether;
   const int64_t sample = static_cast<int>(blockIdx.x) / slices;
@@ -26,9 +96,9 @@ __device__ void sum_partial(const TableArguments& a, double* sums) {
   const int thread = static_cast<int>(threadIdx.x), r = thread / width, column = first + thread % width;
   double sum = 0;
   if (r < rows) {
-    const A* from = static_cast<const A*>(a.partial) + sample * a.programs * row + column;
+    const A* from = static_cast<const A*>(a.partial) + sample * programs * row + column;
 #pragma unroll 8
-    for (int p = r; p < a.programs; p += rows) sum += static_cast<double>(from[static_cast<int64_t>(p) * row]);
+    for (int p = r; p < programs; p += rows) sum += static_cast<double>(from[static_cast<int64_t>(p) * row]);
   }
   sums[thread] = sum;
   __syncthreads();
@@ -39,14 +109,14 @@ __device__ void sum_partial(const TableArguments& a, double* sums) {
     for (int i = lane; i < rows; i += kWarp) total += sums[i * width + warp];
     total = warp_sum(total);
     const int of_warp = first + warp;
-    if (lane == 0) a.counts[(sample * classes + of_warp % classes) * columns + of_warp / classes] = total;
+    if (lane == 0 && programs > 0)
+      a.counts[(sample * classes + of_warp % classes) * columns + of_warp / classes] = total;
   }
+  __syncthreads();
 }
 
 // Whether all other blocks have written their counts, which this one may read then.
 __device__ bool is_last_block(const TableArguments& a, double* sums) {
-  __syncthreads();
-  if (gridDim.x == 1) return true;
   bool& last = *reinterpret_cast<bool*>(sums);
   if (threadIdx.x == 0) {  // for all threads of the block, by the barriers
     __threadfence();
@@ -65,15 +135,11 @@ __device__ void store_loss(const TableArguments& a, int64_t i, double value) {
   }
 }
 
-__device__ void add_loss(const TableArguments& a, int64_t i, double value) {
-  store_loss(a, i, value + (a.loss_is_double ? static_cast<double*>(a.loss)[i] : static_cast<float*>(a.loss)[i]));
-}
-
 // The sums over the block in every thread, of what the first `threads` threads have. sums: [values][warps].
 template <int kValues>
-__device__ void block_sums(double (&values)[kValues], int64_t threads, double* sums) {
+__device__ void block_sums(double (&values)[kValues], int threads, double* sums) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int warps = threads < kTableThreads ? (static_cast<int>(threads) + kWarp - 1) / kWarp : kTableWarps;
+  const int warps = threads < kTableThreads ? (threads + kWarp - 1) / kWarp : kTableWarps;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
@@ -89,16 +155,19 @@ __device__ void block_sums(double (&values)[kValues], int64_t threads, double* s
   }
 }
 
-// The counts of a row and class: the sum over its samples.
-__device__ void row_counts(const TableArguments& a, int64_t r, int64_t c, double (&q)[kAllCounts]) {
+// The counts of a row and class: the sum over its samples. counts: in shared memory, null where they are the blocks'.
+__device__ void row_counts(const TableArguments& a, const double* counts, int r, int c, double (&q)[kAllCounts]) {
   const Table& t = a.table;
+  const int columns = t.columns(), classes = static_cast<int>(t.classes), together = static_cast<int>(t.together());
 #pragma unroll
   for (int i = 0; i < kAllCounts; ++i) q[i] = 0;
 #pragma unroll 1
-  for (int64_t n = r * t.together(); n < (r + 1) * t.together(); ++n) {
-    const double* from = a.counts + (n * t.classes + c) * t.columns();
+  for (int n = r * together; n < (r + 1) * together; ++n) {
+    const int64_t at = (static_cast<int64_t>(n) * classes + c) * columns;
 #pragma unroll
-    for (int i = 0; i < kAllCounts; ++i) q[i] += i < t.columns() ? __ldcg(from + i) : 0.0;  // of other blocks
+    for (int i = 0; i < kAllCounts; ++i) {
+      if (i < columns) q[i] += counts != nullptr ? counts[at + i] : __ldcg(a.counts + at + i);
+    }
   }
 }
 
@@ -106,113 +175,140 @@ __device__ double inverse_or_zero(double x) {
   return x == 0.0 ? 0.0 : 1.0 / x;
 }
 
-// The Tversky part: coefficients, and the loss where it is not reduced. What a thread adds to the sums.
-struct Sums {
-  double value, count;
-};
+// What all classes add to the loss, before the mean.
+enum LossSum { kTversky, kTverskyClasses, kCrossEntropySum, kDivisor, kLossSums };
 
-__device__ Sums tversky_part(const TableArguments& a) {
+// The coefficients of a row and class, before the mean; where the loss is not reduced, its own, to which the mean
+// cross-entropy of its row is added. What the class adds to the sums is added. stores: the loss that is not reduced.
+__device__ void evaluate(const TableArguments& a, const double* counts, int item, bool stores,
+                         double (&sums)[kLossSums], double (&u)[kAllCoefficients]) {
   const Table& t = a.table;
-  Sums mine{0, 0};
-#pragma unroll 1
-  for (int64_t i = threadIdx.x; i < t.rows * t.classes; i += blockDim.x) {
-    const int64_t r = i / t.classes, c = i % t.classes;
-    double q[kAllCounts];
-    row_counts(a, r, c, q);
-    TverskyRow row{0, 0, 0};
-    if (c >= t.first_class) {
-      const bool is_absent = q[kTp] + q[kFn] == 0.0;
-      mine.count += is_absent && t.absent == Absent::kSkip ? 0.0 : 1.0;
-      if (!is_absent || t.absent == Absent::kKeep) {
-        row = tversky_row(q[kTp], q[kFp], q[kFn], t.tversky_of_class(c), Power{});
-      }
+  const int classes = static_cast<int>(t.classes), first_class = static_cast<int>(t.first_class);
+  const int r = item / classes, c = item - r * classes;
+  double q[kAllCounts];
+  row_counts(a, counts, r, c, q);
+  TverskyRow row{0, 0, 0};
+  if (c >= first_class) {
+    const bool is_absent = q[kTp] + q[kFn] == 0.0;
+    sums[kTverskyClasses] += is_absent && t.absent == Absent::kSkip ? 0.0 : 1.0;
+    if (!is_absent || t.absent == Absent::kKeep) {
+      row = tversky_row(q[kTp], q[kFp], q[kFn], t.tversky_of_class(c), Power{});
     }
-    double* u = a.coefficients + i * t.coefficient_columns();
-    u[kBackground] = row.u_background * t.ce.tversky_weight;
-    u[kForeground] = row.u_foreground * t.ce.tversky_weight;
-    const double value = t.ce.tversky_weight * row.loss;
-    mine.value += value;
-    if (t.reduction == Reduction::kNone && c >= t.first_class) store_loss(a, r * t.kept() + c - t.first_class, value);
   }
-  return mine;
-}
-
-// The cross-entropy's part; where it is not reduced, the mean of each row is added to the row's losses.
-__device__ Sums ce_part(const TableArguments& a) {
-  const Table& t = a.table;
-  Sums mine{0, 0};
-#pragma unroll 1
-  for (int64_t i = threadIdx.x; i < t.rows * t.classes; i += blockDim.x) {
-    const int64_t r = i / t.classes, c = i % t.classes;
-    double q[kAllCounts];
-    row_counts(a, r, c, q);
+  u[kBackground] = row.u_background * t.ce.tversky_weight;
+  u[kForeground] = row.u_foreground * t.ce.tversky_weight;
+  double value = t.ce.tversky_weight * row.loss;
+  sums[kTversky] += value;
+  const bool none = t.reduction == Reduction::kNone;
+  if (t.has_cross_entropy) {
     const CeTerms terms = ce_terms(q, t.ce_class_weight(c), t.classes, t.ce);
-    mine.value += terms.sum;
-    mine.count += terms.divisor;
+    sums[kCrossEntropySum] += terms.sum;
+    sums[kDivisor] += terms.divisor;
     double per = 1.0;
-    if (t.reduction == Reduction::kNone) {
+    if (none) {
       double row_sum = 0, row_divisor = 0;
 #pragma unroll 1
-      for (int64_t k = 0; k < t.classes; ++k) {
-        row_counts(a, r, k, q);
+      for (int k = 0; k < classes; ++k) {
+        row_counts(a, counts, r, k, q);
         const CeTerms of_class = ce_terms(q, t.ce_class_weight(k), t.classes, t.ce);
         row_sum += of_class.sum;
         row_divisor += of_class.divisor;
       }
       per = inverse_or_zero(row_divisor);
-      if (c >= t.first_class) add_loss(a, r * t.kept() + c - t.first_class, t.ce.ce_weight * row_sum * per);
+      value += t.ce.ce_weight * row_sum * per;
     }
     const CeCoefficients k = ce_coefficients(t.ce_class_weight(c), t.classes, t.ce);
-    double* u = a.coefficients + i * t.coefficient_columns();
     u[kCeCoefficient] = k.ce * per;
     u[kSmoothingCoefficient] = k.smoothing * per;
   }
-  return mine;
+  if (none && stores && c >= first_class) store_loss(a, int64_t{r} * t.kept() + c - first_class, value);
 }
 
-__global__ void __launch_bounds__(kTableThreads, 1) table_kernel(const TableArguments a) {
+// From the counts to the loss and the coefficients. counts: as row_counts takes them. stores: whether the results are.
+__device__ void make_table(const TableArguments& a, const double* counts, bool stores, double* sums) {
   const Table& t = a.table;
-  TK_SHARED(memory);
-  double* sums = reinterpret_cast<double*>(memory);
-  if (a.partial != nullptr) {
-    wait_for_launch_before();
-    if (a.partial_is_double) {
-      sum_partial<double>(a, sums);
-    } else {
-      sum_partial<float>(a, sums);
+  const int items = static_cast<int>(t.rows * t.classes), width = t.coefficient_columns();
+  double all[kLossSums] = {}, first[kAllCoefficients] = {};  // of a thread's first class, which stay in registers
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < items; i += kTableThreads) {
+    double u[kAllCoefficients] = {};
+    evaluate(a, counts, i, stores, all, u);
+    const bool is_first = i < kTableThreads;
+#pragma unroll
+    for (int k = 0; k < kAllCoefficients; ++k) {
+      first[k] = is_first ? u[k] : first[k];
+      if (!is_first && k < width && stores) a.coefficients[int64_t{i} * width + k] = u[k];
     }
   }
-  if (a.loss == nullptr) return;
-  if (a.partial != nullptr && !is_last_block(a, sums)) return;
-  const Sums tversky = tversky_part(a);
-  const Sums ce = t.has_cross_entropy ? ce_part(a) : Sums{0, 0};
-  if (t.reduction == Reduction::kNone) return;
-  double all[4] = {tversky.value, tversky.count, ce.value, ce.count};
-  block_sums(all, t.rows * t.classes, sums);
-  const bool mean = t.reduction == Reduction::kMean;
-  const double scale = mean ? inverse_or_zero(all[1]) : 1.0, ce_scale = mean ? inverse_or_zero(all[3]) : 1.0;
-  if (threadIdx.x == 0) store_loss(a, 0, all[0] * scale + t.ce.ce_weight * (all[2] * ce_scale));
-  const int width = t.coefficient_columns();
-  for (int64_t i = threadIdx.x; i < t.rows * t.classes; i += blockDim.x) {  // each thread its own
-    double* u = a.coefficients + i * width;
-    u[kBackground] *= scale;
-    u[kForeground] *= scale;
-    if (t.has_cross_entropy) {
-      u[kCeCoefficient] *= ce_scale;
-      u[kSmoothingCoefficient] *= ce_scale;
+  const bool none = t.reduction == Reduction::kNone, mean = t.reduction == Reduction::kMean;
+  if (!none) block_sums(all, items, sums);
+  const double scale = mean ? inverse_or_zero(all[kTverskyClasses]) : 1.0;
+  const double ce_scale = mean ? inverse_or_zero(all[kDivisor]) : 1.0;
+  if (!stores) return;
+  if (!none && threadIdx.x == 0) {
+    store_loss(a, 0, all[kTversky] * scale + t.ce.ce_weight * (all[kCrossEntropySum] * ce_scale));
+  }
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < items; i += kTableThreads) {  // each thread its own
+    double* of_item = a.coefficients + int64_t{i} * width;
+#pragma unroll
+    for (int k = 0; k < kAllCoefficients; ++k) {
+      const double factor = k < kOverlapCoefficients ? scale : ce_scale;
+      if (k < width) of_item[k] = (i < kTableThreads ? first[k] : of_item[k]) * factor;
     }
+  }
+}
+
+// A launch that rehearses goes through all of it twice: the first time of no partial sums and without storing, while
+// the count pass still runs. Then the instructions, and what else it reads, have come to the caches (2 us less on an
+// H100).
+__global__ void __launch_bounds__(kTableThreads, 2) table_kernel(const TableArguments a, const Alone alone) {
+  TK_SHARED(memory);
+  double* sums = reinterpret_cast<double*>(memory);
+  const bool sums_partial = a.partial != nullptr;
+  const double* counts = alone.threads > 0 ? sums + alone.sums(a.table.samples) : nullptr;
+#pragma unroll 1
+  for (int turn = a.rehearses ? 0 : 1; turn < 2; ++turn) {
+    const bool stores = recomputed(turn) > 0;
+    if (sums_partial) {
+      if (stores) wait_for_launch_before();
+      const int programs = stores ? a.programs : 0;
+      if (alone.threads == 0) {
+        if (a.partial_is_double) {
+          sum_columns<double>(a, programs, sums);
+        } else {
+          sum_columns<float>(a, programs, sums);
+        }
+      } else if (a.partial_is_double) {
+        alone.vector == 1 ? sum_all<double, 1>(a, alone, programs, sums) : sum_all<double, 2>(a, alone, programs, sums);
+      } else {
+        alone.vector == 1 ? sum_all<float, 1>(a, alone, programs, sums) : sum_all<float, 4>(a, alone, programs, sums);
+      }
+      if (a.loss == nullptr) {
+        if (stores) return;
+        continue;
+      }
+      if (alone.threads == 0 && stores && !is_last_block(a, sums)) return;
+    }
+    make_table(a, counts, stores, sums);
+    __syncthreads();
   }
 }
 
 }  // namespace
 
 void launch_table(const TableArguments& a, cudaStream_t stream) {
-  const int64_t slices = (a.table.columns() * a.table.classes + kTogether - 1) / kTogether;
-  const dim3 grid(a.partial != nullptr ? static_cast<unsigned>(a.table.samples * slices) : 1);
-  if (a.partial != nullptr && a.begins_early) {
-    TK_LAUNCH_EARLY((table_kernel), grid, dim3(kTableThreads), kTableThreads * sizeof(double), stream, a);
+  const int64_t samples = a.table.samples, row = a.table.columns() * a.table.classes;
+  const bool sums_partial = a.partial != nullptr;
+  const Alone alone(sums_partial ? samples : 0, a.programs, row, a.partial_is_double ? 8 : 4);
+  const bool several = sums_partial && alone.threads == 0;
+  const dim3 grid(several ? static_cast<unsigned>(samples * ((row + kTogether - 1) / kTogether)) : 1);
+  const int64_t values = alone.threads > 0 ? alone.sums(samples) + samples * row : 0;
+  const size_t bytes = (values > kTableThreads ? values : kTableThreads) * sizeof(double);
+  if (sums_partial && a.begins_early) {
+    TK_LAUNCH_EARLY((table_kernel), grid, dim3(kTableThreads), bytes, stream, a, alone);
   } else {
-    TK_LAUNCH((table_kernel), grid, dim3(kTableThreads), kTableThreads * sizeof(double), stream, a);
+    TK_LAUNCH((table_kernel), grid, dim3(kTableThreads), bytes, stream, a, alone);
   }
 }
 

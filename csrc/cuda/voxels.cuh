@@ -99,6 +99,18 @@ __device__ __forceinline__ Logits<T, kVoxels> load_logits(const T* p) {
   return logits_of(load_packed<T, kVoxels>(p).values);
 }
 
+// What lies voxel by voxel, by classes.
+template <typename T, int kClasses, int kVoxels>
+__device__ __forceinline__ void take_apart(const T (&all)[kVoxels * kClasses], Logits<T, kVoxels> (&z)[kClasses]) {
+#pragma unroll
+  for (int c = 0; c < kClasses; ++c) {
+    T of_class[kVoxels];
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) of_class[k] = all[k * kClasses + c];
+    z[c] = logits_of(of_class);
+  }
+}
+
 // All classes of neighbouring voxels from `at` on, z[c].at(k). kInterleaved: the classes of a voxel lie side by
 // side (channels_last), else the voxels of a class.
 template <bool kInterleaved, typename T, int kClasses, int kVoxels>
@@ -107,13 +119,7 @@ __device__ __forceinline__ void load_classes(const T* rows, int64_t class_stride
   if constexpr (kInterleaved) {
     T all[kVoxels * kClasses];
     load_words(rows + at * kClasses, all);
-#pragma unroll
-    for (int c = 0; c < kClasses; ++c) {
-      T of_class[kVoxels];
-#pragma unroll
-      for (int k = 0; k < kVoxels; ++k) of_class[k] = all[k * kClasses + c];
-      z[c] = logits_of(of_class);
-    }
+    take_apart(all, z);
   } else {
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) z[c] = load_logits<T, kVoxels>(rows + c * class_stride + at);
@@ -135,6 +141,50 @@ __device__ __forceinline__ void store_classes(T* rows, int64_t class_stride, int
     for (int c = 0; c < kClasses; ++c) store_packed(rows + c * class_stride + at, dz[c]);
   }
 }
+
+// The same brought ahead: expect begins to copy to this thread's place in shared memory what take then finds there
+// after wait_for_copies.
+template <bool kInterleaved, typename T, int kClasses, int kVoxels>
+struct ClassesAhead {
+  // As they are read: one piece of memory, or one of each class.
+  static constexpr int kPieces = kInterleaved ? 1 : kClasses, kOfPiece = kVoxels * kClasses / kPieces;
+  static constexpr int kWord = word_bytes(static_cast<int>(sizeof(T)) * kOfPiece);
+  static constexpr int kOfWord = kWord / static_cast<int>(sizeof(T)), kWords = kOfPiece / kOfWord;
+  static constexpr int kBytes = static_cast<int>(sizeof(T)) * kVoxels * kClasses * Plan::kThreads;
+
+  unsigned char* slots;  // [kPieces][kWords][threads] words
+
+  __device__ __forceinline__ void expect(const T* rows, int64_t class_stride, int64_t at) const {
+    const T* from = rows + (kInterleaved ? at * kClasses : at);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i, from += class_stride) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) begin_copy<kWord, false>(slot(i, w), from + w * kOfWord);
+    }
+  }
+  __device__ __forceinline__ void take(Logits<T, kVoxels> (&z)[kClasses]) const {
+    T all[kPieces][kOfPiece];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const auto word = load_packed<T, kOfWord>(slot(i, w));
+        memcpy(&all[i][w * kOfWord], &word, sizeof word);
+      }
+    }
+    if constexpr (kInterleaved) {
+      take_apart(all[0], z);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kClasses; ++c) z[c] = logits_of(all[c]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ T* slot(int piece, int word) const {
+    return reinterpret_cast<T*>(slots + ((piece * kWords + word) * Plan::kThreads + threadIdx.x) * kWord);
+  }
+};
 
 template <typename T, int kCount>
 __device__ __forceinline__ void store_shared(T* p, const Packed<T, kCount>& values) {
@@ -585,6 +635,26 @@ __device__ __forceinline__ void for_each_piece(const Share& share, int offset, F
     int64_t at = share.last + offset;
     if (at >= share.end) at -= share.step;
     for (; at >= first; at -= share.step) f(at);
+  }
+}
+
+// The same with f(at, next): where this thread's next piece begins, -1 where there is none. expect(at): once before, of
+// the first one. in_piece: what is added to both.
+template <Order kOrder, typename E, typename F>
+__device__ __forceinline__ void for_each_piece_ahead(const Share& share, int offset, int in_piece, E&& expect, F&& f) {
+  const int64_t first = share.begin + offset;
+  const int64_t step = kOrder == Order::kForward ? share.step : -share.step;
+  int64_t at = first;
+  if (kOrder == Order::kBackward) {
+    at = share.last + offset;
+    if (at >= share.end) at -= share.step;
+  }
+  const auto has = [&](int64_t x) { return kOrder == Order::kForward ? x < share.end : x >= first; };
+  if (has(at)) expect(at + in_piece);
+  while (has(at)) {
+    const int64_t next = at + step;
+    f(at + in_piece, has(next) ? next + in_piece : int64_t{-1});
+    at = next;
   }
 }
 

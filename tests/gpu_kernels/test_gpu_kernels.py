@@ -288,6 +288,16 @@ def test_many_blocks(classes):
     check(*inputs(1, classes, space, torch.float32, torch.uint8))
 
 
+@pytest.mark.parametrize("function", [kernel_loss, kernel_ce_loss])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("samples", "classes"), [(3, 3), (5, 20), (7, 2), (33, 9), (400, 2)])
+def test_many_samples(samples, classes, reduction, function):
+    """Sums and coefficients of so many, by one block or several."""
+    logits, target = inputs(samples if WHERE != "interpreter" else min(samples, 33), classes, (3, 8))
+    upstream = torch.rand(len(logits), classes, generator=torch.manual_seed(1)) if reduction == "none" else None
+    check(logits, target, function=function, reduction=reduction, upstream=upstream)
+
+
 @pytest.mark.parametrize("classes", [2, 3, 20])
 def test_voxels_that_are_all_alike(classes):
     """Every addition to a sum rounds the same way; a sum of too many would be wrong by more than their roundings."""
