@@ -233,6 +233,7 @@ FOUND_BY = {
     "shared memory is used again too early": "test_many_blocks or test_channels_last",
     "the next voxels are brought too early": "test_many_blocks",
     "the next voxels of few classes are brought too early": "test_many_blocks and 4",
+    "a thread's sums are of several columns": "test_many_samples and 22",
     "a block does not wait for the others' counts": "test_many_samples",
     "a voxel of a pack is taken twice": "test_channels_last",
     "a dense target's classes are all lanes' first": "test_dense_targets and 20",
