@@ -208,7 +208,7 @@ PLANTED = {
     ),
     "the largest exponential is one of many": ("split.cuh", "of_lane.add(e == A(1), e)", "of_lane.add(e < A(0), e)"),
     "rows of a tile lie in each other": ("interleaved.cuh", "row.stride > row.pieces ?", "row.stride < row.pieces ?"),
-    "a lane is not asked": ("split.cuh", "distance >= lane.slots", "distance > lane.slots"),
+    "a lane is not asked": ("split.cuh", "lane.slots <= kWarp / 4", "lane.slots < kWarp / 4"),
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
     "the wrong channel": ("voxels.cuh", "share.sample % v.classes", "0"),
     "a channel's voxels are not told apart": ("general.cuh", "start, voxel, v.target.voxel_stride", "start, 0, 1"),

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
   const auto expect = [&](int64_t at) {
     if constexpr (few_come_ahead<T>(kClasses)) {
       ahead.expect(rows, v.logits.class_stride, at);
-      if (target_row.whole) target_row.expect(at, label_slots);
+      if (target_row.whole()) target_row.expect(at, label_slots);
     }
   };
   const int offset = static_cast<int>(threadIdx.x) * kVoxels;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
     if constexpr (few_come_ahead<T>(kClasses)) {
       wait_for_copies();
       ahead.take(z);
-      all_known = target_row.whole ? target_row.take(label_slots, labels, bad) : target_row.load(at, labels, bad);
+      all_known = target_row.whole() ? target_row.take(label_slots, labels, bad) : target_row.load(at, labels, bad);
       if (next >= 0) expect(next);
     } else {
       load_classes<kInterleaved>(rows, v.logits.class_stride, at, z);

@@ -104,7 +104,7 @@ struct PackInTile {
                                          int64_t at) const {
     if constexpr (kAhead) {
       bring(v, rows, lane, at, other);
-      if (labels.whole) labels.expect(at < v.voxels ? at : 0, label_slots);
+      if (labels.whole()) labels.expect(at < v.voxels ? at : 0, label_slots);
     }
   }
   // What is loaded is there for all lanes that share voxels. next: to be expected then, -1 for none. True: all labels

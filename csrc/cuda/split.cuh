@@ -125,16 +125,23 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const LaneO
   }
 }
 
+// combine(.., ..) of the first kCombined values over the lanes of a warp that share a voxel, in all of them the same.
+template <int kCombined, int kValues, typename F>
+__device__ __forceinline__ void over_lanes_of_warp(float (&values)[kValues], const LaneOfVoxel& lane, F&& combine) {
+  const auto with_lane = [&](int distance) {
+#pragma unroll
+    for (int i = 0; i < kCombined; ++i) {
+      values[i] = combine(values[i], __shfl_xor_sync(kFullWarp, values[i], distance));
+    }
+  };
+#pragma unroll 1
+  for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) with_lane(distance);
+}
+
 // The largest over the lanes that share a voxel, in all of them. kPlace: see over_warps.
 template <const ExchangePlace& kPlace, int kValues>
 __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const LaneOfVoxel& lane) {
-#pragma unroll 1
-  for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      values[i] = larger(values[i], __shfl_xor_sync(kFullWarp, values[i], distance));
-    }
-  }
+  over_lanes_of_warp<kValues>(values, lane, [](float a, float b) { return larger(a, b); });
   over_warps<kPlace>(values, lane, [](float a, float b) { return larger(a, b); });
 }
 
@@ -142,11 +149,7 @@ __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const L
 // same in all lanes of a warp, and only the warps' are added.
 template <const ExchangePlace& kPlace, int kOfWarp = 0, int kValues>
 __device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const LaneOfVoxel& lane) {
-#pragma unroll 1
-  for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) {
-#pragma unroll
-    for (int i = 0; i < kValues - kOfWarp; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
-  }
+  over_lanes_of_warp<kValues - kOfWarp>(values, lane, [](float a, float b) { return a + b; });
   over_warps<kPlace>(values, lane, [](float a, float b) { return a + b; });
 }
 
@@ -228,7 +231,7 @@ __device__ __forceinline__ bool take_split_labels(const Volume& v, const LabelRo
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) labels[k] = kUncounted;
   if (at >= v.voxels) return false;
-  return row.whole ? row.take(slots, labels, bad) : row.load(at, labels, bad);
+  return row.whole() ? row.take(slots, labels, bad) : row.load(at, labels, bad);
 }
 
 // What a pack's load does with the logits of the labels: it does not tell them; it tells them, and they stay; or it
@@ -280,7 +283,7 @@ struct PackInRegisters {
       for_each_row<kClasses>(v, rows, lane, inside, [&](int j, const T* row) {
         begin_copy<static_cast<int>(sizeof(T)) * kSplitVoxels, false>(slot(j), row);
       });
-      if (labels.whole) labels.expect(inside, label_slots());
+      if (labels.whole()) labels.expect(inside, label_slots());
     }
   }
   // next: to be expected then, -1 for none. True: all labels are of classes.

@@ -281,41 +281,49 @@ __device__ __forceinline__ void source_offsets(const Resampling& r, int64_t voxe
   }
 }
 
-// Calls f with a value of the type of labels; a bool is read as uint8. The type is one for the whole launch, so the
-// branch costs nothing beside the load.
+// Calls f with a value of the type of labels; a bool is read as uint8.
 template <typename F>
-__device__ __forceinline__ auto with_label_type(ElementType type, F&& f) {
+__device__ __forceinline__ auto with_other_label_type(ElementType type, F&& f) {
   switch (type) {
-    case ElementType::kBool:
-    case ElementType::kUint8: return f(uint8_t{});
     case ElementType::kInt8: return f(int8_t{});
     case ElementType::kInt16: return f(int16_t{});
     case ElementType::kInt32: return f(int32_t{});
     default: return f(int64_t{});
   }
 }
+template <typename F>
+__device__ __forceinline__ auto with_label_type(ElementType type, F&& f) {
+  if (type == ElementType::kUint8 || type == ElementType::kBool) return f(uint8_t{});
+  return with_other_label_type(type, f);
+}
 
 // The labels of a sample as a thread reads them, kVoxels neighbouring ones at once.
 template <Reads kReads, int kVoxels>
 struct LabelRow {
+  // Whether in whole loads, and then whether they are bytes, which is asked first: their way is short, and to find the
+  // type takes longer than to read them.
+  enum Kind { kSingle, kBytes, kWhole };
+
   const Volume& v;
   int64_t start;  // of the sample
-  bool whole;     // in whole loads
+  int kind;
 
   __device__ __forceinline__ LabelRow(const Volume& volume, int64_t start_of_sample)
-      : v(volume), start(start_of_sample), whole(false) {
+      : v(volume), start(start_of_sample), kind(kSingle) {
     const bool resampled = kReads != Reads::kSameSize && v.target.resampling.active;
     if (kVoxels == 1 || v.target.voxel_stride != 1 || resampled) return;
-    whole = with_label_type(v.target.type, [&](auto element) {
+    kind = with_label_type(v.target.type, [&](auto element) {
       using L = decltype(element);
-      constexpr int kBytes = sizeof(L) * kVoxels < 16 ? sizeof(L) * kVoxels : 16;
-      return reinterpret_cast<uintptr_t>(static_cast<const L*>(v.target.data) + start) % kBytes == 0;
+      constexpr int kAligned = sizeof(L) * kVoxels < 16 ? sizeof(L) * kVoxels : 16;
+      if (reinterpret_cast<uintptr_t>(static_cast<const L*>(v.target.data) + start) % kAligned != 0) return kSingle;
+      return std::is_same_v<L, uint8_t> ? kBytes : kWhole;
     });
   }
+  __device__ __forceinline__ bool whole() const { return kind != kSingle; }
   // From a multiple of kVoxels on. As checked_labels.
   __device__ __forceinline__ bool load(int64_t voxel, int (&labels)[kVoxels], bool& bad) const {
-    if (whole) {
-      return with_label_type(v.target.type, [&](auto element) {
+    if (whole()) {
+      return with_type_of_whole([&](auto element) {
         using L = decltype(element);
         return of_values(load_packed<L, kVoxels>(static_cast<const L*>(v.target.data) + start + voxel), labels, bad);
       });
@@ -349,10 +357,10 @@ struct LabelRow {
     }
   }
 
-  // The same by way of shared memory: expect, where `whole`, begins to bring what take then finds there after
+  // The same by way of shared memory: expect, where whole(), begins to bring what take then finds there after
   // wait_for_copies. slots: [16-byte pieces][threads of a block], or what is less.
   __device__ __forceinline__ void expect(int64_t voxel, unsigned char* slots) const {
-    with_label_type(v.target.type, [&](auto element) {
+    with_type_of_whole([&](auto element) {
       using L = decltype(element);
       const L* from = static_cast<const L*>(v.target.data) + start + voxel;
 #pragma unroll
@@ -362,7 +370,7 @@ struct LabelRow {
     });
   }
   __device__ __forceinline__ bool take(unsigned char* slots, int (&labels)[kVoxels], bool& bad) const {
-    return with_label_type(v.target.type, [&](auto element) {
+    return with_type_of_whole([&](auto element) {
       using L = decltype(element);
       constexpr int kOfPiece = kVoxels / kPieces<L>;
       Packed<L, kVoxels> values;
@@ -376,6 +384,11 @@ struct LabelRow {
   }
 
  private:
+  template <typename F>
+  __device__ __forceinline__ auto with_type_of_whole(F&& f) const {
+    if (kind == kBytes) return f(uint8_t{});
+    return with_other_label_type(v.target.type, f);
+  }
   template <typename L>
   static constexpr int kPieceBytes = sizeof(L) * kVoxels < 16 ? static_cast<int>(sizeof(L)) * kVoxels : 16;
   template <typename L>
