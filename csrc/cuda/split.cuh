@@ -134,8 +134,12 @@ __device__ __forceinline__ void over_lanes_of_warp(float (&values)[kValues], con
       values[i] = combine(values[i], __shfl_xor_sync(kFullWarp, values[i], distance));
     }
   };
-#pragma unroll 1
-  for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) with_lane(distance);
+  static_assert(kMostLanesOfWarp == 4, "two steps");
+  const int log_of_warp = lane.shape.log_lanes - lane.shape.log_warps;
+  if (log_of_warp > 0) {
+    with_lane(kWarp / 2);
+    if (log_of_warp > 1) with_lane(kWarp / 4);
+  }
 }
 
 // The largest over the lanes that share a voxel, in all of them. kPlace: see over_warps.
