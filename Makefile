@@ -161,9 +161,9 @@ gpu-bench-dice-ce:
 gpu-bench-variants:
 	$(call GPU_RUN,35,variants) --repeats 7
 gpu-bench-head:
-	$(call GPU_RUN,30,head) --dtype bfloat16
+	$(call GPU_RUN,30,head) --dtype bfloat16 --loss ours --loss 'ours, in place' --loss 'MONAI TverskyLoss'
 gpu-bench-step:
-	$(call GPU_RUN,25,training_step) --network 'demo FCN' --classes 14
+	$(call GPU_RUN,25,training_step) --network 'demo FCN' --classes 14 --shares-only
 gpu-bench-growth:
 	$(call GPU_RUN,25,growth) --no-memory --provider ours --provider 'MONAI TverskyLoss'
 # What was found, last: pictures, the tests' last lines, a line for each shape.

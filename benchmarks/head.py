@@ -13,7 +13,7 @@ import pathlib
 import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from tqdm import tqdm
@@ -36,7 +36,7 @@ FIELDS = [
 ]
 
 
-def steps(case: Case, layer: torch.nn.Conv3d) -> dict[str, Callable | str]:
+def steps(case: Case, layer: torch.nn.Conv3d, names: Sequence[str]) -> dict[str, Callable | str]:
     """By name, the loss as a function of features and target, or why it is not there."""
 
     def in_one(features, target):
@@ -48,7 +48,7 @@ def steps(case: Case, layer: torch.nn.Conv3d) -> dict[str, Callable | str]:
         return loss(logits.unflatten(2, features.shape[2:]), target)
 
     found: dict[str, Callable | str] = {IN_ONE: in_one, MATMUL: after_matmul}
-    for name in LOSSES:
+    for name in names:
         try:
             loss = PROVIDERS[name].make(case)
         except ImportError as error:
@@ -65,13 +65,13 @@ def truth_of(layer: torch.nn.Conv3d, features: torch.Tensor, target: torch.Tenso
     return loss.item(), torch.autograd.grad(loss, weight)[0]
 
 
-def measure(case: Case, channels: int, repeats: int) -> list[dict]:
-    """A row a loss."""
+def measure(case: Case, channels: int, repeats: int, names: Sequence[str] = ()) -> list[dict]:
+    """A row a loss: those in one or after a matrix product, and these (none: `LOSSES`) after a convolution."""
     torch.manual_seed(0)
     _, target = case.inputs(seed=0)
     source = torch.randn(case.samples, channels, *target.shape[2:], device=case.device).to(DTYPES[case.dtype])
     layer = torch.nn.Conv3d(channels, case.classes, 1).to(case.device, DTYPES[case.dtype])
-    losses = steps(case, layer)
+    losses = steps(case, layer, names or LOSSES)
     there = {name: loss for name, loss in losses.items() if callable(loss)}
     true_loss, true_gradient = truth_of(layer, source, target)
     times: dict[str, list[float]] = {name: [] for name in there}
@@ -119,6 +119,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--channels", type=int, default=32, help="of the features; default: %(default)s")
+    parser.add_argument("--loss", action="append", choices=LOSSES, metavar="NAME", help="default: all of them")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"), metavar="DIR")
     arguments = parser.parse_args()
@@ -130,7 +131,7 @@ def main() -> int:
     print(f"{run['machine']}, {run['cores']} cores, {run['threads']} threads, torch {run['torch']}, {run['commit']}")
     for side, classes in tqdm(SHAPES, unit="case", disable=None):
         case = Case(side, classes, dtype=arguments.dtype, device=arguments.device)
-        rows = measure(case, arguments.channels, arguments.repeats)
+        rows = measure(case, arguments.channels, arguments.repeats, arguments.loss or ())
         table.append([{**run, **row} for row in rows])
         first = rows[0]
         tqdm.write(

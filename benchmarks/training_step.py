@@ -204,6 +204,7 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=64, help="of the patch for the shares; default: %(default)s")
     parser.add_argument("--budget-mib", type=int, default=1024, help="for the largest patch; default: %(default)s")
     parser.add_argument("--most-side", type=int, default=160, help="of the largest patch; default: %(default)s")
+    parser.add_argument("--shares-only", action="store_true", help="do not look for the largest patch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"), metavar="DIR")
     arguments = parser.parse_args()
@@ -224,13 +225,13 @@ def main() -> int:
             continue
         rows = shares(name, make, classes, arguments.side, arguments.device, arguments.repeats)
         print_rows(rows)
-        if name in ("demo FCN", "MONAI UNet"):
-            more = largest_patches(
+        table.append([{**run, **row} for row in rows])
+        if name in ("demo FCN", "MONAI UNet") and not arguments.shares_only:
+            rows = largest_patches(
                 name, make, classes, arguments.budget_mib * 2**20, arguments.most_side, arguments.device
             )
-            print_rows(more)
-            rows += more
-        table.append([{**run, **row} for row in rows])
+            print_rows(rows)
+            table.append([{**run, **row} for row in rows])
     print(f"\nAppended to {table.path}")
     return 0
 
