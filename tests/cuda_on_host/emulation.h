@@ -6,6 +6,8 @@
 // mask. Shared memory is allocated anew for every block, exactly as large as was asked for and filled with NaN, so that
 // use before a store gives NaN and AddressSanitizer sees the bounds. TK_EMULATION_SEED=n runs the threads in a random
 // order between barriers, and lets some warps run far ahead of others, n the seed: results must not depend on it.
+// TK_EMULATION_RACES=1 also finds, in compiled code (ptx.cpp), two accesses to shared memory of which one is a store
+// and which no barrier orders, whether or not it did any harm in this order of the threads.
 //
 // Not modelled: the memory model, the accuracy of device intrinsics, and time.
 #pragma once
@@ -87,11 +89,76 @@ struct Thread {
   size_t expected = 0;
   unsigned mask = 0;        // of the warp operation
   unsigned operations = 0;  // warp operations so far: lanes that meet must have the same number
+  bool orders = false;      // the warp operation is a barrier of memory, too
   unsigned delay = 0;       // rounds for which it does not run although it could
+};
+
+// Which accesses to shared memory come before which, by the barriers alone: every thread knows up to which time it has
+// been ordered after each other one. A time passes with every barrier of a thread.
+class Races {
+ public:
+  Races(size_t threads, size_t bytes)
+      : threads_(threads), known_(threads * threads), words_((bytes + kWordBytes - 1) / kWordBytes) {
+    for (size_t i = 0; i < threads; ++i) known_[i * threads + i] = 1;
+  }
+  // Of a thread; what it does there, and another one did without a barrier between them, or "".
+  std::string access(unsigned thread, size_t at, size_t bytes, bool stores) {
+    const Access mine{thread, known_[thread * threads_ + thread]};
+    for (size_t i = at / kWordBytes; i <= (at + bytes - 1) / kWordBytes; ++i) {
+      Word& word = words_[i];
+      if (!comes_before(word.store, thread)) return told(stores ? "writes" : "reads", "writes", at, word.store.thread);
+      if (!stores) {
+        const auto same = [&](const Access& a) { return a.thread == thread; };
+        const auto found = std::find_if(word.loads.begin(), word.loads.end(), same);
+        found == word.loads.end() ? word.loads.push_back(mine) : void(*found = mine);
+        continue;
+      }
+      for (const Access& load : word.loads) {
+        if (!comes_before(load, thread)) return told("writes", "reads", at, load.thread);
+      }
+      word.loads.clear();
+      word.store = mine;
+    }
+    return "";
+  }
+  void barrier(const std::vector<unsigned>& of) {
+    std::vector<uint32_t> all(threads_);
+    for (const unsigned thread : of) {
+      for (size_t i = 0; i < threads_; ++i) all[i] = std::max(all[i], known_[thread * threads_ + i]);
+    }
+    for (const unsigned thread : of) {
+      std::copy(all.begin(), all.end(), known_.begin() + static_cast<std::ptrdiff_t>(thread * threads_));
+      ++known_[thread * threads_ + thread];
+    }
+  }
+
+ private:
+  struct Access {
+    unsigned thread = 0;
+    uint32_t time = 0;
+  };
+  struct Word {
+    Access store;
+    std::vector<Access> loads;  // since then, the last one of each thread
+  };
+  static constexpr size_t kWordBytes = 2;  // as the smallest numbers that different threads have side by side
+
+  bool comes_before(const Access& a, unsigned thread) const {
+    return a.thread == thread || known_[thread * threads_ + a.thread] >= a.time;
+  }
+  static std::string told(const char* mine, const char* others, size_t at, unsigned other) {
+    return std::string("a race: it ") + mine + " byte " + std::to_string(at) + " of shared memory, which thread " +
+           std::to_string(other) + " " + others + ", and no barrier is between";
+  }
+
+  size_t threads_;
+  std::vector<uint32_t> known_;  // [thread][of thread]
+  std::vector<Word> words_;
 };
 
 struct Block {
   dim3 index, grid, size;
+  std::unique_ptr<Races> races;  // null: they are not looked for
   std::vector<Thread> threads;
   std::vector<uint64_t> exchanged;  // [warp][parity][lane]
   std::unique_ptr<unsigned char[]> shared;
@@ -166,12 +233,24 @@ inline void barrier(int line, int number = 0, size_t threads = 0) {
   wait_as(State::kAtBarrier);
 }
 
+// Where TK_EMULATION_RACES is set: an access to shared memory.
+inline void look_for_races(const void* at, size_t bytes, bool stores) {
+  const Block& block = *current_block();
+  if (block.races == nullptr) return;
+  const auto from = static_cast<size_t>(static_cast<const unsigned char*>(at) - block.shared.get());
+  const std::string found = block.races->access(current_thread()->index, from, bytes, stores);
+  if (!found.empty()) fail(block, *current_thread(), found);
+}
+
 // What is copied is there when it is waited for, and not before.
 inline void begin_copy(void* to, const void* from, size_t bytes) {
   current_thread()->copies.push_back({to, from, bytes});
 }
 inline void wait_for_copies() {
-  for (const Copy& copy : current_thread()->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  for (const Copy& copy : current_thread()->copies) {
+    look_for_races(copy.to, copy.bytes, true);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
   current_thread()->copies.clear();
 }
 
@@ -190,6 +269,13 @@ T exchange(unsigned mask, T value, unsigned source) {
   ++self.operations;
   std::memcpy(&value, &slots[source % kWarpSize], sizeof value);
   return value;
+}
+
+// A barrier of the lanes of the mask, and of what they read and write.
+inline void synchronise_warp(unsigned mask) {
+  current_thread()->orders = true;
+  exchange(mask, 0u, 0u);
+  current_thread()->orders = false;
 }
 
 // Lets those go on who wait for nobody any more, of the warps in a random order only some. False: none could.
@@ -218,12 +304,15 @@ inline bool release(Block& block, std::mt19937* random) {
     if (waiting[i] < first[i]->expected) continue;
     if (waiting[i] > first[i]->expected) fail(block, *first[i], "waits at a barrier with too many others");
     unsigned delay = 0;  // of every second warp: what it reads next, others may have overwritten by then
+    std::vector<unsigned> together;
     for (Thread& t : block.threads) {
       if (t.index % kWarpSize == 0) delay = random != nullptr && (*random)() % 2 == 0 ? (*random)() % 256 : 0;
       if (t.state != State::kAtBarrier || t.barrier != i) continue;
       t.state = State::kReady;
       t.delay = delay;
+      together.push_back(t.index);
     }
+    if (block.races != nullptr) block.races->barrier(together);
     any = true;
   }
   std::vector<size_t> warps;
@@ -245,9 +334,13 @@ inline bool release(Block& block, std::mt19937* random) {
       }
       if (!complete) continue;
       const unsigned mask = t.mask;
+      std::vector<unsigned> together;
       for (unsigned k = 0; k < lanes; ++k) {
-        if (mask >> k & 1) block.threads[warp + k].state = State::kReady;
+        if ((mask >> k & 1) == 0) continue;
+        block.threads[warp + k].state = State::kReady;
+        together.push_back(static_cast<unsigned>(warp) + k);
       }
+      if (block.races != nullptr && t.orders) block.races->barrier(together);
       any = true;
     }
   }
@@ -299,7 +392,9 @@ inline void allow_shared_bytes(size_t bytes) {
   allowed_shared_bytes = bytes;
 }
 
-inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
+// looks_for_races: the kernel tells of its accesses to shared memory, and orders them by the barriers of this file.
+inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel,
+                   bool looks_for_races = false) {
   const size_t threads = static_cast<size_t>(size.x) * size.y * size.z;
   if (threads == 0 || threads > 1024)
     throw std::runtime_error("CUDA on the host: a block of 1 to 1024 threads expected");
@@ -319,6 +414,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
     block.shared.reset(new unsigned char[shared_bytes > 0 ? shared_bytes : 1]);
     block.shared_bytes = shared_bytes;
     std::memset(block.shared.get(), 0xff, shared_bytes);
+    if (looks_for_races) block.races = std::make_unique<Races>(threads, shared_bytes);
     std::mt19937 random(seed != nullptr ? std::atoi(seed) * 7919u + i : 0u);
     current_block() = &block;
     try {

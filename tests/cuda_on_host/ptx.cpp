@@ -170,6 +170,7 @@ struct Address {
       const Block& block = *current_block();
       if (at + bytes > block.shared_bytes) fail_here("an address outside of shared memory");
       at += reinterpret_cast<uint64_t>(block.shared.get());
+      look_for_races(reinterpret_cast<const void*>(at), bytes, stores);
     }
     if (at < 4096) fail_here("a null address");
     if (traffic() != nullptr && space != Space::kParameter) {
@@ -737,7 +738,7 @@ class PtxKernel {
     if (i.is("shfl")) {
       read_shuffle(i);
     } else if (i.name.starts_with("bar.warp.sync")) {
-      emit([mask = source(i.operand(0))](Frame& f) { exchange(static_cast<unsigned>(mask(f)), 0u, 0); });
+      emit([mask = source(i.operand(0))](Frame& f) { synchronise_warp(static_cast<unsigned>(mask(f))); });
     } else if (i.is("bar") || i.is("barrier")) {
       const Source threads = i.operands.size() > 1 ? source(i.operand(1)) : Source{-1, 0};
       emit([=, number = source(i.operand(0))](Frame& f) {
@@ -1050,7 +1051,7 @@ void launch_ptx(const PtxKernel& kernel, dim3 grid, dim3 size, size_t shared_byt
                                " bytes, the kernel's " + std::to_string(kernel.parameter_bytes(i)));
     }
   }
-  launch(grid, size, shared_bytes, [&] { kernel.run(arguments); });
+  launch(grid, size, shared_bytes, [&] { kernel.run(arguments); }, std::getenv("TK_EMULATION_RACES") != nullptr);
   if (traffic() != nullptr) traffic()->write(kernel.name());
 }
 
