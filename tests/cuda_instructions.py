@@ -1,9 +1,9 @@
 """Instructions a logit of the CUDA kernels in registers, without a GPU: python tests/cuda_instructions.py.
 
 Counted is the shortest way through a kernel's main loop that reads uint8 labels (or a dense float32 target) in whole
-loads and, in the gradient pass, stores: all voxels count, none has a weight, and no logit is huge. A loop over the
-lanes that share a voxel is passed once, as by two lanes. What a multiprocessor can issue while the bytes arrive is in
-docs/performance.md.
+loads and, in the gradient pass, stores: all voxels count, none has a weight, and no logit is huge. What the lanes that
+share a voxel combine is not counted, or (dense targets: a loop) once, as by two lanes. What a multiprocessor can issue
+while the bytes arrive is in docs/performance.md.
 """
 
 from __future__ import annotations

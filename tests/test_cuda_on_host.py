@@ -213,14 +213,14 @@ PLANTED = {
     ),
     "the largest exponential is one of many": ("split.cuh", "of_lane.add(e == A(1), e)", "of_lane.add(e < A(0), e)"),
     "rows of a tile lie in each other": ("interleaved.cuh", "row.stride > row.pieces ?", "row.stride < row.pieces ?"),
-    "a lane is not asked": ("split.cuh", "lane.slots <= kWarp / 4", "lane.slots < kWarp / 4"),
+    "a lane is not asked": ("split.cuh", "if (log_of_warp > 1)", "if (log_of_warp > 2)"),
     "the wrong lane is asked": ("split.cuh", "* slots + slot;", "* slots;"),
     "the wrong channel": ("voxels.cuh", "share.sample % v.classes", "0"),
     "a channel's voxels are not told apart": ("general.cuh", "start, voxel, v.target.voxel_stride", "start, 0, 1"),
     "what other warps still read is overwritten": (
         "split.cuh",
-        "max_over_lanes<kTops>(top, lane)",
-        "max_over_lanes<kSums>(top, lane)",
+        "max_over_lanes<kTops, Combine::kSteps>",
+        "max_over_lanes<kSums, Combine::kSteps>",
     ),
     "warps that share voxels do not wait": (
         "split.cuh",

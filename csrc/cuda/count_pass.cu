@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       totals[k] = sums[k].others;
       totals[kVoxels + k] = sums[k].target;
     }
-    sum_over_lanes<kSums, Lane::kKnowsOwner ? kVoxels : 0>(totals, lane);
+    sum_over_lanes<kSums, Combine::kSteps, Lane::kKnowsOwner ? kVoxels : 0>(totals, lane);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       sums[k] = {totals[kVoxels + k], totals[k]};

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       }
       totals[2 * kVoxels + k] = sums[k].target;
     }
-    sum_over_lanes<kSums, Lane::kKnowsOwner ? kVoxels : 0>(totals, lane);
+    sum_over_lanes<kSums, Combine::kSteps, Lane::kKnowsOwner ? kVoxels : 0>(totals, lane);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       sums[k] = {totals[2 * kVoxels + k], totals[k]};
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       sums[kVoxels + k] = top_u;
       sums[2 * kVoxels + k] = b_all;
     }
-    sum_over_lanes<kSums>(sums, lane);
+    sum_over_lanes<kSums, Combine::kLoop>(sums, lane);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A inverse = reciprocal(A(1) + beyond_one[k]), log_sum = focal ? log_one_plus(beyond_one[k]) : A(0);
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       sums[kVoxels + k] = top_u;
       sums[2 * kVoxels + k] = b_all;
     }
-    sum_over_lanes<kSums>(sums, lane);
+    sum_over_lanes<kSums, Combine::kLoop>(sums, lane);
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       const A inverse = reciprocal(A(1) + beyond_one[k]), weighted = inverse * weights[k];

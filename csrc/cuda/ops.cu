@@ -290,16 +290,18 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
 
 // All blocks of a pass, for each multiprocessor: whole rounds of those that it holds at once, which are 4 for two
 // classes without a cross-entropy, 2 or 3 for most. Each round of the count pass costs some microseconds and a sum of
-// each block; of the gradient pass, more of them end closer together, and where classes are split, in half precision,
-// the warps of a block are the less apart the fewer pieces it has, so that they read and write what lies in one place
-// of memory at about the same time (measured on an H100, all of it). pieces: of each multiprocessor.
+// each block; of the gradient pass, more of them end closer together, and where classes are split, the warps of a block
+// are the less apart the fewer pieces it has, so that they read and write what lies in one place of memory at about the
+// same time (measured on an H100, all of it). pieces: of each multiprocessor.
 int blocks_of_multiprocessor(const Volume& v, const Plan& plan, bool gradient, int64_t pieces) {
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
   const bool four = plan.lanes == 1 && !plan.split && v.classes == 2 && !cross_entropy;
   const bool half = v.logits.type == ElementType::kHalf || v.logits.type == ElementType::kBFloat16;
   const bool split_labels = plan.split && !plan.general;
-  constexpr int64_t kPieces = 16;
-  if (gradient && half && split_labels) return static_cast<int>(std::clamp<int64_t>(pieces / kPieces / 2 * 2, 6, 24));
+  if (gradient && split_labels) {  // some ten pieces a block, more where a block has more to begin with
+    const int64_t of_block = plan.warps > 1 ? 16 : 10;
+    return static_cast<int>(std::clamp<int64_t>(pieces / of_block / 2 * 2, half ? 6 : 24, 48));
+  }
   if (gradient) return !half ? 24 : four ? 4 : 6;
   if (half && plan.lanes == 1 && !plan.split && v.classes == 4 && !cross_entropy) return 4;
   if (split_labels && half) return 2;

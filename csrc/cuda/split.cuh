@@ -125,8 +125,12 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const LaneO
   }
 }
 
+// How the lanes of a warp that share a voxel combine what they have: in one or two steps, or in a loop, which needs no
+// registers for it.
+enum class Combine { kSteps, kLoop };
+
 // combine(.., ..) of the first kCombined values over the lanes of a warp that share a voxel, in all of them the same.
-template <int kCombined, int kValues, typename F>
+template <Combine kWay, int kCombined, int kValues, typename F>
 __device__ __forceinline__ void over_lanes_of_warp(float (&values)[kValues], const LaneOfVoxel& lane, F&& combine) {
   const auto with_lane = [&](int distance) {
 #pragma unroll
@@ -136,25 +140,30 @@ __device__ __forceinline__ void over_lanes_of_warp(float (&values)[kValues], con
   };
   static_assert(kMostLanesOfWarp == 4, "two steps");
   const int log_of_warp = lane.shape.log_lanes - lane.shape.log_warps;
-  if (log_of_warp > 0) {
+  if constexpr (kWay == Combine::kLoop) {
+#pragma unroll 1
+    for (int distance = kWarp / 2; distance >= lane.slots; distance /= 2) with_lane(distance);
+  } else if (log_of_warp > 0) {
     with_lane(kWarp / 2);
     if (log_of_warp > 1) with_lane(kWarp / 4);
   }
 }
 
 // The largest over the lanes that share a voxel, in all of them. kPlace: see over_warps.
-template <const ExchangePlace& kPlace, int kValues>
+template <const ExchangePlace& kPlace, Combine kWay, int kValues>
 __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const LaneOfVoxel& lane) {
-  over_lanes_of_warp<kValues>(values, lane, [](float a, float b) { return larger(a, b); });
-  over_warps<kPlace>(values, lane, [](float a, float b) { return larger(a, b); });
+  const auto combine = [](float a, float b) { return larger(a, b); };
+  over_lanes_of_warp<kWay, kValues>(values, lane, combine);
+  over_warps<kPlace>(values, lane, combine);
 }
 
 // The sums over the lanes that share a voxel, in all of them, always in the same order. The last kOfWarp values are the
 // same in all lanes of a warp, and only the warps' are added.
-template <const ExchangePlace& kPlace, int kOfWarp = 0, int kValues>
+template <const ExchangePlace& kPlace, Combine kWay, int kOfWarp = 0, int kValues>
 __device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const LaneOfVoxel& lane) {
-  over_lanes_of_warp<kValues - kOfWarp>(values, lane, [](float a, float b) { return a + b; });
-  over_warps<kPlace>(values, lane, [](float a, float b) { return a + b; });
+  const auto combine = [](float a, float b) { return a + b; };
+  over_lanes_of_warp<kWay, kValues - kOfWarp>(values, lane, combine);
+  over_warps<kPlace>(values, lane, combine);
 }
 
 // Calls f(j, row) for a lane's classes, row: the logits of its voxels from `at` on.
@@ -375,7 +384,7 @@ __device__ __forceinline__ void softmax_of_split(Logits<T, kVoxels> (&z)[kClasse
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) top[k] = larger(top[k], of_target[k]);
   }
-  max_over_lanes<kTops>(top, lane);
+  max_over_lanes<kTops, Combine::kSteps>(top, lane);
   if (!kExact && any_huge<T>(top)) {
     if constexpr (kTold) {
 #pragma unroll
@@ -451,7 +460,7 @@ __device__ __forceinline__ void leave_out_ignored(const Volume& v, const SplitLa
       if (lane.has<kClasses>(j) && g[j][k] != static_cast<A>(v.ignore_index)) differs[k] = A(1);
     }
   }
-  max_over_lanes<kDiffers>(differs, lane);
+  max_over_lanes<kDiffers, Combine::kLoop>(differs, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) labels[k] = differs[k] == A(0) ? kUncounted : labels[k];
 }
@@ -490,7 +499,7 @@ __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClas
                                              A (&beyond_one)[kVoxels], F&& keep) {
   A top[kVoxels], sums[2 * kVoxels];
   largest_of_thread(z, top);
-  max_over_lanes<kTops>(top, lane);
+  max_over_lanes<kTops, Combine::kLoop>(top, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
     TopSums<A> of_lane;
@@ -503,7 +512,7 @@ __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClas
     sums[k] = of_lane.rest;
     sums[kVoxels + k] = of_lane.tops;
   }
-  sum_over_lanes<kTopSums>(sums, lane);
+  sum_over_lanes<kTopSums, Combine::kLoop>(sums, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) beyond_one[k] = TopSums<A>{sums[k], sums[kVoxels + k]}.beyond_one();
 }
