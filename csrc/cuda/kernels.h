@@ -207,7 +207,7 @@ constexpr int label_sum_values(int classes) {
 }
 
 // The values of a block whose threads have all classes in their registers: those of each warp, and before them what
-// LabelSums keeps; of an even number, for 16-byte words lie behind them.
+// LabelSums keeps; whole words of 16 bytes, for such lie behind them.
 template <CrossEntropy kCeForm, bool kSquared>
 constexpr int few_sum_values(int classes) {
   const int of_warps = Plan::kThreads / kWarp * count_values<kCeForm, kSquared>(classes);

@@ -259,9 +259,9 @@ __device__ void make_table(const TableArguments& a, const double* counts, bool s
   }
 }
 
-// A launch that rehearses goes through all of it twice: the first time of no partial sums and without storing, while
-// the count pass still runs. Then the instructions, and what else it reads, have come to the caches (2 us less on an
-// H100).
+// A launch that rehearses goes through all of it twice: the first time of no partial sums (several blocks: of what lies
+// in place of the counts) and without storing, while the count pass still runs. Then the instructions, and what else it
+// reads, have come to the caches (2 us less on an H100).
 __global__ void __launch_bounds__(kTableThreads, 2) table_kernel(const TableArguments a, const Alone alone) {
   TK_SHARED(memory);
   double* sums = reinterpret_cast<double*>(memory);

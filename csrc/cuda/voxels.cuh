@@ -281,7 +281,7 @@ __device__ __forceinline__ void source_offsets(const Resampling& r, int64_t voxe
   }
 }
 
-// Calls f with a value of the type of labels; a bool is read as uint8.
+// Calls f with a value of the type of labels, which is not one byte without a sign.
 template <typename F>
 __device__ __forceinline__ auto with_other_label_type(ElementType type, F&& f) {
   switch (type) {
@@ -291,6 +291,7 @@ __device__ __forceinline__ auto with_other_label_type(ElementType type, F&& f) {
     default: return f(int64_t{});
   }
 }
+// The same of any; a bool is read as uint8.
 template <typename F>
 __device__ __forceinline__ auto with_label_type(ElementType type, F&& f) {
   if (type == ElementType::kUint8 || type == ElementType::kBool) return f(uint8_t{});
