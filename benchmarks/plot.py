@@ -101,7 +101,7 @@ def draw_growth(folder: pathlib.Path, device: str) -> pathlib.Path:
     names = [n for n in COLOURS if n in set(core["provider"])]
     bars(floor, core, cases, "case", names, "provider", "times_floor")
     floor.set_yticklabels([c.removesuffix(f",uint8,{device}") for c in cases], fontsize=8)
-    floor.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.11), ncols=2)
+    floor.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.17), ncols=2)
     floor.set_xscale("log")
     floor.set_xlim(left=1)
     floor.set_xticks(ticks := (1, 2, 5, 10, 20, 50, 100), [str(t) for t in ticks])
