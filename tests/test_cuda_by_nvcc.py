@@ -100,7 +100,7 @@ def test_instructions_that_bytes_leave_time_for():
     if "90" not in assemblies():
         pytest.skip("this build of the package has no code for sm_90")
     found = counts(arch="90")
-    assert len(found) == 282  # kernels, types, classes, layouts, with a cross-entropy and without, squares, smoothing
+    assert len(found) == 288  # kernels, types, classes, layouts, with a cross-entropy and without, squares, smoothing
     for (kernel, dtype, classes, ce, squared, turns), a_logit in found.items():
         bytes_moved = (4 if dtype == "float32" else 2) * (2 if "gradient" in kernel else 1)
         most = 39 / 4 * bytes_moved * (1.5 if "smoothed" in ce else 1.35 if ce else 1.0) * (1.25 if squared else 1.0)

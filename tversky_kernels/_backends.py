@@ -65,7 +65,7 @@ def faster_by_triton(logits: torch.Tensor, options, dense: bool) -> bool:
     """Whether, of the two on a GPU, triton was measured to be the faster one for this case (docs/performance.md).
 
     Label smoothing of class indices where cuda takes its kernels for any target, and 1.9 to 3.6 times as long: with a
-    focal exponent or squares, of more than 128 classes, of other layouts, and of sizes that whole loads do not allow.
+    focal exponent or squares, of more than 144 classes, of other layouts, and of sizes that whole loads do not allow.
     """
     return bool(
         logits.is_cuda
@@ -78,7 +78,7 @@ def faster_by_triton(logits: torch.Tensor, options, dense: bool) -> bool:
         and (
             options.focal_gamma
             or options.squared
-            or logits.shape[1] > 128
+            or logits.shape[1] > 144
             or not logits.is_contiguous()
             or logits.stride(1) % 4
         )

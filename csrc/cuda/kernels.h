@@ -159,8 +159,8 @@ struct RowOfTile {
         stride(pieces | 1) {}
 };
 // A ninth class of a lane instead of twice the lanes: there are often 8, 16 or 32 organs and the background.
-// Of squares and label smoothing there are none such.
-constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneRare = 8;
+// Of squares there are none such.
+constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8;
 constexpr int kMostLanesGeneral = 32, kMostOfLaneGeneral = 4, kMostOfLaneDense = 5;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 in half precision): in smaller ones memory comes at half its speed.
@@ -216,8 +216,8 @@ constexpr int few_sum_values(int classes) {
 }
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
-// kSquared: one lane for three and four classes too, which without squares have kernels of their own. These and
-// kSmoothed have fewer numbers, for they are rarer and every kernel is compiled.
+// kSquared: one lane for three and four classes too, which without squares have kernels of their own, and no nine.
+// These and kSmoothed have no five and seven, for they are rarer and every kernel is compiled.
 template <bool kSquared, bool kSmoothed, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
   constexpr bool kRare = kSquared || kSmoothed;
@@ -231,8 +231,8 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   if constexpr (!kRare) {
     if (classes <= lanes * 7) return f(std::integral_constant<int, 7>{});
   }
-  if (classes <= lanes * kMostOfLaneRare) return f(std::integral_constant<int, kMostOfLaneRare>{});
-  if constexpr (!kRare) return f(std::integral_constant<int, kMostOfLane>{});
+  if (classes <= lanes * 8) return f(std::integral_constant<int, 8>{});
+  if constexpr (!kSquared) return f(std::integral_constant<int, kMostOfLane>{});
 }
 // The same where the classes of a voxel lie side by side, f(classes, turns): how many lanes take units of classes in
 // turn (TileLane), so that few of a warp meet in a bank. Even numbers are for even numbers of classes, of which pairs

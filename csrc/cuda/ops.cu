@@ -178,8 +178,8 @@ bool can_be_read(const Volume& v, int64_t element_size, int voxels) {
 // Lanes that share a voxel where a label is the target and one thread does not hold all classes; 0: there is no such
 // kernel.
 template <typename T>
-int label_lanes(int64_t classes, bool rare) {
-  return sizeof(T) < 8 ? split_lanes(classes, kMostLanes, rare ? kMostOfLaneRare : kMostOfLane) : 0;
+int label_lanes(int64_t classes, bool squared) {
+  return sizeof(T) < 8 ? split_lanes(classes, kMostLanes, squared ? kMostOfLaneSquared : kMostOfLane) : 0;
 }
 
 // Voxels that a thread of the kernels for one label a voxel takes at once.
@@ -210,7 +210,7 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
   const bool lie_side_by_side = aligned_interleaved(v.logits, classes, sizeof(T)) &&
                                 (out == nullptr || (out->class_stride == 1 && out->voxel_stride == classes));
   const bool smoothed = v.smooths_labels() && sizeof(T) < 8;
-  const int lanes = few ? 1 : label_lanes<T>(classes, squared || smoothed);
+  const int lanes = few ? 1 : label_lanes<T>(classes, squared);
   plan.voxels = voxels_at_once<T>(classes, cross_entropy, few);
   // Those for any target take fewer voxels at once, so that whole loads allow more sizes.
   const bool few_interleaved = few && !smoothed && lie_side_by_side && v.voxels % plan.voxels == 0;
