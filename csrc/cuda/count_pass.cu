@@ -77,8 +77,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
   constexpr int of_weights = kWeights<kCeForm> * kClasses;
   TK_SHARED(memory);
   // Two classes have theirs in registers.
-  A* const of_sums = reinterpret_cast<A*>(memory);
-  const LabelSums<A, kCrossEntropy> of_label(of_sums, kClasses > 2 ? kClasses : -1);
+  const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses > 2 ? kClasses : -1);
   A log_sums = A(0);  // of smoothing, the same for every class
   bool bad = false;
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));

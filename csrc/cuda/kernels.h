@@ -94,9 +94,6 @@ inline bool takes_general_tiles(const Volume& v) {
   return v.is_general() || v.overlap == OverlapForm::kSquared;
 }
 
-// So few that the count pass's blocks end too close together for a rehearsal of the table.
-constexpr int64_t kFewClasses = 4;
-
 // Calls f with a value of the logits' type.
 template <typename F>
 void with_logits_type(ElementType type, F&& f) {

@@ -466,7 +466,7 @@ uint32_t larger_pair(uint32_t a, uint32_t b) {
 #define gridDim (emulation::current_block()->grid)
 #define __syncthreads() emulation::barrier(__LINE__)
 inline void __syncwarp() {
-  emulation::exchange(0xffffffffu, 0, 0);
+  emulation::synchronise_warp(0xffffffffu);
 }
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
