@@ -103,16 +103,17 @@ gpu:
 	@status=0; for part in '-j16 gpu-build gpu-check-triton gpu-compile' '-j8 gpu-check-built' '-j1 gpu-bench' gpu-report; do \
 	  $(MAKE) -k $$part || status=$$?; done; exit $$status
 
-gpu-build:
-	mkdir -p $(OUT)
+$(OUT):
+	mkdir -p $@
+
+gpu-build: | $(OUT)
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -c 'import tversky_kernels as tk; b = tk.available_backends(); print(b); assert b["cuda"] is True, b["cuda"]'
 
 GPU_SHARES := 0 1 2 3 4 5
 .PHONY: gpu-compile $(addprefix gpu-compile-,$(GPU_SHARES))
 gpu-compile: $(addprefix gpu-compile-,$(GPU_SHARES))
-$(addprefix gpu-compile-,$(GPU_SHARES)): gpu-compile-%:
-	mkdir -p $(OUT)
+$(addprefix gpu-compile-,$(GPU_SHARES)): gpu-compile-%: | $(OUT)
 	OMP_NUM_THREADS=2 timeout -k 5 120 $(PYTHON) -m benchmarks.run --device cuda --set plain --out $(OUT) \
 	  --provider 'ours, triton' --provider 'our Dice + CE, triton' \
 	  --provider 'lean compiled, mask' --provider 'exacta TverskyLoss' --provider 'exacta DiceCELoss' \
@@ -124,24 +125,27 @@ GPU_CHECKS := cuda triton card memcheck racecheck
 GPU_JOBS = $(shell $(PYTHON) -c 'import xdist; print("-n $(1)")' 2>/dev/null)
 GPU_PYTEST = OMP_NUM_THREADS=2 timeout -k 5 $(1) $(PYTHON) -m pytest -q
 # Memory of each tensor's own, or the tool sees what lies beyond a tensor as torch's.
-GPU_SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 TK_GPU_KERNELS=cuda OMP_NUM_THREADS=2 timeout -k 5 100 \
-  compute-sanitizer --error-exitcode 9 --tool $(1) $(PYTHON) -m pytest -q -x tests/gpu_kernels \
-  -k 'test_softmax and spatial0 and float32 or test_dense_targets or test_channels_last and (14- or 33 or 40 or 118) \
-    or test_many_classes and 118' 2>&1 | tee $(OUT)/sanitizer_$(1).log
+GPU_SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 TK_GPU_KERNELS=cuda OMP_NUM_THREADS=2 timeout -k 5 120
+# Tests of kernels whose warps share voxels, and some of the others.
+GPU_SANITIZED_SHARED := test_channels_last and (40 or 118) or test_many_classes and 118
+GPU_SANITIZED := test_softmax and spatial0 and float32 or test_dense_targets or test_channels_last and (14- or 33) \
+  or $(GPU_SANITIZED_SHARED)
 .PHONY: gpu-check gpu-check-built $(addprefix gpu-check-,$(GPU_CHECKS))
 gpu-check: $(addprefix gpu-check-,$(GPU_CHECKS))
 gpu-check-built: $(addprefix gpu-check-,$(filter-out triton,$(GPU_CHECKS)))
+$(addprefix gpu-check-,$(GPU_CHECKS)): | $(OUT)
 gpu-check-cuda:
 	TK_GPU_KERNELS=cuda $(call GPU_PYTEST,100) $(call GPU_JOBS,4) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_cuda.log
 gpu-check-triton:
-	mkdir -p $(OUT)
 	TK_GPU_KERNELS=triton $(call GPU_PYTEST,180) $(call GPU_JOBS,10) tests/gpu_kernels 2>&1 | tee $(OUT)/gpu_kernels_triton.log
 gpu-check-card:
 	$(call GPU_PYTEST,100) $(call GPU_JOBS,3) -m gpu tests 2>&1 | tee $(OUT)/gpu_tests.log
 gpu-check-memcheck:
-	$(call GPU_SANITIZE,memcheck)
+	$(GPU_SANITIZE) compute-sanitizer --error-exitcode 9 --tool memcheck $(PYTHON) -m pytest -q -x tests/gpu_kernels \
+	  -k '$(GPU_SANITIZED)' 2>&1 | tee $(OUT)/sanitizer_memcheck.log
 gpu-check-racecheck:
-	$(call GPU_SANITIZE,racecheck)
+	$(GPU_SANITIZE) $(PYTHON) tests/racecheck.py --tests '$(GPU_SANITIZED)' --shared '$(GPU_SANITIZED_SHARED)' \
+	  2>&1 | tee $(OUT)/sanitizer_racecheck.log
 
 # First ours and exacta on all shapes, then the other losses on some.
 GPU_BENCHES := core peers dice-ce variants head step growth

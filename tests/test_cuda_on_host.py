@@ -11,16 +11,21 @@ import shutil
 import sys
 
 import pytest
+import racecheck
 from cuda_instructions import ptx_files
 from processes import ROOT, TORCH, assert_passed, run, run_kernels_of, under_sanitizers
 
 SOURCES = ("count_pass", "table", "gradient_pass", "ops")
 
 
-def build_on_host(sources, out, *flags, only=SOURCES, objects=()):
+def compiler_of_host():
     base = ["g++", "-std=c++20", "-x", "c++", "-DTK_CUDA_ON_HOST", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-fPIC"]
-    base += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered", *flags]
-    base += ["-I", ROOT / "tests" / "cuda_on_host", "-isystem", TORCH / "include"]
+    base += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
+    return [*base, "-I", ROOT / "tests" / "cuda_on_host", "-isystem", TORCH / "include"]
+
+
+def build_on_host(sources, out, *flags, only=SOURCES, objects=()):
+    base = [*compiler_of_host(), *flags]
     compiled = []
     for name in only:
         compiled.append(out.parent / f"{out.stem}_{name}.o")
@@ -98,6 +103,25 @@ def test_what_is_planted_in_compiled_code_is_found(host_build, ptx, tmp_path, ri
     result = run_compiled_kernels_of(host_build[0], files, "-x", "-k", tests, **environment)
     assert result.returncode == 1, result.stdout[-2000:]
     assert ("a race: " in result.stdout) == ("TK_EMULATION_RACES" in environment)
+
+
+@pytest.mark.usefixtures("needs_ptx")
+def test_known_programs_for_racecheck(host_build, tmp_path):
+    """What racecheck is asked about on a card: here its sources and what nvcc makes of them, the races looked for."""
+    objects = [o for o in host_build[1] if o.name.endswith("_ptx.o")]
+    program, compiled = tmp_path / "named_barriers", tmp_path / "named_barriers.ptx"
+    link = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    for command in (
+        [*compiler_of_host(), "-O1", racecheck.PROGRAM, "-x", "none", *objects, *link, "-o", program],
+        [*racecheck.compile_command(compiled), "-arch=sm_90", "-ptx"],
+    ):
+        result = run(command)
+        assert result.returncode == 0, result.stderr[-3000:]
+    for call, races in racecheck.PROGRAMS.values():
+        assert run([program, *call]).stdout == "right\n" or races
+        result = run([program, *call], {"TK_EMULATION_PTX": str(compiled), "TK_EMULATION_RACES": "1"})
+        assert (result.stdout == "right\n") != races, result.stderr
+        assert ("a race: " in result.stderr) == races, result.stderr
 
 
 @pytest.mark.usefixtures("needs_ptx")

@@ -741,8 +741,10 @@ class PtxKernel {
       emit([mask = source(i.operand(0))](Frame& f) { synchronise_warp(static_cast<unsigned>(mask(f))); });
     } else if (i.is("bar") || i.is("barrier")) {
       const Source threads = i.operands.size() > 1 ? source(i.operand(1)) : Source{-1, 0};
+      // A "bar" wants the lanes of a warp in one place, which the statement's number is.
+      const int place = i.is("bar") ? static_cast<int>(steps_.size()) + 1 : 0;
       emit([=, number = source(i.operand(0))](Frame& f) {
-        barrier(0, static_cast<int>(number(f)), static_cast<uint32_t>(threads(f)));
+        barrier(place, static_cast<int>(number(f)), static_cast<uint32_t>(threads(f)));
       });
     } else if (i.is("ldmatrix") || i.is("stmatrix")) {
       read_matrices(i);
