@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -75,6 +77,10 @@ def test_labels_of_one_byte(capability, loss, layout, dtype, classes):
         ("softmax", 14, (64, 63, 38), torch.float32),
         ("channels_last", 4, (80, 84, 80), torch.float32),
         ("channels_last", 3, (112, 112, 113), torch.bfloat16),
+        ("channels_last", 6, (64, 64, 90), torch.float32),
+        ("channels_last", 14, (64, 63, 38), torch.float32),
+        ("channels_last", 16, (64, 64, 33), torch.float32),
+        ("channels_last", 33, (64, 64, 33), torch.bfloat16),
         ("sigmoid", 4, (80, 84, 80), torch.float32),
         ("dense", 4, (80, 84, 80), torch.float32),
     ],
@@ -159,6 +165,35 @@ def test_layouts(capability, layout, dtype, spatial):
         assert torch.equal(gradient, expected[1])
     if layout == "channels_last":
         assert gradient.stride() == strided.stride()
+
+
+@pytest.mark.parametrize("classes", [5, 8, 9, 14, 16, 17, 33, 118])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_classes_side_by_side(capability, classes, dtype):
+    """The same bits as contiguous, with every option of the kernels for one label a voxel."""
+    logits, target = inputs(2, classes, (7, 11, 31), dtype, torch.uint8)  # two whole tiles and a rest
+    memory = torch.stack((logits.movedim(1, -1),) * 2, 1)  # of every second sample: empty_like leaves no gaps
+    layouts = {
+        "channels_last": lambda: logits.clone(memory_format=torch.channels_last_3d),
+        "with gaps": lambda: memory.clone()[:, 0].movedim(-1, 1),
+    }
+    for loss, options in (
+        (tk.tversky_loss, {}),
+        (tk.tversky_ce_loss, {"voxel_weight": torch.rand(target.shape), "ignore_index": 2}),
+        (tk.tversky_loss, {"squared": True, "alpha": 0.5, "beta": 0.5}),
+        (tk.tversky_ce_loss, {"label_smoothing": 0.1}),
+        (tk.tversky_ce_loss, {"focal_gamma": 2.0}),
+    ):
+        expected = loss_and_gradient(loss, logits, target, backend="cpu", **options)
+        assert expected[1].ne(0).any()
+        for layout, inplace in itertools.product(layouts, (False, True)):
+            z = layouts[layout]().requires_grad_()
+            assert z.stride(1) == 1
+            found = loss(z, target, backend="cpu", inplace_backward=inplace, **options)
+            (gradient,) = torch.autograd.grad(found, z)
+            assert torch.equal(found, expected[0])
+            assert torch.equal(gradient, expected[1])
+            assert (gradient.data_ptr() == z.data_ptr()) == (inplace and layout == "channels_last")
 
 
 def test_expanded_inputs(capability):

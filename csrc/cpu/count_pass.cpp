@@ -241,12 +241,12 @@ TK_INLINE void count_softmax(const Tile<T>& tile, int padded, int classes, Prese
       }
     }
   } else {
-    for_each_block(tile, padded, classes, scratch,
-                   [&](int at, LogitsVector<T>* logits, const LogitsVector<T>* top, const auto& read_next)
-                       __attribute__((always_inline)) {
-                         count_softmax_block<T, 0, kBlockVectors, kLabels, kCeForm, kSquared>(
-                             tile, at, classes, present, logits, top, read_next, counts);
-                       });
+    for_each_block<kInner>(tile, padded, classes, scratch,
+                           [&](int at, LogitsVector<T>* logits, const LogitsVector<T>* top, const auto& read_next)
+                               __attribute__((always_inline)) {
+                                 count_softmax_block<T, 0, kBlockVectors, kLabels, kCeForm, kSquared>(
+                                     tile, at, classes, present, logits, top, read_next, counts);
+                               });
   }
 }
 
@@ -304,29 +304,29 @@ void count_channels(const Tile<T>& tile, int padded, int classes, int first_labe
 }
 
 template <typename T, int kClasses, Labels kLabels, CeForm kCeForm, bool kSquared>
-void count_few_classes(const Tile<T>& tile, PresentClasses& present, CountVectors<T>* counts) {
+void count_softmax_of(const Tile<T>& tile, int classes, PresentClasses& present, LogitsVector<T>* scratch,
+                      CountVectors<T>* counts) {
   const int padded = tile.padded_voxels();
   if constexpr (!kSquared && (kCeForm == CeForm::kNone || kCeForm == CeForm::kPlain)) {
     if (tile.is_inner) {
-      return count_softmax<T, kClasses, kLabels, kCeForm, kSquared, true>(tile, padded, kClasses, present, nullptr,
+      return count_softmax<T, kClasses, kLabels, kCeForm, kSquared, true>(tile, padded, classes, present, scratch,
                                                                           counts);
     }
   }
-  count_softmax<T, kClasses, kLabels, kCeForm, kSquared, false>(tile, padded, kClasses, present, nullptr, counts);
+  count_softmax<T, kClasses, kLabels, kCeForm, kSquared, false>(tile, padded, classes, present, scratch, counts);
 }
 
 template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared>
 void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& present, LogitsVector<T>* scratch,
                         CountVectors<T>* counts) {
-  const int padded = tile.padded_voxels();
   static_assert(kFewClasses == 4, "as here");
   switch (classes) {
-    case 2: return count_few_classes<T, 2, kLabels, kCeForm, kSquared>(tile, present, counts);
-    case 3: return count_few_classes<T, 3, kLabels, kCeForm, kSquared>(tile, present, counts);
-    case 4: return count_few_classes<T, 4, kLabels, kCeForm, kSquared>(tile, present, counts);
+    case 2: return count_softmax_of<T, 2, kLabels, kCeForm, kSquared>(tile, 2, present, scratch, counts);
+    case 3: return count_softmax_of<T, 3, kLabels, kCeForm, kSquared>(tile, 3, present, scratch, counts);
+    case 4: return count_softmax_of<T, 4, kLabels, kCeForm, kSquared>(tile, 4, present, scratch, counts);
     default:
       if constexpr (kLabels != Labels::kBytes) {
-        count_softmax<T, 0, kLabels, kCeForm, kSquared, false>(tile, padded, classes, present, scratch, counts);
+        count_softmax_of<T, 0, kLabels, kCeForm, kSquared>(tile, classes, present, scratch, counts);
       }
   }
 }

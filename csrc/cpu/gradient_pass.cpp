@@ -12,7 +12,7 @@ struct GradientRows {
 };
 
 // Whether a gradient is stored past the caches: a large fresh one, whose memory would be read first, and drive out the
-// logits that are still to be read. inner: its few classes lie side by side.
+// logits that are still to be read. inner: its classes lie side by side.
 template <typename T>
 bool is_streamed(const Volume& v, const GradientView& view, bool inner) {
   constexpr int64_t kLeastBytes = int64_t{8} << 20, kLine = 64;  // of less, whoever reads it next finds it in a cache
@@ -79,7 +79,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
     }
     if (tile.weights != nullptr) dz1 *= load<V>(tile.weights + i);
     if (kMasked) dz1 = label >= 0 ? dz1 : V{};
-    const V dz[2] = {-dz1, dz1};
+    V dz[2] = {-dz1, dz1};
     store_classes<2, kInner>(out.rows, out.row_stride, i, dz, out.streamed);
   }
 }
@@ -195,14 +195,24 @@ TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classe
       store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz, out.streamed);
     }
   } else {
-    for_each_block(tile, padded, classes, scratch,
-                   [&](int at, V* logits, const V* top, const auto& read_next) __attribute__((always_inline)) {
-                     softmax_gradient_block<T, 0, kBlockVectors, kLabels, kCeForm, kSquared>(
-                         tile, at, classes, u, s_all, present, logits, top, read_next,
-                         [&](int c, int k, V dz) __attribute__((always_inline)) {
-                           store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz, out.streamed);
-                         });
-                   });
+    // Where for_each_block keeps nothing of those.
+    [[maybe_unused]] T* const block_rows = reinterpret_cast<T*>(scratch + classes * kBlockVectors);
+    for_each_block<kInner>(tile, padded, classes, scratch,
+                           [&](int at, V* logits, const V* top, const auto& read_next) __attribute__((always_inline)) {
+                             softmax_gradient_block<T, 0, kBlockVectors, kLabels, kCeForm, kSquared>(
+                                 tile, at, classes, u, s_all, present, logits, top, read_next,
+                                 [&](int c, int k, V dz) __attribute__((always_inline)) {
+                                   if constexpr (kInner) {
+                                     store_logits(block_rows + c * kBlock<Compute<T>> + k * kLanes, dz, false);
+                                   } else {
+                                     store_logits(out.rows + c * out.row_stride + at + k * kLanes, dz, out.streamed);
+                                   }
+                                 });
+                             if constexpr (kInner) {
+                               write_inner_block(out.rows + static_cast<int64_t>(at) * classes, classes, block_rows,
+                                                 out.streamed, reinterpret_cast<T*>(logits));
+                             }
+                           });
   }
 }
 
@@ -258,31 +268,30 @@ void channels_gradient(const Tile<T>& tile, int padded, int classes, int first_l
 }
 
 template <typename T, int kClasses, Labels kLabels, CeForm kCeForm, bool kSquared>
-void few_classes_gradient(const Tile<T>& tile, const Compute<T>* u, PresentClasses& present,
-                          const GradientRows<T>& out) {
+void softmax_gradient_of(const Tile<T>& tile, int classes, const Compute<T>* u, PresentClasses& present,
+                         Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   const int padded = tile.padded_voxels();
   if constexpr (!kSquared && (kCeForm == CeForm::kNone || kCeForm == CeForm::kPlain)) {
     if (tile.is_inner) {
-      return softmax_gradient_rows<T, kClasses, kLabels, kCeForm, kSquared, true>(tile, padded, kClasses, u, present,
-                                                                                  nullptr, out);
+      return softmax_gradient_rows<T, kClasses, kLabels, kCeForm, kSquared, true>(tile, padded, classes, u, present,
+                                                                                  scratch, out);
     }
   }
-  softmax_gradient_rows<T, kClasses, kLabels, kCeForm, kSquared, false>(tile, padded, kClasses, u, present, nullptr,
+  softmax_gradient_rows<T, kClasses, kLabels, kCeForm, kSquared, false>(tile, padded, classes, u, present, scratch,
                                                                         out);
 }
 
 template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared>
 void softmax_gradient_tile(const Tile<T>& tile, int classes, const Compute<T>* u, PresentClasses& present,
                            Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
-  const int padded = tile.padded_voxels();
   static_assert(kFewClasses == 4, "as here");
   switch (classes) {
-    case 2: return few_classes_gradient<T, 2, kLabels, kCeForm, kSquared>(tile, u, present, out);
-    case 3: return few_classes_gradient<T, 3, kLabels, kCeForm, kSquared>(tile, u, present, out);
-    case 4: return few_classes_gradient<T, 4, kLabels, kCeForm, kSquared>(tile, u, present, out);
+    case 2: return softmax_gradient_of<T, 2, kLabels, kCeForm, kSquared>(tile, 2, u, present, scratch, out);
+    case 3: return softmax_gradient_of<T, 3, kLabels, kCeForm, kSquared>(tile, 3, u, present, scratch, out);
+    case 4: return softmax_gradient_of<T, 4, kLabels, kCeForm, kSquared>(tile, 4, u, present, scratch, out);
     default:
       if constexpr (kLabels != Labels::kBytes) {
-        softmax_gradient_rows<T, 0, kLabels, kCeForm, kSquared, false>(tile, padded, classes, u, present, scratch, out);
+        softmax_gradient_of<T, 0, kLabels, kCeForm, kSquared>(tile, classes, u, present, scratch, out);
       }
   }
 }
@@ -454,11 +463,13 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
   using A = Compute<T>;
   const A* u = static_cast<const A*>(coefficients);
   TileBuffers<T> buffers(v, scratch);
-  if (view.voxel_stride != 1) buffers.tile_voxels = buffers.row_voxels;  // what is copied there is kept in rows
+  const bool inner =
+      is_inner(v, view.class_stride, view.voxel_stride) && is_inner(v, v.logits.class_stride, v.logits.voxel_stride);
+  // What is copied is kept in rows.
+  if (!inner && (view.voxel_stride != 1 || v.logits.voxel_stride != 1)) buffers.tile_voxels = buffers.row_voxels;
   Vector<A>* block = reinterpret_cast<Vector<A>*>(buffers.rest);
   T* buffer = reinterpret_cast<T*>(block + v.classes * kScratchVectors);
   PresentClasses present(buffer + v.classes * buffers.row_voxels, v.classes);
-  const bool inner = is_inner(v, view.class_stride, view.voxel_stride);
   const bool streamed = is_streamed<T>(v, view, inner);
   BadInput bad;  // the count pass has told of it, and its coefficients are NaN then
   for (int64_t at = begin; at < end;) {

@@ -129,6 +129,26 @@ TK_INLINE void finish_streams() {
 #endif
 }
 
+// Of the first n elements of a vector; the others are 0, and stay as they are in memory.
+template <typename V, typename T>
+TK_INLINE V load_first(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return (V)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return (V)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
+#endif
+  V v{};
+  memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+template <typename V, typename T>
+TK_INLINE void store_first(T* p, V v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)v);
+#endif
+  memcpy(p, &v, n * sizeof(T));
+}
+
 template <typename T>
 TK_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p);

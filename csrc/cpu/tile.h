@@ -60,7 +60,7 @@ struct Tile {
   typename Lanes<A>::Int first_label;  // of class 0
   int voxels;                          // before padding
   bool masked;                         // some label is kUncounted
-  bool is_inner;                       // the few classes of a voxel lie side by side from `rows` on, and are read there
+  bool is_inner;                       // the classes of a voxel lie side by side from `rows` on, and are read there
   A focal_gamma;                       // of the cross-entropy; 0: it has none
 
   int padded_voxels() const { return (voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>; }
@@ -412,37 +412,45 @@ TK_INLINE Vector<Compute<T>> to_compute(typename Stored<T>::Vector v) {
   }
 }
 
-#if defined(TK_HAS_SHUFFLES)
-constexpr int kMostInner = 4;  // classes that the kernels read so
-
-template <typename T, int C, int... K>
-TK_INLINE void load_inner(const T* at, Vector<Compute<T>>* z, std::integer_sequence<int, K...>) {
-  using S = typename Stored<T>::Vector;
-  constexpr int kLanes = sizeof(S) / sizeof(T);
-  S vectors[C];
-  ((vectors[K] = load<S>(at + K * kLanes)), ...);
-  ((z[K] = to_compute<T>(pick<C, K, kLanes>(vectors, std::make_integer_sequence<int, C - 1>{}))), ...);
-}
-template <typename T, int C, int... K>
-TK_INLINE void store_inner(T* at, const Vector<Compute<T>>* dz, bool streamed, std::integer_sequence<int, K...>) {
-  using S = typename Stored<T>::Vector;
-  constexpr int kLanes = sizeof(S) / sizeof(T);
-  S rows[C];
+template <typename T>
+TK_INLINE typename Stored<T>::Vector to_stored(Vector<Compute<T>> v) {
   if constexpr (sizeof(T) == 2) {
-    ((rows[K] = narrow(dz[K], T{})), ...);
+    return narrow(v, T{});
   } else {
-    ((rows[K] = dz[K]), ...);
+    return v;
   }
-  (store(at + K * kLanes, place<C, K, kLanes>(rows, std::make_integer_sequence<int, C - 1>{}), streamed), ...);
+}
+
+// Rows as they are computed with, of one vector of voxels: class c at first[c * kStep]; and their maxima.
+template <typename T, int kStep>
+struct ComputedRows {
+  using V = Vector<Compute<T>>;
+  V* first;
+  V top;
+  TK_INLINE typename Stored<T>::Vector get(int c) const { return to_stored<T>(first[c * kStep]); }
+  TK_INLINE void put(int c, typename Stored<T>::Vector stored) {
+    const V z = to_compute<T>(stored);
+    first[c * kStep] = z;
+    top = maximum(top, z);
+  }
+};
+
+#if defined(TK_HAS_SHUFFLES)
+constexpr bool kReadsInner = true;  // classes that lie side by side
+
+template <int C, bool kScatter, typename T>
+TK_INLINE void copy_inner(T* at, Vector<Compute<T>>* z, bool streamed = false) {
+  ComputedRows<T, 1> rows{z, {}};
+  copy_few_classes<kScatter, C>(at, rows, streamed, std::make_integer_sequence<int, C>{});
 }
 #else
-constexpr int kMostInner = 0;
+constexpr bool kReadsInner = false;
 #endif
 
 template <int C, bool kInner, typename T>
 TK_INLINE void load_classes(const Tile<T>& tile, int i, Vector<Compute<T>>* z) {
 #if defined(TK_HAS_SHUFFLES)
-  if constexpr (kInner) return load_inner<T, C>(tile.rows + i * C, z, std::make_integer_sequence<int, C>{});
+  if constexpr (kInner) return copy_inner<C, false>(const_cast<T*>(tile.rows) + i * C, z);
 #endif
   for (int c = 0; c < C; ++c) z[c] = load_logits(tile.rows + c * tile.row_stride + i);
 }
@@ -457,18 +465,17 @@ TK_INLINE Vector<Compute<T>> load_classes_and_top(const Tile<T>& tile, int i, Ve
 }
 
 template <int C, bool kInner, typename T>
-TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, const Vector<Compute<T>>* dz, bool streamed) {
+TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, Vector<Compute<T>>* dz, bool streamed) {
 #if defined(TK_HAS_SHUFFLES)
-  if constexpr (kInner) return store_inner<T, C>(rows + i * C, dz, streamed, std::make_integer_sequence<int, C>{});
+  if constexpr (kInner) return copy_inner<C, true>(rows + i * C, dz, streamed);
 #endif
   for (int c = 0; c < C; ++c) store_logits(rows + c * row_stride + i, dz[c], streamed);
 }
 
 // Whether memory with these strides is read and written so.
 TK_INLINE bool is_inner(const Volume& v, int64_t class_stride, int64_t voxel_stride) {
-  return v.activation == Activation::kSoftmax && !takes_general_kernels(v) && !has_ce_option(v) &&
-         v.overlap != OverlapForm::kSquared && v.classes <= kMostInner && class_stride == 1 &&
-         voxel_stride == v.classes;
+  return kReadsInner && v.activation == Activation::kSoftmax && !takes_general_kernels(v) && !has_ce_option(v) &&
+         v.overlap != OverlapForm::kSquared && v.classes >= 2 && class_stride == 1 && voxel_stride == v.classes;
 }
 
 // Which classes occur among the labels of a block. Most do not, where there are many, and need no masks.
@@ -532,25 +539,72 @@ struct BlockReader {
   }
 };
 
+#if defined(TK_HAS_SHUFFLES)
+// A block of voxels whose classes lie side by side, from `at` on: into memory as BlockReader does.
+template <typename T>
+__attribute__((noinline)) void read_inner_block(const T* at, int classes, Vector<Compute<T>>* logits,
+                                                Vector<Compute<T>>* top) {
+  using A = Compute<T>;
+  for (int k = 0; k < kBlockVectors; ++k) {
+    ComputedRows<T, kBlockVectors> rows{logits + k, broadcast<A>(-__builtin_inff())};
+    copy_vector_of_voxels<false>(const_cast<T*>(at) + k * Lanes<A>::count * classes, classes, rows);
+    top[k] = rows.top;
+  }
+}
+// Rows of a block to where its voxels' classes lie side by side. streamed: past the caches, whole lines one after the
+// other, for which `whole` has the block's size.
+template <typename T>
+__attribute__((noinline)) void write_inner_block(T* at, int classes, T* rows, bool streamed, T* whole) {
+  using V = typename Stored<T>::Vector;
+  constexpr int kLanes = sizeof(V) / sizeof(T), kVoxels = kBlock<Compute<T>>;
+  const bool in_lines = classes <= kMostPicked || (sizeof(V) == 64 && classes % kLanes == 0);
+  T* const to = streamed && !in_lines ? whole : at;
+  for (int i = 0; i < kVoxels; i += kLanes) {
+    BufferRows<T> of_vector{rows + i, kVoxels};
+    copy_vector_of_voxels<true>(to + i * classes, classes, of_vector, streamed && in_lines);
+  }
+  if (to == at) return;
+  for (int i = 0; i < kVoxels * classes; i += kLanes) stream(at + i, load<V>(whole + i));
+}
+#else
+template <typename T>
+void read_inner_block(const T*, int, Vector<Compute<T>>*, Vector<Compute<T>>*) {}
+template <typename T>
+void write_inner_block(T*, int, T*, bool, T*) {}
+#endif
+
 // Calls work(at, logits, top, read_next) for every block of the tile; it calls read_next(c) for every class.
-template <typename T, typename F>
+template <bool kInner, typename T, typename F>
 TK_INLINE void for_each_block(const Tile<T>& tile, int padded, int classes, Vector<Compute<T>>* scratch, F&& work) {
   using V = Vector<Compute<T>>;
   constexpr int kStep = kBlock<Compute<T>>;
-  const BlockReader<T> reader(tile, classes);
   V* logits = scratch;
-  V* next = scratch + classes * kBlockVectors;
-  const V lowest = broadcast<Compute<T>>(-__builtin_inff());
-  V top[kBlockVectors] = {lowest, lowest, lowest, lowest};
-  for (int c = 0; c < classes; ++c) reader.read_class(0, c, logits, top);
-  for (int at = 0; at < padded; at += kStep) {
-    const int next_at = at + kStep < padded ? at + kStep : at;  // after the last one nothing is new
-    V next_top[kBlockVectors] = {lowest, lowest, lowest, lowest};
-    work(at, logits, top, [&](int c) __attribute__((always_inline)) { reader.read_class(next_at, c, next, next_top); });
-    for (int k = 0; k < kBlockVectors; ++k) top[k] = next_top[k];
-    V* const done = logits;
-    logits = next;
-    next = done;
+  if constexpr (kInner) {
+    V top[kBlockVectors];
+    for (int at = 0; at < padded; at += kStep) {
+      const T* block = tile.rows + static_cast<int64_t>(at) * classes;
+      const T* next = block + (at + kStep < padded ? kStep * classes : 0);
+      read_inner_block(block, classes, logits, top);
+      work(at, logits, top, [=](int c) __attribute__((always_inline)) {
+        for (int i = 0; i < kStep; i += 64 / static_cast<int>(sizeof(T))) prefetch(next + c * kStep + i);
+      });
+    }
+  } else {
+    const BlockReader<T> reader(tile, classes);
+    V* next = scratch + classes * kBlockVectors;
+    const V lowest = broadcast<Compute<T>>(-__builtin_inff());
+    V top[kBlockVectors] = {lowest, lowest, lowest, lowest};
+    for (int c = 0; c < classes; ++c) reader.read_class(0, c, logits, top);
+    for (int at = 0; at < padded; at += kStep) {
+      const int next_at = at + kStep < padded ? at + kStep : at;  // after the last one nothing is new
+      V next_top[kBlockVectors] = {lowest, lowest, lowest, lowest};
+      work(at, logits, top,
+           [&](int c) __attribute__((always_inline)) { reader.read_class(next_at, c, next, next_top); });
+      for (int k = 0; k < kBlockVectors; ++k) top[k] = next_top[k];
+      V* const done = logits;
+      logits = next;
+      next = done;
+    }
   }
 }
 
@@ -585,13 +639,13 @@ struct TileBuffers {
     return v.classes * static_cast<int64_t>(sizeof(T) + (v.dense ? sizeof(A) : 0));
   }
   // Whether whole blocks of logits are read where they are.
-  static bool is_direct(const Volume& v) { return v.logits.voxel_stride == 1 && !v.dense; }
+  static bool is_direct(const Volume& v) {
+    return !v.dense && (v.logits.voxel_stride == 1 || is_inner(v, v.logits.class_stride, v.logits.voxel_stride));
+  }
   static int voxels_per_tile(const Volume& v) {
     if (is_direct(v)) return kTileVoxels;
     // Halved, so that partial sums end at the same voxels in every layout.
-    int voxels = v.logits.voxel_stride == 1 || is_inner(v, v.logits.class_stride, v.logits.voxel_stride)
-                     ? kTileVoxels
-                     : kCopiedVoxels;
+    int voxels = v.logits.voxel_stride == 1 ? kTileVoxels : kCopiedVoxels;
     while (voxels > kBlock<A> && voxels * bytes_per_voxel(v) > kRowBytes) voxels /= 2;
     return voxels;
   }

@@ -28,6 +28,16 @@ struct Stored<double> {
   using Vector = DoubleVector;
 };
 
+// Rows of a buffer, of one vector of voxels.
+template <typename T>
+struct BufferRows {
+  using V = typename Stored<T>::Vector;
+  T* first;
+  int64_t stride;
+  TK_INLINE V get(int c) const { return load<V>(first + c * stride); }
+  TK_INLINE void put(int c, V v) const { store(first + c * stride, v); }
+};
+
 #if defined(TK_HAS_SHUFFLES)
 
 // Up to this many classes a row is picked out of the few vectors that hold all classes of its voxels.
@@ -68,18 +78,18 @@ TK_INLINE V place(const V* rows, std::integer_sequence<int, J...>) {
   return vector;
 }
 
-template <bool kScatter, int C, typename T, int... K>
-TK_INLINE void copy_few_classes(T* at, T* rows, int64_t row_stride, std::integer_sequence<int, K...>) {
+template <bool kScatter, int C, typename T, typename Rows, int... K>
+TK_INLINE void copy_few_classes(T* at, Rows& rows, bool streamed, std::integer_sequence<int, K...>) {
   using V = typename Stored<T>::Vector;
   constexpr int kLanes = sizeof(V) / sizeof(T);
   constexpr std::make_integer_sequence<int, C - 1> others{};
   V vectors[C];
   if (kScatter) {
-    ((vectors[K] = load<V>(rows + K * row_stride)), ...);
-    (store(at + K * kLanes, place<C, K, kLanes>(vectors, others)), ...);
+    ((vectors[K] = rows.get(K)), ...);
+    (store(at + K * kLanes, place<C, K, kLanes>(vectors, others), streamed), ...);
   } else {
     ((vectors[K] = load<V>(at + K * kLanes)), ...);
-    (store(rows + K * row_stride, pick<C, K, kLanes>(vectors, others)), ...);
+    (rows.put(K, pick<C, K, kLanes>(vectors, others)), ...);
   }
 }
 
@@ -105,59 +115,59 @@ TK_INLINE void transpose(V* square, std::integer_sequence<int, J...> pairs) {
   }
 }
 
-template <typename T, typename V>
-TK_INLINE void load_voxel(const T* voxel, V& vector, bool whole, int inside) {
-  vector = V{};
-  if (whole) {
-    vector = load<V>(voxel);
-  } else {
-    memcpy(&vector, voxel, inside * sizeof(T));
-  }
-}
-template <typename T, typename V>
-TK_INLINE void store_voxel(T* voxel, V vector, bool whole, int inside) {
-  if (whole) {
-    store(voxel, vector);
-  } else {
-    memcpy(voxel, &vector, inside * sizeof(T));
-  }
-}
-
-// A square of voxels x classes. `inside`: how many of the classes there are. Indices are constants throughout, so that
-// the square stays in registers.
-template <bool kScatter, typename T, int... K>
-TK_INLINE void copy_square(T* at, int classes, T* rows, int64_t row_stride, int inside,
+// A square of voxels x classes, these from `first` on. `inside`: how many of the classes there are. Indices are
+// constants throughout, so that the square stays in registers.
+template <bool kScatter, typename T, typename Rows, int... K>
+TK_INLINE void copy_square(T* at, int classes, Rows& rows, int first, int inside, bool streamed,
                            std::integer_sequence<int, K...>) {
   using V = typename Stored<T>::Vector;
   constexpr int kLanes = sizeof...(K);
   constexpr std::make_integer_sequence<int, kLanes / 2> pairs{};
+  constexpr int kLast = kLanes - 1;
   V square[kLanes];
-  // With fewer classes than lanes a voxel's vector reaches into the next voxels', but never beyond the last one.
+  // With fewer classes than lanes a voxel's vector reaches into the next one's, which the last one must not.
+  static_assert(2 * (kMostPicked + 1) >= kLanes, "so that it does not reach beyond that");
+  T* const voxel = at + first;
   if (kScatter) {
-    ((square[K] = K < inside ? load<V>(rows + K * row_stride) : V{}), ...);
+    ((square[K] = K < inside ? rows.get(first + K) : V{}), ...);
     transpose<kLanes / 2>(square, pairs);
     // In this order the next voxel's store repairs what is written too much.
-    (store_voxel(at + K * classes, square[K], (kLanes - K) * classes >= kLanes, inside), ...);
+    ((K < kLast || inside == kLanes ? store(voxel + K * classes, square[K], streamed)
+                                    : store_first(voxel + K * classes, square[K], inside)),
+     ...);
   } else {
-    (load_voxel(at + K * classes, square[K], (kLanes - K) * classes >= kLanes, inside), ...);
+    ((square[K] =
+          K < kLast || inside == kLanes ? load<V>(voxel + K * classes) : load_first<V>(voxel + K * classes, inside)),
+     ...);
     transpose<kLanes / 2>(square, pairs);
-    ((K < inside ? store(rows + K * row_stride, square[K]) : void()), ...);
+    ((K < inside ? rows.put(first + K, square[K]) : void()), ...);
   }
 }
 
-template <bool kScatter, int C, typename T>
-TK_INLINE bool copy_few_classes_of(int classes, T* at, T* rows, int64_t row_stride, int count) {
-  constexpr int kLanes = sizeof(typename Stored<T>::Vector) / sizeof(T);
+template <bool kScatter, int C, typename T, typename Rows>
+TK_INLINE bool copy_few_classes_of(int classes, T* at, Rows& rows, bool streamed) {
   if (classes == C) {
-    for (int i = 0; i < count; i += kLanes) {
-      copy_few_classes<kScatter, C>(at + i * C, rows + i, row_stride, std::make_integer_sequence<int, C>{});
-    }
+    copy_few_classes<kScatter, C>(at, rows, streamed, std::make_integer_sequence<int, C>{});
     return true;
   }
   if constexpr (C < kMostPicked) {
-    return copy_few_classes_of<kScatter, C + 1>(classes, at, rows, row_stride, count);
+    return copy_few_classes_of<kScatter, C + 1>(classes, at, rows, streamed);
   } else {
     return false;
+  }
+}
+
+// One vector of voxels, of whose 2 and more classes rows.put takes the rows, or (kScatter) rows.get gives them.
+// streamed: past the caches; the voxels' classes must be whole vectors then, or few.
+template <bool kScatter, typename T, typename Rows>
+TK_INLINE void copy_vector_of_voxels(T* at, int classes, Rows& rows, bool streamed = false) {
+  constexpr int kLanes = sizeof(typename Stored<T>::Vector) / sizeof(T);
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  if (copy_few_classes_of<kScatter, 2>(classes, at, rows, streamed)) return;
+  if (classes <= kLanes) return copy_square<kScatter>(at, classes, rows, 0, classes, streamed, lanes);
+  for (int c = 0; c < classes; c += kLanes) {
+    const int first = c + kLanes <= classes ? c : classes - kLanes;  // the last square overlaps the one before
+    copy_square<kScatter>(at, classes, rows, first, kLanes, streamed, lanes);
   }
 }
 
@@ -171,18 +181,9 @@ int copy_class_inner(T* at, int classes, T* rows, int64_t row_stride, int count)
   constexpr int kLanes = sizeof(typename Stored<T>::Vector) / sizeof(T);
   const int whole = count / kLanes * kLanes;
   if (classes < 2) return 0;
-  if (copy_few_classes_of<kScatter, 2>(classes, at, rows, row_stride, whole)) return whole;
   for (int i = 0; i < whole; i += kLanes) {
-    constexpr std::make_integer_sequence<int, kLanes> lanes{};
-    if (classes <= kLanes) {
-      copy_square<kScatter>(at + i * classes, classes, rows + i, row_stride, classes, lanes);
-      continue;
-    }
-    for (int c = 0; c < classes; c += kLanes) {
-      const int first = c + kLanes <= classes ? c : classes - kLanes;  // the last square overlaps the one before
-      copy_square<kScatter>(at + i * classes + first, classes, rows + first * row_stride + i, row_stride, kLanes,
-                            lanes);
-    }
+    BufferRows<T> of_vector{rows + i, row_stride};
+    copy_vector_of_voxels<kScatter>(at + i * classes, classes, of_vector);
   }
   return whole;
 #else
