@@ -78,18 +78,86 @@ TK_INLINE V place(const V* rows, std::integer_sequence<int, J...>) {
   return vector;
 }
 
+// Of an even number of classes every second element is one of half as many. kOdd: from the second one on.
+template <bool kOdd, typename V, int... I>
+TK_INLINE V every_second(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, 2 * I + kOdd...);
+}
+// The opposite: a and b in turn, the first or (kHigh) the second half of what that is.
+template <bool kHigh, typename V, int... I>
+TK_INLINE V in_turn(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int kLanes = sizeof...(I);
+  return __builtin_shufflevector(a, b, ((I % 2) * kLanes + kHigh * kLanes / 2 + I / 2)...);
+}
+
+template <int C, int kLanes, typename V>
+TK_INLINE void vectors_to_rows(V* v);
+template <int C, int kLanes, typename V>
+TK_INLINE void rows_to_vectors(V* v);
+
+template <int kLanes, typename V, int... J>
+TK_INLINE void halve_to_rows(V* v, std::integer_sequence<int, J...>) {
+  constexpr int kHalf = sizeof...(J);
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  V even[] = {every_second<false>(v[2 * J], v[2 * J + 1], lanes)...};
+  V odd[] = {every_second<true>(v[2 * J], v[2 * J + 1], lanes)...};
+  vectors_to_rows<kHalf, kLanes>(even);
+  vectors_to_rows<kHalf, kLanes>(odd);
+  ((v[2 * J] = even[J], v[2 * J + 1] = odd[J]), ...);
+}
+template <int kLanes, typename V, int... J>
+TK_INLINE void halve_to_vectors(V* v, std::integer_sequence<int, J...>) {
+  constexpr int kHalf = sizeof...(J);
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  V even[] = {v[2 * J]...}, odd[] = {v[2 * J + 1]...};
+  rows_to_vectors<kHalf, kLanes>(even);
+  rows_to_vectors<kHalf, kLanes>(odd);
+  ((v[2 * J] = in_turn<false>(even[J], odd[J], lanes), v[2 * J + 1] = in_turn<true>(even[J], odd[J], lanes)), ...);
+}
+template <int kLanes, typename V, int... K>
+TK_INLINE void pick_all(V* v, std::integer_sequence<int, K...>) {
+  constexpr std::make_integer_sequence<int, sizeof...(K) - 1> others{};
+  const V rows[] = {pick<sizeof...(K), K, kLanes>(v, others)...};
+  ((v[K] = rows[K]), ...);
+}
+template <int kLanes, typename V, int... K>
+TK_INLINE void place_all(V* v, std::integer_sequence<int, K...>) {
+  constexpr std::make_integer_sequence<int, sizeof...(K) - 1> others{};
+  const V vectors[] = {place<sizeof...(K), K, kLanes>(v, others)...};
+  ((v[K] = vectors[K]), ...);
+}
+
+// The C vectors of one vector of voxels become the rows of their classes, and these become them.
+template <int C, int kLanes, typename V>
+TK_INLINE void vectors_to_rows(V* v) {
+  if constexpr (C % 2 == 0) {
+    halve_to_rows<kLanes>(v, std::make_integer_sequence<int, C / 2>{});
+  } else if constexpr (C > 1) {
+    pick_all<kLanes>(v, std::make_integer_sequence<int, C>{});
+  }
+}
+template <int C, int kLanes, typename V>
+TK_INLINE void rows_to_vectors(V* v) {
+  if constexpr (C % 2 == 0) {
+    halve_to_vectors<kLanes>(v, std::make_integer_sequence<int, C / 2>{});
+  } else if constexpr (C > 1) {
+    place_all<kLanes>(v, std::make_integer_sequence<int, C>{});
+  }
+}
+
 template <bool kScatter, int C, typename T, typename Rows, int... K>
 TK_INLINE void copy_few_classes(T* at, Rows& rows, bool streamed, std::integer_sequence<int, K...>) {
   using V = typename Stored<T>::Vector;
   constexpr int kLanes = sizeof(V) / sizeof(T);
-  constexpr std::make_integer_sequence<int, C - 1> others{};
   V vectors[C];
   if (kScatter) {
     ((vectors[K] = rows.get(K)), ...);
-    (store(at + K * kLanes, place<C, K, kLanes>(vectors, others), streamed), ...);
+    rows_to_vectors<C, kLanes>(vectors);
+    (store(at + K * kLanes, vectors[K], streamed), ...);
   } else {
     ((vectors[K] = load<V>(at + K * kLanes)), ...);
-    (rows.put(K, pick<C, K, kLanes>(vectors, others)), ...);
+    vectors_to_rows<C, kLanes>(vectors);
+    (rows.put(K, vectors[K]), ...);
   }
 }
 
