@@ -18,8 +18,9 @@ TOOL = """#!/bin/sh
 case "$*" in
   *named_barriers*)
     [ -n "$REPORTED" ] || exit 1
-    echo "RACECHECK SUMMARY"
-    case " $REPORTED " in *" $6:$7 "*) exit 9 ;; esac ;;
+    echo right
+    case " $REPORTED " in *" $6:$7 "*) hazards=1 ;; *) hazards=0 ;; esac
+    echo "========= RACECHECK SUMMARY: $hazards hazards displayed ($hazards errors, 0 warnings)" ;;
   *) echo "asked: $*" ;;
 esac
 """
