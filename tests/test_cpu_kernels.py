@@ -196,6 +196,29 @@ def test_classes_side_by_side(capability, classes, dtype):
             assert (gradient.data_ptr() == z.data_ptr()) == (inplace and layout == "channels_last")
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4, 6, 8, 14, 17, 33, 118])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dense_targets_as_one_hot_leaves_them(capability, classes, dtype):
+    """The classes of a voxel lie side by side: the same bits as contiguous, of every type."""
+    logits, labels = inputs(2, classes, (5, 7, 13), dtype, torch.int64)  # whole vectors and a rest
+    one_hot = torch.nn.functional.one_hot(labels, classes).movedim(-1, 1)
+    one_hot[:, :, 1:3] = 7  # of no class: an ignore_index
+    integers = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    for target_dtype in (*integers, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        options = {} if target_dtype == torch.bool else {"ignore_index": 7}
+        target = one_hot.to(target_dtype)
+        if target_dtype.is_floating_point:
+            target = torch.where(target == 7, target, target * 0.8 + 0.1)
+            options["soft_label"] = True
+        assert target.stride(1) == 1
+        for activation in ("softmax", "sigmoid"):
+            expected = loss_and_gradient(cpu, logits, target.contiguous(), activation=activation, **options)
+            found = loss_and_gradient(cpu, logits, target, activation=activation, **options)
+            assert expected[1].ne(0).any()
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+
+
 def test_expanded_inputs(capability):
     logits, target = inputs(1, 3, (5, 6, 7))
     many = logits.expand(4, -1, -1, -1, -1)

@@ -404,6 +404,18 @@ TK_INLINE void store_narrowed(Narrow* p, V v) {
   }
 }
 
+TK_INLINE FloatVector convert_long(const int64_t* p) {
+#if defined(__AVX512F__)
+  const __m256 first = _mm512_maskz_cvtepi64_ps(0xff, _mm512_loadu_si512(p));
+  const __m256 second = _mm512_maskz_cvtepi64_ps(0xff, _mm512_loadu_si512(p + 8));
+  return (FloatVector)_mm512_mask_broadcast_f32x8(_mm512_maskz_broadcast_f32x8(0x00ff, first), 0xff00, second);
+#else
+  FloatVector v;
+  for (int k = 0; k < Lanes<float>::count; ++k) v[k] = static_cast<float>(p[k]);
+  return v;
+#endif
+}
+
 // ---- 16-bit storage types
 
 struct Half {

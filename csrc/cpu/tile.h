@@ -292,6 +292,23 @@ void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* 
 
 // ---- Dense targets
 
+// n numbers that lie side by side. gcc 12 takes a loop over other types apart lane by lane.
+template <typename T, typename A>
+TK_INLINE void convert(const T* p, int n, A* out) {
+  using V = Vector<A>;
+  using Int = typename Lanes<A>::Int;
+  constexpr int kLanes = Lanes<A>::count;
+  int i = 0;
+  if constexpr (sizeof(A) == 4 && (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>)) {
+    for (; i + kLanes <= n; i += kLanes) store(out + i, widen(load<HalfVector>(p + i), T{}));
+  } else if constexpr (std::is_integral_v<T> && sizeof(T) <= sizeof(Int)) {
+    for (; i + kLanes <= n; i += kLanes) store(out + i, __builtin_convertvector(load_widened<Int>(p + i), V));
+  } else if constexpr (std::is_same_v<T, int64_t>) {
+    for (; i + kLanes <= n; i += kLanes) store(out + i, convert_long(p + i));
+  }
+  for (; i < n; ++i) out[i] = to_accumulation<T, A>(p[i]);
+}
+
 // One class's g of `count` voxels.
 template <typename T, typename A>
 TK_INLINE void load_targets_row(const T* p, int64_t stride, const int64_t* offsets, int count, A* out) {
@@ -300,15 +317,36 @@ TK_INLINE void load_targets_row(const T* p, int64_t stride, const int64_t* offse
   } else if (stride == 1) {
     constexpr int kLine = 64 / sizeof(T);
     for (int i = 0; i < count; i += kLine) prefetch(p + count + i);  // the next tile's
-    for (int i = 0; i < count; ++i) out[i] = to_accumulation<T, A>(p[i]);
+    convert(p, count, out);
   } else {
     for (int i = 0; i < count; ++i) out[i] = to_accumulation<T, A>(p[i * stride]);
   }
 }
 
+// The g of voxels whose classes lie side by side, as one_hot leaves them. Returns of how many, from the first one on.
+// converted: memory for a vector of voxels.
 template <typename T, typename A>
-TK_INLINE void load_targets_of(const Volume& v, int64_t sample, int64_t begin, int count, A* rows, int64_t row_stride,
-                               typename Lanes<A>::Int* labels, bool& masked) {
+TK_INLINE int load_inner_targets(const T* p, int classes, int count, A* converted, A* rows, int64_t row_stride) {
+  constexpr int kLanes = Lanes<A>::count, kLine = 64 / sizeof(T);
+  int done = 0;
+  for (; done + kLanes <= count; done += kLanes) {
+    const T* at = p + static_cast<int64_t>(done) * classes;
+    const T* later = at + static_cast<int64_t>(count) * classes;  // the next tile's
+    for (int i = 0; i < kLanes * classes; i += kLine) prefetch_to_second_level(later + i);
+    const A* from = converted;
+    if constexpr (std::is_same_v<T, A>) {
+      from = at;
+    } else {
+      convert(at, kLanes * classes, converted);
+    }
+    if (copy_class_inner<false>(const_cast<A*>(from), classes, rows + done, row_stride, kLanes) == 0) return 0;
+  }
+  return done;
+}
+
+template <typename T, typename A>
+TK_INLINE void load_targets_of(const Volume& v, int64_t sample, int64_t begin, int count, A* converted, A* rows,
+                               int64_t row_stride, typename Lanes<A>::Int* labels, bool& masked) {
   const VoxelView& t = v.target;
   const T* p = static_cast<const T*>(t.data) + sample * t.sample_stride;
   int64_t memory[kTileVoxels];
@@ -319,8 +357,14 @@ TK_INLINE void load_targets_of(const Volume& v, int64_t sample, int64_t begin, i
   } else {
     p += begin * t.voxel_stride;
   }
-  for (int64_t c = 0; c < v.classes; ++c) {
-    load_targets_row<T, A>(p + c * t.class_stride, t.voxel_stride, offsets, count, rows + c * row_stride);
+  int done = 0;
+  if (offsets == nullptr && t.class_stride == 1 && t.voxel_stride == v.classes) {
+    done = load_inner_targets<T, A>(p, static_cast<int>(v.classes), count, converted, rows, row_stride);
+    p += done * t.voxel_stride;
+  }
+  for (int64_t c = 0; done < count && c < v.classes; ++c) {
+    A* row = rows + c * row_stride + done;
+    load_targets_row<T, A>(p + c * t.class_stride, t.voxel_stride, offsets, count - done, row);
   }
   for (int i = 0; i < count; ++i) labels[i] = 0;
   if (!v.has_ignore_index) return;
@@ -336,25 +380,27 @@ TK_INLINE void load_targets_of(const Volume& v, int64_t sample, int64_t begin, i
 
 // The dense target as rows of g; labels become 0, or kUncounted where a voxel does not count.
 template <typename A>
-void load_targets(const Volume& v, int64_t sample, int64_t begin, int count, A* rows, int64_t row_stride,
+void load_targets(const Volume& v, int64_t sample, int64_t begin, int count, A* converted, A* rows, int64_t row_stride,
                   typename Lanes<A>::Int* labels, bool& masked) {
   switch (v.target.type) {
     case ElementType::kBool:
     case ElementType::kUint8:
-      return load_targets_of<uint8_t>(v, sample, begin, count, rows, row_stride, labels, masked);
-    case ElementType::kInt8: return load_targets_of<int8_t>(v, sample, begin, count, rows, row_stride, labels, masked);
+      return load_targets_of<uint8_t>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
+    case ElementType::kInt8:
+      return load_targets_of<int8_t>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
     case ElementType::kInt16:
-      return load_targets_of<int16_t>(v, sample, begin, count, rows, row_stride, labels, masked);
+      return load_targets_of<int16_t>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
     case ElementType::kInt32:
-      return load_targets_of<int32_t>(v, sample, begin, count, rows, row_stride, labels, masked);
+      return load_targets_of<int32_t>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
     case ElementType::kInt64:
-      return load_targets_of<int64_t>(v, sample, begin, count, rows, row_stride, labels, masked);
-    case ElementType::kHalf: return load_targets_of<Half>(v, sample, begin, count, rows, row_stride, labels, masked);
+      return load_targets_of<int64_t>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
+    case ElementType::kHalf:
+      return load_targets_of<Half>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
     case ElementType::kBFloat16:
-      return load_targets_of<BFloat16>(v, sample, begin, count, rows, row_stride, labels, masked);
+      return load_targets_of<BFloat16>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
     case ElementType::kDouble:
-      return load_targets_of<double>(v, sample, begin, count, rows, row_stride, labels, masked);
-    default: return load_targets_of<float>(v, sample, begin, count, rows, row_stride, labels, masked);
+      return load_targets_of<double>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
+    default: return load_targets_of<float>(v, sample, begin, count, converted, rows, row_stride, labels, masked);
   }
 }
 
@@ -524,7 +570,7 @@ struct BlockReader {
     const T* row = rows + c * row_stride + at;
     const T* later =
         row + (c + ahead < classes ? ahead * row_stride : (ahead - classes) * row_stride + kBlock<Compute<T>>);
-    for (int i = 0; i < kBlock<Compute<T>>; i += kLine) prefetch(later + i);
+    for (int i = 0; i < kBlock<Compute<T>>; i += kLine) prefetch_to_second_level(later + i);
     const int block = at / kBlock<Compute<T>>;
     if (classes >= kManyClasses && c % kLongRun == block % kLongRun) {
       const T* far = rows + c * row_stride + (block / kLongRun + 1) * kLongRun * kBlock<Compute<T>>;
@@ -629,8 +675,9 @@ struct TileBuffers {
   using A = Compute<T>;
   using Int = typename Lanes<A>::Int;
   int tile_voxels, row_voxels;
-  T* rows;     // [C][row_voxels]
-  A* targets;  // [C][tile_voxels] of a dense target
+  T* rows;       // [C][row_voxels]
+  A* targets;    // [C][tile_voxels] of a dense target
+  A* converted;  // [C] vectors: of a dense target, as load_inner_targets wants it
   Int* labels;
   A* weights;
   char* rest;
@@ -654,13 +701,14 @@ struct TileBuffers {
   static int64_t bytes(const Volume& v) {
     const int64_t target_bytes = v.dense ? v.classes * static_cast<int64_t>(sizeof(A)) : 0;
     return voxels_per_tile(v) * (target_bytes + static_cast<int64_t>(sizeof(Int) + sizeof(A))) +
-           voxels_per_row(v) * v.classes * static_cast<int64_t>(sizeof(T));
+           voxels_per_row(v) * v.classes * static_cast<int64_t>(sizeof(T)) + Lanes<A>::count * target_bytes;
   }
   TileBuffers(const Volume& v, void* scratch) : tile_voxels(voxels_per_tile(v)), row_voxels(voxels_per_row(v)) {
     labels = static_cast<Int*>(scratch);
     weights = reinterpret_cast<A*>(labels + tile_voxels);
     targets = weights + tile_voxels;
-    rows = reinterpret_cast<T*>(targets + (v.dense ? v.classes * tile_voxels : 0));
+    converted = targets + (v.dense ? v.classes * tile_voxels : 0);
+    rows = reinterpret_cast<T*>(converted + (v.dense ? v.classes * Lanes<A>::count : 0));
     rest = reinterpret_cast<char*>(rows + v.classes * row_voxels);
   }
 
@@ -689,7 +737,8 @@ Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, con
   if (tile.bytes != nullptr) {
     // There is nothing to convert.
   } else if (v.dense) {
-    load_targets(v, sample, begin, count, buffers.targets, tile.target_stride, buffers.labels, tile.masked);
+    load_targets(v, sample, begin, count, buffers.converted, buffers.targets, tile.target_stride, buffers.labels,
+                 tile.masked);
   } else {
     load_labels(v, sample, begin, count, buffers.labels, tile.masked, bad);
   }
