@@ -37,11 +37,16 @@ PROGRAMS = {
 OURS = ("barriers of warps as ours", "the same, uneven turns")
 
 
+def find_nvcc() -> str | None:
+    """As setup.py does."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
+
+
 def compile_command(out: pathlib.Path) -> list[str]:
     """nvcc's, for the program."""
-    nvcc = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", ""), "bin")) or "nvcc"
     abi = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(TORCH / "include")]
-    return [nvcc, "-std=c++17", *abi, str(PROGRAM), "-o", str(out)]
+    return [find_nvcc() or "nvcc", "-std=c++17", *abi, str(PROGRAM), "-o", str(out)]
 
 
 def is_reported(program: pathlib.Path, arguments: tuple[str, ...], races: bool) -> bool:

@@ -105,7 +105,7 @@ def test_what_is_planted_in_compiled_code_is_found(host_build, ptx, tmp_path, ri
     assert ("a race: " in result.stdout) == ("TK_EMULATION_RACES" in environment)
 
 
-@pytest.mark.usefixtures("needs_ptx")
+@pytest.mark.skipif(racecheck.find_nvcc() is None, reason="nvcc is neither in CUDA_HOME/bin nor on the PATH")
 def test_known_programs_for_racecheck(host_build, tmp_path):
     """What racecheck is asked about on a card: here its sources and what nvcc makes of them, the races looked for."""
     objects = [o for o in host_build[1] if o.name.endswith("_ptx.o")]

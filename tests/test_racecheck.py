@@ -6,13 +6,15 @@ The programs that it is asked about are tested in test_cuda_on_host.py.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 
 import pytest
+import racecheck
 from processes import ROOT, run
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+pytestmark = pytest.mark.skipif(
+    racecheck.find_nvcc() is None, reason="nvcc is neither in CUDA_HOME/bin nor on the PATH"
+)
 
 TOOL = """#!/bin/sh
 case "$*" in

@@ -292,18 +292,19 @@ void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* 
 
 // ---- Dense targets
 
-// n numbers that lie side by side. gcc 12 takes a loop over other types apart lane by lane.
+// n numbers that lie side by side. load_widened has better instructions than gcc 12 finds, where it has any.
 template <typename T, typename A>
 TK_INLINE void convert(const T* p, int n, A* out) {
   using V = Vector<A>;
   using Int = typename Lanes<A>::Int;
   constexpr int kLanes = Lanes<A>::count;
+  constexpr bool kWidens = kVectorBytes == 64 || (kVectorBytes == 32 && sizeof(Int) == 4);
   int i = 0;
   if constexpr (sizeof(A) == 4 && (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>)) {
     for (; i + kLanes <= n; i += kLanes) store(out + i, widen(load<HalfVector>(p + i), T{}));
-  } else if constexpr (std::is_integral_v<T> && sizeof(T) <= sizeof(Int)) {
+  } else if constexpr (kWidens && std::is_integral_v<T> && sizeof(T) <= sizeof(Int)) {
     for (; i + kLanes <= n; i += kLanes) store(out + i, __builtin_convertvector(load_widened<Int>(p + i), V));
-  } else if constexpr (std::is_same_v<T, int64_t>) {
+  } else if constexpr (sizeof(A) == 4 && std::is_same_v<T, int64_t>) {
     for (; i + kLanes <= n; i += kLanes) store(out + i, convert_long(p + i));
   }
   for (; i < n; ++i) out[i] = to_accumulation<T, A>(p[i]);
@@ -358,7 +359,8 @@ TK_INLINE void load_targets_of(const Volume& v, int64_t sample, int64_t begin, i
     p += begin * t.voxel_stride;
   }
   int done = 0;
-  if (offsets == nullptr && t.class_stride == 1 && t.voxel_stride == v.classes) {
+  const bool gains = kVectorBytes > 16 || v.classes > kFewClasses;  // of short vectors few classes are soon gathered
+  if (gains && offsets == nullptr && t.class_stride == 1 && t.voxel_stride == v.classes) {
     done = load_inner_targets<T, A>(p, static_cast<int>(v.classes), count, converted, rows, row_stride);
     p += done * t.voxel_stride;
   }
