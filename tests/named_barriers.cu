@@ -53,6 +53,7 @@ __host__ __device__ __forceinline__ int turns_of(int group, bool uneven) {
   return uneven ? group : kTurns;
 }
 
+// log_warps is not a constant, so that the barriers take their numbers from registers, as ours do.
 template <Form kForm>
 __global__ void exchange_kernel(int log_warps, bool uneven, int* out) {
   TK_SHARED(memory);

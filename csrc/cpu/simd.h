@@ -404,6 +404,7 @@ TK_INLINE void store_narrowed(Narrow* p, V v) {
   }
 }
 
+// A vector of them as float, which gcc 12 would convert one by one.
 TK_INLINE FloatVector convert_long(const int64_t* p) {
 #if defined(__AVX512F__)
   const __m256 first = _mm512_maskz_cvtepi64_ps(0xff, _mm512_loadu_si512(p));

@@ -359,8 +359,9 @@ TK_INLINE void load_targets_of(const Volume& v, int64_t sample, int64_t begin, i
     p += begin * t.voxel_stride;
   }
   int done = 0;
-  const bool gains = kVectorBytes > 16 || v.classes > kFewClasses;  // of short vectors few classes are soon gathered
-  if (gains && offsets == nullptr && t.class_stride == 1 && t.voxel_stride == v.classes) {
+  // With short vectors few classes are gathered as fast.
+  const bool by_vectors = kVectorBytes > 16 || v.classes > kFewClasses;
+  if (by_vectors && offsets == nullptr && t.class_stride == 1 && t.voxel_stride == v.classes) {
     done = load_inner_targets<T, A>(p, static_cast<int>(v.classes), count, converted, rows, row_stride);
     p += done * t.voxel_stride;
   }
@@ -599,20 +600,20 @@ __attribute__((noinline)) void read_inner_block(const T* at, int classes, Vector
     top[k] = rows.top;
   }
 }
-// Rows of a block to where its voxels' classes lie side by side. streamed: past the caches, whole lines one after the
-// other, for which `whole` has the block's size.
+// Rows of a block to where its voxels' classes lie side by side. streamed: past the caches, in whole lines, which where
+// the rows do not give them so are put together in `lines`, of the block's size.
 template <typename T>
-__attribute__((noinline)) void write_inner_block(T* at, int classes, T* rows, bool streamed, T* whole) {
+__attribute__((noinline)) void write_inner_block(T* at, int classes, T* rows, bool streamed, T* lines) {
   using V = typename Stored<T>::Vector;
   constexpr int kLanes = sizeof(V) / sizeof(T), kVoxels = kBlock<Compute<T>>;
   const bool in_lines = classes <= kMostPicked || (sizeof(V) == 64 && classes % kLanes == 0);
-  T* const to = streamed && !in_lines ? whole : at;
+  T* const to = streamed && !in_lines ? lines : at;
   for (int i = 0; i < kVoxels; i += kLanes) {
     BufferRows<T> of_vector{rows + i, kVoxels};
     copy_vector_of_voxels<true>(to + i * classes, classes, of_vector, streamed && in_lines);
   }
   if (to == at) return;
-  for (int i = 0; i < kVoxels * classes; i += kLanes) stream(at + i, load<V>(whole + i));
+  for (int i = 0; i < kVoxels * classes; i += kLanes) stream(at + i, load<V>(lines + i));
 }
 #else
 template <typename T>

@@ -40,7 +40,8 @@ struct BufferRows {
 
 #if defined(TK_HAS_SHUFFLES)
 
-// Up to this many classes a row is picked out of the few vectors that hold all classes of its voxels.
+// Up to this many classes their rows are made of the few vectors that hold all of their voxels: halved as long as the
+// classes are even, then each picked out of them.
 constexpr int kMostPicked = 8;
 
 // Lane `i` of class c's row is element i * C + c of the C vectors. step(j): what lane i takes from (row so far, vector
