@@ -137,7 +137,7 @@ def test_options(classes, spatial, options):
     check(logits, target, upstream=upstream, least_norm=1e-4, **options)
 
 
-@pytest.mark.parametrize("dtype", TWO_DTYPES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [2, 3, 4, 20])
 @pytest.mark.parametrize(
     "layout",
@@ -171,7 +171,7 @@ CHANNELS_LAST += [(58, (8, 9)), (118, (24, 25)), (131, (8, 9))]
 
 
 @pytest.mark.parametrize("function", [kernel_loss, kernel_ce_loss])
-@pytest.mark.parametrize("dtype", TWO_DTYPES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize(("classes", "spatial"), CHANNELS_LAST if BACKEND != "triton" else CHANNELS_LAST[1:4:2])
 def test_channels_last(classes, spatial, dtype, function):
     logits, target = inputs(1, classes, spatial, dtype)
@@ -216,7 +216,7 @@ def test_a_bad_label_gives_nan(classes, bad):
     assert torch.isnan(OPERATORS.gradient_pass(loss, coefficients, logits, target, *PLAIN)[1]).any()
 
 
-@pytest.mark.parametrize("dtype", TWO_DTYPES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [2, 3, 20])
 @pytest.mark.parametrize("options", [None, {"label_smoothing": 0.1}, {"focal_gamma": 2.0}, {"focal_gamma": 0.7}])
 def test_what_does_not_count_may_be_nan(options, classes, dtype):
@@ -254,7 +254,7 @@ def test_immense_coefficients(overlap):
 
 
 @pytest.mark.parametrize("size", [1e4, 1e10, 3e38])
-@pytest.mark.parametrize("dtype", TWO_DTYPES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [2, 3, 20])
 def test_huge_logits(classes, dtype, size):
     logits, target = inputs(1, classes, (64,))
@@ -373,7 +373,7 @@ def test_any_combination(case):
 
 
 @pytest.mark.parametrize("classes", [2, 4, 20] if BACKEND == "triton" else [2, 3, 4, 7, 20, 129])
-@pytest.mark.parametrize("dtype", TWO_DTYPES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
     [
@@ -398,7 +398,7 @@ def test_cross_entropy(classes, dtype, options):
     check(*inputs(2, classes, (5, 16), dtype), function=kernel_ce_loss, **options)
 
 
-@pytest.mark.parametrize("dtype", TWO_DTYPES)
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
 @pytest.mark.parametrize("target_dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize(
     ("function", "options"),
