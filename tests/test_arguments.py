@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from common import inputs
@@ -212,6 +213,31 @@ def test_accepted_forms_agree(loss):
     for alpha in (0.3, [0.3] * 3, (0.3,) * 3, torch.tensor([0.3] * 3).double(), torch.tensor(0.3).double()):
         torch.testing.assert_close(loss(LOGITS, TARGET, alpha=alpha, beta=0.7), expected)
     torch.testing.assert_close(loss(LOGITS, TARGET[:, None], class_weight=1), expected)
+
+
+def test_numbers_and_arrays_of_numpy(loss):
+    """Frequencies of classes, and what a configuration was read into."""
+    weight = np.array([0.2, 1.0, 3.0], np.float32)
+    options = {"gamma": 0.75, "ignore_index": 1, "smooth_nr": 0.5}
+    expected = loss(LOGITS, TARGET, alpha=0.25, beta=0.75, class_weight=weight.tolist(), **options)
+    options = {"gamma": np.float32(0.75), "ignore_index": np.int64(1), "smooth_nr": np.float16(0.5)}
+    for alpha in (np.float32(0.25), np.array(0.25), np.full(3, 0.25), list(np.full(3, 0.25, np.float32))):
+        for beta in (0.75, np.float64(0.75), np.float32(0.75)):
+            assert torch.equal(loss(LOGITS, TARGET, alpha=alpha, beta=beta, class_weight=weight, **options), expected)
+    assert torch.equal(
+        loss(LOGITS, TARGET, alpha=np.float32(0.5), beta=np.float32(0.5), squared=True),
+        loss(LOGITS, TARGET, alpha=0.5, beta=0.5, squared=True),
+    )
+    for wrong, error, message in (
+        (np.ones(4), ValueError, "class_weight: expected a number or 3 numbers"),
+        (np.array([True, False, True]), TypeError, r"class_weight\[0\]: expected a number >= 0, got bool"),
+        (np.array([1.0, -2.0, 1.0]), ValueError, r"class_weight\[1\]: expected a finite number >= 0, got -2.0"),
+        (np.ones((3, 3)), TypeError, r"class_weight\[0\]: expected a number >= 0, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            loss(LOGITS, TARGET, class_weight=wrong)
+    with pytest.raises(TypeError, match="ignore_index: expected an integer or None"):
+        loss(LOGITS, TARGET, ignore_index=np.float32(1))
 
 
 def test_class_parameters_are_made_once():

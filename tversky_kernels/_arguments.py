@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -126,7 +127,7 @@ def _shape(x) -> str:
 def number(name: str, value, *, positive: bool = False, most: float = math.inf) -> float:
     """The value as a float; an error that names the argument where it is out of range."""
     bound = "> 0" if positive else ">= 0" if most == math.inf else f"in [0, {most:g}]"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # numpy's among them
         raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
     if not 0 <= value <= most or value == math.inf or (positive and value == 0):  # NaN fails too
         raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
@@ -219,6 +220,8 @@ def check_arguments(
     """
     if check_target not in (None, True, False):
         raise TypeError(f"check_target: expected None, True or False, got {check_target!r}")
+    if not (type(alpha) is type(beta) is float and class_weight is None and ce_class_weight is None):
+        alpha, beta, class_weight, ce_class_weight = map(_plain, (alpha, beta, class_weight, ce_class_weight))
     if squared and not (isinstance(alpha, (int, float)) and isinstance(beta, (int, float)) and alpha == beta):
         raise ValueError(f"squared: expected alpha and beta to be one number, got {alpha!r} and {beta!r}")
     in_table = not (
@@ -259,6 +262,13 @@ def check_arguments(
     return Checked(Volumes(target, voxel_weight, layout.dense), plan, class_parameters)
 
 
+def _plain(value):
+    # numpy's numbers and arrays as Python's numbers and lists.
+    if isinstance(value, (torch.Tensor, int, float, list, tuple)) or not hasattr(value, "tolist"):
+        return value
+    return value.tolist()
+
+
 def _facts(name: str, x) -> Facts:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
@@ -281,7 +291,7 @@ def _check_options(*values) -> Options:
     given = Options(*values)
     one_of("activation", given.activation, ACTIVATIONS)
     index = given.ignore_index
-    if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+    if index is not None and (isinstance(index, bool) or not isinstance(index, (int, numbers.Integral))):
         raise TypeError(f"ignore_index: expected an integer or None, got {index!r}")
     if index is not None and not -(2**63) <= index < 2**63:
         raise ValueError(f"ignore_index: expected a 64-bit integer, got {index}")
@@ -289,6 +299,7 @@ def _check_options(*values) -> Options:
     options = given._replace(
         alpha=math.nan if in_table else number("alpha", given.alpha),
         beta=math.nan if in_table else number("beta", given.beta),
+        ignore_index=None if index is None else int(index),
         gamma=number("gamma", given.gamma, positive=True),
         smooth_nr=number("smooth_nr", given.smooth_nr),
         smooth_dr=number("smooth_dr", given.smooth_dr),

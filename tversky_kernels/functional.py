@@ -139,7 +139,7 @@ def tversky_loss(
         target: Class indices (N, *spatial) or (N, 1, *spatial) of bool, uint8, int8, int16, int32 or int64, read in
             their own type; or a dense target (N, C, *spatial), one-hot or soft, of one of these or of a floating type.
             A dense target that requires a gradient takes the reference path, which gives it one.
-        alpha: Weight of the false positives, >= 0: a number, or one a class.
+        alpha: Weight of the false positives, >= 0: a number, or one a class (a list, tensor or array).
         beta: Weight of the false negatives, >= 0: a number, or one a class.
         gamma: Exponent, > 0. Where 1 - TI is 0 and gamma < 1 the gradient is 0, not infinite.
         smooth_nr: Added to the numerator, >= 0.
