@@ -171,6 +171,13 @@ struct TopSums {
     rest += is_top ? V{} : e;
     tops += is_top ? e : V{};
   }
+  TK_MATH void add(bool is_top, V e) {  // without selections
+    if (is_top) {
+      tops += e;
+    } else {
+      rest += e;
+    }
+  }
   TK_MATH V beyond_one() const { return rest + (tops - 1); }  // sum of exponentials - 1
 };
 

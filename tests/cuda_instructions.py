@@ -1,6 +1,6 @@
 """Instructions a logit of the CUDA kernels in registers, without a GPU: python tests/cuda_instructions.py.
 
-Counted is the shortest way through a kernel's main loop that reads uint8 labels (or a dense float32 target) in whole
+Counted is the shortest way through a kernel's main loop that reads uint8 labels (or a dense uint8 target) in whole
 loads and, in the gradient pass, stores: all voxels count, none has a weight, and no logit is huge. What the lanes that
 share a voxel combine is not counted, or (dense targets: a loop) once, as by two lanes. What a multiprocessor can issue
 while the bytes arrive is in docs/performance.md.
@@ -112,13 +112,13 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
         dtype, size = TYPES[kernel["type"]]
         classes, ce, squared = int(kernel["classes"]), CROSS_ENTROPIES[int(kernel["ce"])], kernel["squared"] == "1"
         split, dense = "split" in kernel["kernel"], "dense" in kernel["kernel"]
-        # As kVoxelsOf, kSplitVoxels and kAhead in csrc/cuda/kernels.h.
+        # As kVoxelsOf, kSplitVoxels, kAhead and kDenseAhead in csrc/cuda/kernels.h.
         voxels = 4 if split else 16 // size if 16 // size * classes <= (16 if ce else 32) else 8 // size
-        ahead = split and not dense and (size == 2 or "count" in kernel["kernel"])
+        ahead = split and (size == 2 or "count" in kernel["kernel"]) and not (dense and classes == 2)
         load = "LDGSTS" if ahead else "LDG"
-        width = r"\.128" if dense else "" if voxels == 4 else r"\.64"
+        width = "" if voxels == 4 else r"\.64"
         target = rf"(@!?P\d )?{load}\.E{width}(\.CONSTANT)? "
-        pieces = [r"(@!?P\d )?LDGSTS\.E\.BYPASS\.128 "] if turns else []
+        pieces = [r"(@!?P\d )?LDGSTS\.E\.BYPASS\.128 "] if turns else [r"PRMT .*0x444"] if dense else []
         if turns:
             target = r"(@!?P\d )?LDG(STS)?\.E(\.CONSTANT)? "
         stores = [r"(@!?P\d )?STG\.E\.EF\.(128|64) "] if "gradient" in kernel["kernel"] else []

@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 
 // A target of its own for every class, by products: see Plan::dense.
 template <typename T, int kClasses, bool kCrossEntropy>
-__global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
+__global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, false>)
     dense_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished,
                                   const Blocks blocks, const SplitShape shape) {
   using A = Compute<T>;
@@ -389,28 +389,53 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   GeneralSums<A> counts[kClasses];
   A weight_sum = A(0);
   bool bad = false;
-  for_each_pack<kOrder>(share, lane, [&](int64_t at) {
+  const auto add = [&](int j, A g, A p, A complement) {  // both times the weight
+    const Overlap<A> overlap = overlap_of(Probability<A>{p, complement}, g, OverlapForm::kProduct);
+    counts[j].tp += overlap.tp;
+    counts[j].fp += overlap.fp;
+    counts[j].fn += overlap.fn;
+  };
+  DensePack<T, kClasses, kDenseAhead<T, kClasses, false>> pack(
+      reinterpret_cast<unsigned char*>(lane.beyond_exchange<A>(memory)), targets, lane);
+  const auto expect = [&](int64_t at) { pack.expect(v, rows, targets, lane, at); };
+  for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
     Logits<T, kVoxels> z[kClasses];
-    A g[kClasses][kVoxels], e[kClasses][kVoxels], weights[kVoxels], beyond_one[kVoxels];
-    load_dense_split(v, rows, targets, lane, share.sample, at, z, g, weights, bad);
-    top_of_split(z, lane, beyond_one, [&](int j, int k, A below_top, A exponential_of) {
-      e[j][k] = exponential_of;
-      // -log p = below_top + log S; without g it may be infinite, and is not wanted.
-      if (kCrossEntropy && g[j][k] != A(0)) counts[j].ce += (g[j][k] * weights[k]) * below_top;
-    });
+    A g[kClasses][kVoxels], weights[kVoxels];
+    pack.load(v, rows, targets, lane, share.sample, at, next, z, g, weights, bad);
+    if constexpr (kClasses == 2) {
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-      const A weighted = reciprocal(A(1) + beyond_one[k]) * weights[k];
-      const A log_sum = kCrossEntropy ? log_one_plus(beyond_one[k]) * weights[k] : A(0);
-      if (kCrossEntropy) weight_sum += weights[k];
+      for (int k = 0; k < kVoxels; ++k) {
+        const A z0 = z[0].at(k), z1 = z[1].at(k), weight = weights[k];
+        const A d = two_class_logit(z0, z1, larger(z0, z1)), e = exponential(-magnitude(d));
+        const Probability<A> p = logistic(d < A(0), e, reciprocal(A(1) + e));  // of the second
+        const A second = p.p * weight, first = p.complement * weight;
+        add(0, g[0][k], first, second);
+        add(1, g[1][k], second, first);
+        if (kCrossEntropy) {
+          const A common = log_one_plus_small(e);
+          weight_sum += weight;
+          // Without g it may be infinite, and is not wanted.
+          if (g[0][k] != A(0)) counts[0].ce += (g[0][k] * weight) * (common + larger(d, A(0)));
+          if (g[1][k] != A(0)) counts[1].ce += (g[1][k] * weight) * (common + larger(-d, A(0)));
+        }
+      }
+    } else {
+      A e[kClasses][kVoxels], beyond_one[kVoxels];
+      top_of_split(z, lane, beyond_one, [&](int j, int k, A below_top, A exponential_of) {
+        e[j][k] = exponential_of;
+        // -log p = below_top + log S; without g it may be infinite, and is not wanted.
+        if (kCrossEntropy && g[j][k] != A(0)) counts[j].ce += (g[j][k] * weights[k]) * below_top;
+      });
 #pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        const A p = e[j][k] * weighted, complement = unscaled_complement(e[j][k], beyond_one[k]) * weighted;
-        const Overlap<A> overlap = overlap_of(Probability<A>{p, complement}, g[j][k], OverlapForm::kProduct);
-        counts[j].tp += overlap.tp;
-        counts[j].fp += overlap.fp;
-        counts[j].fn += overlap.fn;
-        if (kCrossEntropy) counts[j].ce += log_sum * g[j][k];
+      for (int k = 0; k < kVoxels; ++k) {
+        const A weighted = reciprocal(A(1) + beyond_one[k]) * weights[k];
+        const A log_sum = kCrossEntropy ? log_one_plus(beyond_one[k]) * weights[k] : A(0);
+        if (kCrossEntropy) weight_sum += weights[k];
+#pragma unroll
+        for (int j = 0; j < kClasses; ++j) {
+          add(j, g[j][k], e[j][k] * weighted, unscaled_complement(e[j][k], beyond_one[k]) * weighted);
+          if (kCrossEntropy) counts[j].ce += log_sum * g[j][k];
+        }
       }
     }
   });

@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 
 // A target of its own for every class, by products: see Plan::dense.
 template <typename T, int kClasses, bool kCrossEntropy>
-__global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
+__global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, true>)
     dense_split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks,
                                      const SplitShape shape) {
   using A = Compute<T>;
@@ -321,8 +321,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   TK_SHARED(memory);
   const SplitLane lane(shape, classes);
   const Share share = share_of_block<kOrder>(v, blocks);
-  const Coefficients<A>* of_class =
-      fill_coefficients<kCrossEntropy>(v, a, share.sample, lane.beyond_exchange<Coefficients<A>>(memory));
+  Coefficients<A>* const coefficients = lane.beyond_exchange<Coefficients<A>>(memory);
+  const Coefficients<A>* of_class = fill_coefficients<kCrossEntropy>(v, a, share.sample, coefficients);
   __syncthreads();
 
   const T* rows = static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride;
@@ -336,44 +336,68 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   const auto ce_of = [&](int j) {  // from shared memory, as registers are few
     return lane.has<kClasses>(j) ? of_class[lane.class_of(j)].ce : A(0);
   };
+  const auto slope_of = [&](int j, A target) {  // p does not decide it
+    return overlap_slope(Probability<A>{}, target, u_background[j], u_foreground[j], OverlapForm::kProduct);
+  };
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
-  for_each_pack<kOrder>(share, lane, [&](int64_t at) {
+  DensePack<T, kClasses, kDenseAhead<T, kClasses, true>> pack(
+      reinterpret_cast<unsigned char*>(coefficients + classes + 1), targets, lane);
+  const auto expect = [&](int64_t at) { pack.expect(v, rows, targets, lane, at); };
+  for_each_pack_ahead<kOrder>(share, lane, expect, [&](int64_t at, int64_t next) {
     Logits<T, kVoxels> z[kClasses];
     Packed<T, kVoxels> dz[kClasses];
-    A g[kClasses][kVoxels], e[kClasses][kVoxels], weights[kVoxels], beyond_one[kVoxels];
-    load_dense_split(v, rows, targets, lane, share.sample, at, z, g, weights, bad);
-    top_of_split(z, lane, beyond_one, [&](int j, int k, A, A exponential_of) { e[j][k] = exponential_of; });
-    const auto slope_of = [&](int j, A target) {  // p does not decide it
-      return overlap_slope(Probability<A>{}, target, u_background[j], u_foreground[j], OverlapForm::kProduct);
-    };
-    A sums[3 * kVoxels];  // rest_u S, top_u and the sum of b
+    A g[kClasses][kVoxels], weights[kVoxels];
+    pack.load(v, rows, targets, lane, share.sample, at, next, z, g, weights, bad);
+    if constexpr (kClasses == 2) {
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-      A rest_u = A(0), top_u = A(0), b_all = A(0);
-#pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        const A slope = slope_of(j, g[j][k]);
-        rest_u += e[j][k] == A(1) ? A(0) : e[j][k] * slope;
-        top_u += e[j][k] == A(1) ? slope : A(0);
-        if (kCrossEntropy) b_all += g[j][k] * ce_of(j);
+      for (int k = 0; k < kVoxels; ++k) {
+        const A z0 = z[0].at(k), z1 = z[1].at(k);
+        const A d = two_class_logit(z0, z1, larger(z0, z1)), e = exponential(-magnitude(d));
+        const A inverse = reciprocal(A(1) + e);
+        A dz_1 = logistic_gradient(e, inverse, slope_of(1, g[1][k]) - slope_of(0, g[0][k]));
+        if (kCrossEntropy) {
+          const A b = g[1][k] * ce_of(1), b_all = g[0][k] * ce_of(0) + b;
+          dz_1 += softmax_cross_entropy_gradient(logistic(d < A(0), e, inverse), b, b_all);
+        }
+        dz_1 *= weights[k];
+        dz[0].values[k] = static_cast<T>(-dz_1);
+        dz[1].values[k] = static_cast<T>(dz_1);
       }
-      sums[k] = rest_u;
-      sums[kVoxels + k] = top_u;
-      sums[2 * kVoxels + k] = b_all;
-    }
-    sum_over_lanes<kSums, Combine::kLoop>(sums, lane);
+    } else {
+      A e[kClasses][kVoxels], beyond_one[kVoxels];
+      top_of_split(z, lane, beyond_one, [&](int j, int k, A, A exponential_of) { e[j][k] = exponential_of; });
+      A sums[3 * kVoxels];  // rest_u S, top_u and the sum of b
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) {
-      const A inverse = reciprocal(A(1) + beyond_one[k]), weighted = inverse * weights[k];
-      const DenseSoftmaxGradient<A> gradient =
-          dense_softmax_gradient(sums[k] * inverse, sums[kVoxels + k], beyond_one[k], inverse);
+      for (int k = 0; k < kVoxels; ++k) {
+        A rest_u = A(0), top_u = A(0), b_all = A(0);
 #pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
-        const A target = recomputed(g[j][k]);
-        const Probability<A> p{e[j][k] * weighted, unscaled_complement(e[j][k], beyond_one[k]) * weighted};
-        A slope = gradient.overlap(p.p, slope_of(j, target));
-        if (kCrossEntropy) slope += softmax_cross_entropy_gradient(p, target * ce_of(j), sums[2 * kVoxels + k]);
-        dz[j].values[k] = static_cast<T>(slope);
+        for (int j = 0; j < kClasses; ++j) {
+          const A slope = slope_of(j, g[j][k]);
+          if (e[j][k] == A(1)) {
+            top_u += slope;
+          } else {
+            rest_u += e[j][k] * slope;
+          }
+          if (kCrossEntropy) b_all += g[j][k] * ce_of(j);
+        }
+        sums[k] = rest_u;
+        sums[kVoxels + k] = top_u;
+        sums[2 * kVoxels + k] = b_all;
+      }
+      sum_over_lanes<kSums, Combine::kLoop>(sums, lane);
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) {
+        const A inverse = reciprocal(A(1) + beyond_one[k]), weighted = inverse * weights[k];
+        const DenseSoftmaxGradient<A> gradient =
+            dense_softmax_gradient(sums[k] * inverse, sums[kVoxels + k], beyond_one[k], inverse);
+#pragma unroll
+        for (int j = 0; j < kClasses; ++j) {
+          const A target = recomputed(g[j][k]);
+          const Probability<A> p{e[j][k] * weighted, unscaled_complement(e[j][k], beyond_one[k]) * weighted};
+          A slope = gradient.overlap(p.p, slope_of(j, target));
+          if (kCrossEntropy) slope += softmax_cross_entropy_gradient(p, target * ce_of(j), sums[2 * kVoxels + k]);
+          dz[j].values[k] = static_cast<T>(slope);
+        }
       }
     }
     store_split(v, a.out, share.sample, lane, at, dz);

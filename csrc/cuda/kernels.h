@@ -139,6 +139,13 @@ constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
 // for memory anyway, and was slower so.
 template <typename T, bool kGradient>
 constexpr bool kAhead = !kGradient || sizeof(T) == 2;
+// The same of a dense target and its logits. Two classes take few instructions, and threads enough run at once.
+template <typename T, int kClasses, bool kGradient>
+constexpr bool kDenseAhead = kClasses > 2 && kAhead<T, kGradient>;
+template <int kClasses, bool kGradient>
+constexpr int kDenseBlocks = kClasses > 2 ? kSplitBlocks
+                             : kGradient  ? 3
+                                          : 4;
 // The same of tiles (interleaved.cuh): two of them in float32 would leave an sm_80 one block a multiprocessor.
 template <typename T>
 constexpr bool kTileAhead = sizeof(T) == 2;

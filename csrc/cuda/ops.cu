@@ -143,12 +143,15 @@ bool aligned(const LogitsView& x, int64_t element_size, int64_t bytes) {
          x.sample_stride * element_size % bytes == 0 && x.class_stride * element_size % bytes == 0;
 }
 
-int bytes_of_label(ElementType type) {
+int bytes_of(ElementType type) {
   switch (type) {
     case ElementType::kBool:
     case ElementType::kUint8:
     case ElementType::kInt8: return 1;
+    case ElementType::kHalf:
+    case ElementType::kBFloat16:
     case ElementType::kInt16: return 2;
+    case ElementType::kFloat:
     case ElementType::kInt32: return 4;
     default: return 8;
   }
@@ -229,6 +232,16 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
     const int most_of_lane = plan.dense ? kMostOfLaneDense : kMostOfLaneGeneral;
     plan.lanes = sizeof(T) < 8 ? split_lanes(classes, kMostLanesGeneral, most_of_lane) : 0;
     values = Plan::kThreads / kWarp * plan.lanes * v.count_columns() * most_of_lane;
+    if (plan.dense && plan.lanes > 0) {
+      with_dense_split_classes(classes, plan.lanes, [&](auto of_lane) {
+        constexpr int kClasses = decltype(of_lane)::value;
+        if (!(out == nullptr ? kDenseAhead<T, kClasses, false> : kDenseAhead<T, kClasses, true>)) return;
+        const int bytes = bytes_of(v.target.type) <= 4 ? bytes_of(v.target.type) : 0;  // others do not come ahead
+        // The sums come where the packs have been.
+        const int sums = out == nullptr ? static_cast<int>(values * sizeof(Compute<T>)) : 0;
+        packs = std::max(0, kClasses * (static_cast<int>(sizeof(T)) + bytes) * kSplitVoxels * Plan::kThreads - sums);
+      });
+    }
   } else if (!plan.split) {
     plan.lanes = 1;
     const int n = static_cast<int>(classes);
@@ -236,7 +249,7 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
       values = few_sum_values<decltype(ce)::value, decltype(is_squared)::value>(n);
     });
     if (out == nullptr && few_come_ahead<T>(n)) {
-      packs = (n * static_cast<int>(sizeof(T)) + bytes_of_label(v.target.type)) * plan.voxels * Plan::kThreads;
+      packs = (n * static_cast<int>(sizeof(T)) + bytes_of(v.target.type)) * plan.voxels * Plan::kThreads;
     }
   } else {
     plan.lanes = lanes;
@@ -244,7 +257,7 @@ bool plan_in_registers(const Volume& v, const GradientView* out, Plan& plan) {
       constexpr int kClasses = decltype(of_lane)::value;
       values = label_values(kClasses);
       // Tiles, or a pack of each class; and a place of no class.
-      const int labels = bytes_of_label(v.target.type) * kSplitVoxels * Plan::kThreads;
+      const int labels = bytes_of(v.target.type) * kSplitVoxels * Plan::kThreads;
       if (decltype(turns)::value > 0) {
         const RowOfTile row(static_cast<int>(classes), sizeof(T));
         const int tile = Plan::kThreads / lanes / row.packs * row.stride * 16;
@@ -298,7 +311,7 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
 // same time (measured on an H100, all of it). pieces: of each multiprocessor.
 int blocks_of_multiprocessor(const Volume& v, const Plan& plan, bool gradient, int64_t pieces) {
   const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone;
-  const bool four = plan.lanes == 1 && !plan.split && v.classes == 2 && !cross_entropy;
+  const bool two = plan.lanes == 1 && v.classes == 2, four = two && !plan.split && !cross_entropy;
   const bool half = v.logits.type == ElementType::kHalf || v.logits.type == ElementType::kBFloat16;
   const bool split_labels = plan.split && !plan.general;
   if (gradient && split_labels) {  // some ten pieces a block, more where a block has more to begin with
@@ -308,7 +321,7 @@ int blocks_of_multiprocessor(const Volume& v, const Plan& plan, bool gradient, i
   if (gradient) return !half ? 24 : four ? 4 : 6;
   if (half && plan.lanes == 1 && !plan.split && v.classes == 4 && !cross_entropy) return 4;
   if (split_labels && half) return 2;
-  return four || split_labels || (plan.lanes == 0 && !plan.by_channel) ? 4 : 6;
+  return four || (two && plan.dense) || split_labels || (plan.lanes == 0 && !plan.by_channel) ? 4 : 6;
 }
 
 }  // namespace

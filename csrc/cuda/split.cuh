@@ -57,10 +57,10 @@ struct SplitLane : LaneOfVoxel {
   __device__ __forceinline__ int class_of(int j) const { return first_class + (j << shape.log_lanes); }
   __device__ __forceinline__ ClassOfLane find(int c, int) const { return {c & (lanes() - 1), c >> shape.log_lanes}; }
   // Whether class_of(j) exists, of at most kClasses. with_split_classes takes kClasses so that only the last two may
-  // not.
+  // not; and where it is two, there are two.
   template <int kClasses>
   __device__ __forceinline__ bool has(int j) const {
-    return j < kClasses - 2 || j < own;
+    return kClasses == 2 || j < kClasses - 2 || j < own;
   }
   // Which of this lane's classes the label is, -1 where none.
   __device__ __forceinline__ int index_of(int label) const {
@@ -523,14 +523,14 @@ struct DenseRows {
   const Volume& v;
   const SplitLane& lane;
   int64_t start;  // of the sample
-  bool whole;     // in whole loads
+  int whole;      // bytes of a value where they come in whole loads; else 0
 
   __device__ __forceinline__ DenseRows(const Volume& volume, const SplitLane& lane_, int64_t sample)
-      : v(volume), lane(lane_), start(sample * volume.target.sample_stride), whole(false) {
+      : v(volume), lane(lane_), start(sample * volume.target.sample_stride), whole(0) {
     if (v.target.voxel_stride != 1 || (start | v.target.class_stride) % kVoxels != 0) return;
     with_element_type(v.target.type, [&](auto element) {
       constexpr int kBytes = sizeof(element) * kVoxels < 16 ? sizeof(element) * kVoxels : 16;
-      whole = reinterpret_cast<uintptr_t>(v.target.data) % kBytes == 0;
+      if (reinterpret_cast<uintptr_t>(v.target.data) % kBytes == 0) whole = static_cast<int>(sizeof(element));
     });
   }
   // From a multiple of kVoxels on; 0 where there is no such class.
@@ -539,7 +539,7 @@ struct DenseRows {
     with_element_type(v.target.type, [&](auto element) {
       using X = decltype(element);
       Packed<X, kVoxels> values[kClasses] = {};
-      if (whole) {
+      if (whole > 0) {
         for_each_row<X, kClasses>(at, 1, [&](int j, const X* row) { values[j] = load_packed<X, kVoxels>(row); });
       } else {
         for_each_row<X, kClasses>(at, v.target.voxel_stride, [&](int j, const X* row) {
@@ -548,14 +548,75 @@ struct DenseRows {
         });
       }
 #pragma unroll
-      for (int j = 0; j < kClasses; ++j) {
+      for (int j = 0; j < kClasses; ++j) convert(values[j], g[j]);
+    });
+  }
+
+  // The same by way of shared memory, where come_ahead: expect begins to bring what take finds there after
+  // wait_for_copies. slots: a pack of each of the lane's classes for each thread, of which clear clears those of none.
+  __device__ __forceinline__ bool come_ahead() const { return whole - 1u < 4u; }
+  template <int kClasses>
+  __device__ __forceinline__ void clear(unsigned char* slots) const {
 #pragma unroll
-        for (int k = 0; k < kVoxels; ++k) g[j][k] = to_compute<A>(values[j].values[k]);
+    for (int j = 0; j < kClasses; ++j) {
+      if (lane.has<kClasses>(j)) continue;
+      with_words([&](auto word) {
+        const decltype(word) none[kVoxels] = {};
+        memcpy(slot<decltype(word)>(slots, j), none, sizeof none);
+      });
+    }
+  }
+  template <int kClasses>
+  __device__ __forceinline__ void expect(int64_t at, unsigned char* slots) const {
+    with_words([&](auto word) {
+      using X = decltype(word);
+      for_each_row<X, kClasses>(at, 1, [&](int j, const X* row) {
+        begin_copy<static_cast<int>(sizeof(X)) * kVoxels, false>(slot<X>(slots, j), row);
+      });
+    });
+  }
+  template <typename A, int kClasses>
+  __device__ __forceinline__ void take(unsigned char* slots, A (&g)[kClasses][kVoxels]) const {
+    with_element_type(v.target.type, [&](auto element) {
+      using X = decltype(element);
+      if constexpr (sizeof(X) <= 4) {
+#pragma unroll
+        for (int j = 0; j < kClasses; ++j) {
+          convert(load_packed<X, kVoxels>(reinterpret_cast<const X*>(slot<X>(slots, j))), g[j]);
+        }
       }
     });
   }
 
  private:
+  template <typename X, typename A>
+  static __device__ __forceinline__ void convert(const Packed<X, kVoxels>& values, A (&g)[kVoxels]) {
+    if constexpr (std::is_same_v<X, uint8_t>) {  // out of one word
+      static_assert(kVoxels == 4, "bytes of a word");
+      uint32_t word;
+      memcpy(&word, &values, sizeof word);
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) g[k] = static_cast<A>(byte_of(word, k));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) g[k] = to_compute<A>(values.values[k]);
+    }
+  }
+  // Calls f with a number as large as a value that comes ahead.
+  template <typename F>
+  __device__ __forceinline__ void with_words(F&& f) const {
+    if (whole == 1) {
+      f(uint8_t{});
+    } else if (whole == 2) {
+      f(int16_t{});
+    } else {
+      f(int32_t{});
+    }
+  }
+  template <typename X>
+  static __device__ __forceinline__ unsigned char* slot(unsigned char* slots, int j) {
+    return slots + (j * Plan::kThreads + static_cast<int>(threadIdx.x)) * static_cast<int>(sizeof(X)) * kVoxels;
+  }
   template <typename X, int kClasses, typename F>
   __device__ __forceinline__ void for_each_row(int64_t at, int64_t voxel_stride, F&& f) const {
     const int64_t step = v.target.class_stride << lane.shape.log_lanes;
@@ -568,28 +629,79 @@ struct DenseRows {
   }
 };
 
-// The logits, targets and weights of a lane's classes and voxels. What does not count has logits, targets and weights
-// of 0. All lanes of the warp must call.
-template <typename A, typename T, int kClasses, int kVoxels>
-__device__ __forceinline__ void load_dense_split(const Volume& v, const T* rows, const DenseRows<kVoxels>& targets,
-                                                 const SplitLane& lane, int64_t sample, int64_t at,
-                                                 Logits<T, kVoxels> (&z)[kClasses], A (&g)[kClasses][kVoxels],
-                                                 A (&weights)[kVoxels], bool& bad) {
-  load_split(v, rows, lane, at, z);
-  const bool inside = at < v.voxels;
-  targets.load(inside ? at : 0, g);
-  int labels[kVoxels];
+// A lane's pack of logits and of what a dense target has for them. kAhead: the next ones are brought to shared memory
+// while a thread works on these, to a place of its own, targets where they can be.
+template <typename T, int kClasses, bool kAhead>
+struct DensePack {
+  static constexpr int kVoxels = kSplitVoxels;
+
+  T* slots;  // [classes][threads] packs, and the targets' from there on
+
+  __device__ __forceinline__ DensePack(unsigned char* memory, const DenseRows<kVoxels>& targets, const SplitLane& lane)
+      : slots(reinterpret_cast<T*>(memory)) {
+    if constexpr (kAhead) {
+      Logits<T, kVoxels> none;
+      fill_without_class(none);
 #pragma unroll
-  for (int k = 0; k < kVoxels; ++k) labels[k] = inside ? 0 : kUncounted;
-  if (v.has_ignore_index) leave_out_ignored(v, lane, g, labels);
-  if (weigh_split<Reads::kSameSize>(v, sample, at, labels, weights, !v.has_ignore_index, bad)) return;
-  clear_uncounted(z, labels);
-#pragma unroll
-  for (int k = 0; k < kVoxels; ++k) {
-#pragma unroll
-    for (int j = 0; j < kClasses; ++j) g[j][k] = labels[k] == kUncounted ? A(0) : g[j][k];
+      for (int j = 0; j < kClasses; ++j) {
+        if (!lane.has<kClasses>(j)) memcpy(slot(j), none.elements, sizeof none.elements);
+      }
+      if (targets.come_ahead()) targets.template clear<kClasses>(target_slots());
+    }
   }
-}
+  // Before load: what this will load. Lanes beyond the last voxel read others.
+  __device__ __forceinline__ void expect(const Volume& v, const T* rows, const DenseRows<kVoxels>& targets,
+                                         const SplitLane& lane, int64_t at) const {
+    if constexpr (kAhead) {
+      const int64_t inside = at < v.voxels ? at : 0;
+      for_each_row<kClasses>(v, rows, lane, inside, [&](int j, const T* row) {
+        begin_copy<static_cast<int>(sizeof(T)) * kVoxels, false>(slot(j), row);
+      });
+      if (targets.come_ahead()) targets.template expect<kClasses>(inside, target_slots());
+    }
+  }
+  // Logits, targets and weights; what does not count has all of them 0. next: to be expected then, -1 for none. All
+  // lanes of the warp must call.
+  template <typename A>
+  __device__ __forceinline__ void load(const Volume& v, const T* rows, const DenseRows<kVoxels>& targets,
+                                       const SplitLane& lane, int64_t sample, int64_t at, int64_t next,
+                                       Logits<T, kVoxels> (&z)[kClasses], A (&g)[kClasses][kVoxels],
+                                       A (&weights)[kVoxels], bool& bad) const {
+    const bool inside = at < v.voxels;
+    if constexpr (kAhead) {
+      wait_for_copies();
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) z[j] = load_logits<T, kVoxels>(slot(j));
+    } else {
+      load_split(v, rows, lane, at, z);
+    }
+    if (kAhead && targets.come_ahead()) {
+      targets.take(target_slots(), g);
+    } else {
+      targets.load(inside ? at : 0, g);
+    }
+    if (kAhead && next >= 0) expect(v, rows, targets, lane, next);
+    int labels[kVoxels];
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) labels[k] = inside ? 0 : kUncounted;
+    if (v.has_ignore_index) leave_out_ignored(v, lane, g, labels);
+    if (weigh_split<Reads::kSameSize>(v, sample, at, labels, weights, !v.has_ignore_index, bad)) return;
+    clear_uncounted(z, labels);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) {
+#pragma unroll
+      for (int j = 0; j < kClasses; ++j) g[j][k] = labels[k] == kUncounted ? A(0) : g[j][k];
+    }
+  }
+
+ private:
+  __device__ __forceinline__ T* slot(int j) const {
+    return slots + (j * Plan::kThreads + static_cast<int>(threadIdx.x)) * kVoxels;
+  }
+  __device__ __forceinline__ unsigned char* target_slots() const {
+    return reinterpret_cast<unsigned char*>(slots + kClasses * Plan::kThreads * kVoxels);
+  }
+};
 
 }  // namespace cuda
 }  // namespace tversky_kernels

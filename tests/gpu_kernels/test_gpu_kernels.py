@@ -321,6 +321,22 @@ def test_many_blocks_of_dense_targets(activation, classes):
     check(logits, target, function=kernel_ce_loss, activation=activation)
 
 
+@pytest.mark.parametrize("dtype", TWO_DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [3] if BACKEND == "triton" else [2, 3, 18, 37])
+@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.float16, torch.float32, torch.int64])
+def test_many_blocks_of_contiguous_dense_targets(target_dtype, classes, dtype):
+    """In whole loads, brought ahead where they are; of lanes some of which have a class less."""
+    logits, target = inputs(1, classes, (2, 12, 16) if WHERE == "interpreter" else (10, 24, 32), dtype)
+    target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).contiguous()
+    if target_dtype.is_floating_point:
+        target = target * 0.75 + 0.25 / 4
+    target = target.to(target_dtype)
+    check(logits, target)
+    weight = torch.rand(1, *target.shape[2:]).round(decimals=1)  # some are 0
+    target[:, :, 1] = 7  # in every class: not counted
+    check(logits, target, function=kernel_ce_loss, voxel_weight=weight, ignore_index=7)
+
+
 @pytest.mark.parametrize("classes", [7, 33, 130] if BACKEND == "triton" else [5, 7, 8, 9, 33, 64, 65, 118, 128, 145])
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"focal_gamma": 1.5}, {"dense": True}])
 def test_many_classes_of_other_options(options, classes):
