@@ -87,6 +87,8 @@ def test_fast_paths_read_and_write_16_bytes_at_once(tmp_path):
         # Four voxels of each class, brought ahead: once before the loop and once in it.
         (rf"23split_count_pass_kernelIfLi8E{ce}[02]ELb[01]ELi0E", whole, 2 * 8),
         (rf"26split_gradient_pass_kernelIN3c108BFloat16ELi8E{ce}[02]ELb[01]ELi0E", half, 2 * 8),
+        (r"29dense_split_count_pass_kernelIfLi4ELb[01]E", whole, 2 * 4),
+        (r"32dense_split_gradient_pass_kernelIN3c108BFloat16ELi4ELb[01]E", half, 2 * 4),
         # channels_last, in half precision ahead as well
         (rf"26split_gradient_pass_kernelIfLi8E{ce}[01]ELb0ELi[12]E", whole, 8),
         (rf"26split_gradient_pass_kernelIN3c108BFloat16ELi8E{ce}[01]ELb0ELi[12]E", whole, 2 * 4),

@@ -232,8 +232,8 @@ PLANTED = {
     ),
     "what a dense target ignores counts": (
         "split.cuh",
-        "leave_out_ignored(v, lane, g, labels);\n  if",
-        "bad |= false;\n  if",
+        "leave_out_ignored(v, lane, g, labels);\n    if",
+        "bad |= false;\n    if",
     ),
     "the next dense targets are brought too early": (
         "split.cuh",
@@ -241,7 +241,11 @@ PLANTED = {
         "    if (kAhead && next >= 0) {\n      expect(v, rows, targets, lane, next);\n      wait_for_copies();\n    }\n"
         "    if (kAhead && targets.come_ahead()) {",
     ),
-    "dense targets are another class's": ("split.cuh", "(slot<X>(slots, j), row)", "(slot<X>(slots, j ^ 1), row)"),
+    "dense targets are another class's": (
+        "split.cuh",
+        "(slot<X>(slots, j), row)",
+        "(slot<X>(slots, j > 0 ? j - 1 : j), row)",
+    ),
     "the two classes' targets are exchanged": ("count_pass.cu", "add(0, g[0][k], first,", "add(0, g[1][k], first,"),
     "the largest exponential is one of many": ("split.cuh", "of_lane.add(e == A(1), e)", "of_lane.add(e < A(0), e)"),
     "rows of a tile lie in each other": ("interleaved.cuh", "row.stride > row.pieces ?", "row.stride < row.pieces ?"),

@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
     int labels[kVoxels];
     load_split_targets(v, lane, share.sample, at, g, labels, weights, bad);
-    top_of_split(z, lane, beyond_one, [&](int j, int k, A below, A) { below_top[j][k] = below; });
+    top_of_split<Combine::kLoop>(z, lane, beyond_one, [&](int j, int k, A below, A) { below_top[j][k] = below; });
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       if (labels[k] == kUncounted) continue;
@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, false>)
       }
     } else {
       A e[kClasses][kVoxels], beyond_one[kVoxels];
-      top_of_split(z, lane, beyond_one, [&](int j, int k, A below_top, A exponential_of) {
+      top_of_split<Combine::kSteps>(z, lane, beyond_one, [&](int j, int k, A below_top, A exponential_of) {
         e[j][k] = exponential_of;
         // -log p = below_top + log S; without g it may be infinite, and is not wanted.
         if (kCrossEntropy && g[j][k] != A(0)) counts[j].ce += (g[j][k] * weights[k]) * below_top;

@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     A g[kClasses][kVoxels], weights[kVoxels], below_top[kClasses][kVoxels], beyond_one[kVoxels];
     int labels[kVoxels];
     load_split_targets(v, lane, share.sample, at, g, labels, weights, bad);
-    top_of_split(z, lane, beyond_one, [&](int j, int k, A below, A) { below_top[j][k] = below; });
+    top_of_split<Combine::kLoop>(z, lane, beyond_one, [&](int j, int k, A below, A) { below_top[j][k] = below; });
     A sums[3 * kVoxels];  // rest_u, top_u and the sum of b
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
@@ -364,9 +364,12 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, true>)
         dz[1].values[k] = static_cast<T>(dz_1);
       }
     } else {
+      // Five classes of a lane and a cross-entropy leave no registers for steps.
+      constexpr Combine kWay = kCrossEntropy && kClasses == kMostOfLaneDense ? Combine::kLoop : Combine::kSteps;
       A e[kClasses][kVoxels], beyond_one[kVoxels];
-      top_of_split(z, lane, beyond_one, [&](int j, int k, A, A exponential_of) { e[j][k] = exponential_of; });
-      A sums[3 * kVoxels];  // rest_u S, top_u and the sum of b
+      top_of_split<kWay>(z, lane, beyond_one, [&](int j, int k, A, A exponential_of) { e[j][k] = exponential_of; });
+      constexpr int kAll = kCrossEntropy ? 3 : 2;
+      A sums[kAll * kVoxels];  // rest_u S, top_u and, with a cross-entropy, the sum of b
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
         A rest_u = A(0), top_u = A(0), b_all = A(0);
@@ -382,9 +385,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, true>)
         }
         sums[k] = rest_u;
         sums[kVoxels + k] = top_u;
-        sums[2 * kVoxels + k] = b_all;
+        if constexpr (kCrossEntropy) sums[2 * kVoxels + k] = b_all;
       }
-      sum_over_lanes<kSums, Combine::kLoop>(sums, lane);
+      sum_over_lanes<kSums, kWay>(sums, lane);
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
         const A inverse = reciprocal(A(1) + beyond_one[k]), weighted = inverse * weights[k];
@@ -395,7 +398,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, true>)
           const A target = recomputed(g[j][k]);
           const Probability<A> p{e[j][k] * weighted, unscaled_complement(e[j][k], beyond_one[k]) * weighted};
           A slope = gradient.overlap(p.p, slope_of(j, target));
-          if (kCrossEntropy) slope += softmax_cross_entropy_gradient(p, target * ce_of(j), sums[2 * kVoxels + k]);
+          if constexpr (kCrossEntropy) {
+            slope += softmax_cross_entropy_gradient(p, target * ce_of(j), sums[2 * kVoxels + k]);
+          }
           dz[j].values[k] = static_cast<T>(slope);
         }
       }

@@ -494,12 +494,12 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
 
 // Softmax of a lane's classes: calls keep(j, k, z_top - z, exponential), inf and 0 where there is no such class; and
 // the voxel's sums over all lanes.
-template <typename A, typename T, int kClasses, int kVoxels, typename F>
+template <Combine kWay, typename A, typename T, int kClasses, int kVoxels, typename F>
 __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClasses], const SplitLane& lane,
                                              A (&beyond_one)[kVoxels], F&& keep) {
   A top[kVoxels], sums[2 * kVoxels];
   largest_of_thread(z, top);
-  max_over_lanes<kTops, Combine::kLoop>(top, lane);
+  max_over_lanes<kTops, kWay>(top, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) {
     TopSums<A> of_lane;
@@ -512,7 +512,7 @@ __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClas
     sums[k] = of_lane.rest;
     sums[kVoxels + k] = of_lane.tops;
   }
-  sum_over_lanes<kTopSums, Combine::kLoop>(sums, lane);
+  sum_over_lanes<kTopSums, kWay>(sums, lane);
 #pragma unroll
   for (int k = 0; k < kVoxels; ++k) beyond_one[k] = TopSums<A>{sums[k], sums[kVoxels + k]}.beyond_one();
 }
