@@ -139,7 +139,8 @@ constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
 // for memory anyway, and was slower so.
 template <typename T, bool kGradient>
 constexpr bool kAhead = !kGradient || sizeof(T) == 2;
-// The same of a dense target and its logits. Two classes take few instructions, and threads enough run at once.
+// The same of a dense target and its logits, and blocks of a multiprocessor there: of two classes, which take few
+// registers, so many that others work while some wait.
 template <typename T, int kClasses, bool kGradient>
 constexpr bool kDenseAhead = kClasses > 2 && kAhead<T, kGradient>;
 template <int kClasses, bool kGradient>
