@@ -178,8 +178,8 @@ PLANTED = {
     "what is brought ahead is not waited for": ("split.cuh", "wait_for_copies();", ""),
     "the next voxels are brought too early": (
         "split.cuh",
-        "      wait_for_copies();",
-        "      if (next >= 0) expect(v, rows, row, lane, next);\n      wait_for_copies();",
+        "      wait_for_copies();\n      const bool all_known",
+        "      if (next >= 0) expect(v, rows, row, lane, next);\n      wait_for_copies();\n      const bool all_known",
     ),
     "the next voxels of few classes are brought too early": (
         "count_pass.cu",
