@@ -291,7 +291,7 @@ def _check_options(*values) -> Options:
     given = Options(*values)
     one_of("activation", given.activation, ACTIVATIONS)
     index = given.ignore_index
-    if index is not None and (isinstance(index, bool) or not isinstance(index, (int, numbers.Integral))):
+    if index is not None and (isinstance(index, bool) or not isinstance(index, numbers.Integral)):
         raise TypeError(f"ignore_index: expected an integer or None, got {index!r}")
     if index is not None and not -(2**63) <= index < 2**63:
         raise ValueError(f"ignore_index: expected a 64-bit integer, got {index}")
