@@ -11,6 +11,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# For the tests, where torch has not brought its own.
+TRITON ?= triton==3.8.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
@@ -36,6 +38,7 @@ $(TORCH_STAMP): $(VENV)/.python
 
 # One step: the extension in place, and what the extra names. pip finds torch satisfied, whichever it is.
 $(VENV)/.extras-%: $(TORCH_STAMP) $(SOURCES) pyproject.toml
+	$(if $(findstring test,$*),$(PY) -c 'import triton' 2>/dev/null || $(PIP) install '$(TRITON); platform_system == "Linux"')
 	$(PIP) install --no-build-isolation -e '.[$*]'
 	@touch $@
 

@@ -717,14 +717,14 @@ def _online(z, c, label, top, sum_target, sum_others):
 
 
 @triton.jit
-def _add_column(at, c, value, is_first, C: tl.constexpr):
-    # Only this program touches its row of the partial sums.
-    tl.store(at + c, value + tl.load(at + c, mask=(c < C) & ~is_first, other=0.0), mask=c < C)
+def _add_column(at, c, value, filled, C: tl.constexpr):
+    # Only this program touches its row of the partial sums, which has values up to `filled`.
+    tl.store(at + c, value + tl.load(at + c, mask=c < filled, other=0.0), mask=c < C)
 
 
 @triton.jit
 def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, top, sum_target,
-                 sum_others, gamma, partial, is_first, C: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr,
+                 sum_others, gamma, partial, filled, C: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr,
                  CLEAR: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, ACTIVATION: tl.constexpr,
                  FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr,
                  FOCAL: tl.constexpr, GENERAL: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
@@ -776,13 +776,13 @@ def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label
         tps, fps, fns = _channel_counts(z, c, label, w, FIRST_LABEL, ACTIVATION)
         tp, fp, fn = tl.sum(tps, 1), tl.sum(fps, 1), tl.sum(fns, 1)
     nan = (tp + fp + fn) * 0.0  # what is NaN in one is so in all
-    _add_column(partial, c, tp + nan, is_first, C)
-    _add_column(partial + C, c, fp + nan, is_first, C)
-    _add_column(partial + 2 * C, c, fn + nan, is_first, C)
+    _add_column(partial, c, tp + nan, filled, C)
+    _add_column(partial + C, c, fp + nan, filled, C)
+    _add_column(partial + 2 * C, c, fn + nan, filled, C)
     if CE > 0:
-        _add_column(partial + 3 * C, c, ce, is_first, C)
-        _add_column(partial + 4 * C, c, smoothing, is_first, C)
-        _add_column(partial + 5 * C, c, weights, is_first, C)
+        _add_column(partial + 3 * C, c, ce, filled, C)
+        _add_column(partial + 4 * C, c, smoothing, filled, C)
+        _add_column(partial + 5 * C, c, weights, filled, C)
 
 
 @triton.jit
@@ -831,9 +831,10 @@ def many_classes_count_kernel(
                 else:
                     c = _classes(first, CHUNK)
                     top, sum_target, sum_others, _, _ = _online(z, c, label, top, sum_target, sum_others)
+        filled = tl.where(start == last, 0, C)
         for first in tl.range(0, C, CHUNK):
             _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label, counts, w, top, sum_target,
-                         sum_others, gamma, partial, start == last, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, ACTIVATION,
+                         sum_others, gamma, partial, filled, C, CHUNK, WHOLE, CLEAR, BLOCK, PACK, ACTIVATION,
                          FIRST_LABEL, DENSE, OVERLAP, CE, FOCAL, GENERAL, REAL)  # fmt: skip
         tl.debug_barrier()  # the row's stores before the next tile's loads
 
