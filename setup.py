@@ -26,6 +26,15 @@ import shutil
 import subprocess
 import sys
 
+import setuptools
+
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which pip does not look at in a build that is not isolated
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"Building tversky_kernels needs setuptools >= {OLDEST_SETUPTOOLS}, and this Python has {setuptools.__version__}."
+        f"\npip install 'setuptools>={OLDEST_SETUPTOOLS}'"
+    )
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext

@@ -145,6 +145,16 @@ def test_build_without_torch_says_so_at_once(source, tmp_path):
     assert "pip install --no-build-isolation" in result.stderr
 
 
+def test_build_with_an_old_setuptools_says_so_at_once(source, tmp_path):
+    """As a virtual environment of Python 3.10 or 3.11 brings it, which a build without isolation uses."""
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\n")
+    environment = {"PYTHONPATH": str(tmp_path), "SETUPTOOLS_USE_DISTUTILS": "stdlib"}
+    result = run(sys.executable, "setup.py", "bdist_wheel", cwd=source, check=False, environment=environment)
+    assert result.returncode != 0
+    assert "needs setuptools >= 77, and this Python has 65.5.0" in result.stderr
+    assert "pip install 'setuptools>=77'" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
