@@ -29,10 +29,10 @@ import sys
 import setuptools
 
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which pip does not look at in a build that is not isolated
-if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+if (found := re.match(r"\d+", setuptools.__version__)) and int(found[0]) < OLDEST_SETUPTOOLS:
     raise SystemExit(
-        f"Building tversky_kernels needs setuptools >= {OLDEST_SETUPTOOLS}, and this Python has {setuptools.__version__}."
-        f"\npip install 'setuptools>={OLDEST_SETUPTOOLS}'"
+        f"Building tversky_kernels needs setuptools >= {OLDEST_SETUPTOOLS}, "
+        f"and this Python has {setuptools.__version__}.\npip install 'setuptools>={OLDEST_SETUPTOOLS}'"
     )
 
 from setuptools import Extension, setup

@@ -137,8 +137,11 @@ def test_build_without_torch_says_so_at_once(source, tmp_path):
 
     # setuptools alone, as an isolated build would have it
     site = next((tmp_path / "environment" / "lib").glob("python*")) / "site-packages"
-    for name in ("setuptools", "_distutils_hack"):
-        shutil.copytree(pathlib.Path(setuptools.__file__).parent.parent / name, site / name, dirs_exist_ok=True)
+    for path in site.glob("setuptools-*"):  # which some Pythons bring, as an old version
+        shutil.rmtree(path)
+    for pattern in ("setuptools", "setuptools-*", "_distutils_hack"):
+        for path in pathlib.Path(setuptools.__file__).parent.parent.glob(pattern):
+            shutil.copytree(path, site / path.name, dirs_exist_ok=True)
     result = run(python, "setup.py", "bdist_wheel", cwd=source, check=False)
     assert result.returncode != 0
     assert "Building tversky_kernels needs torch" in result.stderr
