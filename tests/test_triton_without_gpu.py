@@ -6,7 +6,6 @@ Bugs are planted to see that they are found.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
 import shutil
@@ -19,14 +18,17 @@ from processes import ROOT, TORCH, assert_passed, run, run_kernels_of
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def version(package):
-    return tuple(int(x) for x in re.findall(r"\d+", importlib.metadata.version(package))[:2])
-
-
 def interpreter_is_broken():
-    """Numbers of one element are no longer single ones to numpy, which Triton 3.6 takes them for."""
-    triton = importlib.util.find_spec("triton") is not None and version("triton")
-    return triton and triton < (3, 7) and version("numpy") >= (2, 4)
+    """Arrays of one element are no longer numbers to numpy, which Triton 3.6 takes them for."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import numpy
+    import triton
+
+    triton_version, numpy_version = (
+        tuple(int(x) for x in re.findall(r"\d+", package.__version__)[:2]) for package in (triton, numpy)
+    )
+    return triton_version < (3, 7) and numpy_version >= (2, 4)
 
 
 needs_interpreter = pytest.mark.skipif(interpreter_is_broken(), reason="Triton 3.6's interpreter needs numpy < 2.4")
