@@ -151,7 +151,7 @@ def test_build_without_torch_says_so_at_once(source, tmp_path):
 def test_build_with_an_old_setuptools_says_so_at_once(source, tmp_path):
     """As a virtual environment of Python 3.10 or 3.11 brings it, which a build without isolation uses."""
     (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\n")
-    environment = {"PYTHONPATH": str(tmp_path), "SETUPTOOLS_USE_DISTUTILS": "stdlib"}
+    environment = {"PYTHONPATH": str(tmp_path)}
     result = run(sys.executable, "setup.py", "bdist_wheel", cwd=source, check=False, environment=environment)
     assert result.returncode != 0
     assert "needs setuptools >= 77, and this Python has 65.5.0" in result.stderr

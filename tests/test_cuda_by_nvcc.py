@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="this build of the 
 
 
 def tool(name):
-    return cuda_tool(name) or pytest.skip(f"{name} is neither on the PATH nor, without triton, in Triton")
+    return cuda_tool(name) or pytest.skip(f"{name} is not on the PATH, and triton, which has a copy, is not installed")
 
 
 def assemblies():
