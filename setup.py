@@ -6,7 +6,8 @@ every torch >= 2.11, and loads on a CPU-only torch also with CUDA code. Switches
 
 TVERSKY_KERNELS_SKIP_EXT=1      build nothing: pure Python, with the Triton kernels
 TVERSKY_KERNELS_WITH_CUDA       auto (default: where nvcc is found), 0, or 1 (required)
-TORCH_CUDA_ARCH_LIST            as torch reads it (default "8.0;9.0+PTX": newer cards compile the PTX)
+TORCH_CUDA_ARCH_LIST            as torch reads it, less what is older than 8.0 (default "8.0;9.0+PTX" and the cards of
+                                this machine that are newer; others compile the PTX at their first call)
 CUDA_HOME                       where bin/nvcc is, if not on the PATH
 TVERSKY_KERNELS_OBJECTS         a folder in which what was compiled is kept, and taken from where nothing has changed
 MAX_JOBS                        compiler processes at a time (default: the processors there are)
@@ -61,7 +62,7 @@ X86_CAPABILITIES = {
 }
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--extended-lambda"]
-CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+CUDA_CARDS = (80, 90)
 
 
 def switch(name, default, allowed):
@@ -115,18 +116,36 @@ def find_nvcc():
     return nvcc
 
 
-def gencode_flags():
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST."""
-    flags = []
-    for entry in (os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
-        match = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", entry)
+@functools.cache
+def cuda_code():
+    """What nvcc is to compile for, like ["sm_80", "sm_90", "compute_90"]; empty where TORCH_CUDA_ARCH_LIST names older
+    cards alone."""
+    entries = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    code = set()
+    for entry in filter(None, entries):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)  # nothing here needs what a and f stand for
         if not match:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got {entry!r}")
-        arch = "".join(match.group(1, 2, 3))
-        flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-        if match.group(4):
-            flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
-    return flags
+        number = int(match[1] + match[2])
+        if number < CUDA_CARDS[0]:  # as in images that serve all cards, which set this variable: Triton is for those
+            print(f"TORCH_CUDA_ARCH_LIST: {entry} is left out, the CUDA kernels take 8.0 and newer", flush=True)
+            continue
+        code |= {("sm", number), ("compute", number)} if match[3] else {("sm", number)}
+    if not any(entries):
+        code = {("sm", number) for number in {*CUDA_CARDS, *newer_cards_here()}} | {("compute", CUDA_CARDS[-1])}
+    return [f"{kind}_{number}" for kind, number in sorted(code, key=lambda entry: (entry[0] == "compute", entry[1]))]
+
+
+def newer_cards_here():
+    """The cards of this machine that would have to wait for the driver to compile the PTX at their first call."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return set()
+    options = ["--query-gpu=compute_cap", "--format=csv,noheader"]
+    listed = subprocess.run([smi, *options], capture_output=True, text=True).stdout
+    known = subprocess.run([find_nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    numbers = {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", listed, re.MULTILINE)}
+    return {number for number in numbers if number > CUDA_CARDS[-1] and f"sm_{number}" in known}
 
 
 class BuildExt(build_ext):
@@ -142,9 +161,11 @@ class BuildExt(build_ext):
         if ext.name.endswith("_cuda"):
             host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", compiler()[0]]
             host.append(f"--threads={max(1, jobs() // len(ext.sources))}")  # its architectures side by side
+            code = [f"-gencode=arch=compute_{entry.split('_')[1]},code={entry}" for entry in cuda_code()]
+            code.append(f"-DTK_CUDA_CODE={'.'.join(cuda_code())}")
             for source in ext.sources:
                 out = objects / f"{pathlib.Path(source).stem}.o"
-                yield out, [find_nvcc(), *NVCC_FLAGS, *stable_abi, *host, *gencode_flags(), "-c", source]
+                yield out, [find_nvcc(), *NVCC_FLAGS, *stable_abi, *host, *code, "-c", source]
             return
         base = [*compiler(), "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         base += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -234,6 +255,10 @@ def extensions():
     headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*h"))
     found = [Extension("tversky_kernels._C", sources_in("cpu", "*.cpp"), depends=headers)]
     if find_nvcc() is not None:
+        if not cuda_code():
+            if os.environ.get("TVERSKY_KERNELS_WITH_CUDA") == "1":
+                raise SystemExit("TVERSKY_KERNELS_WITH_CUDA=1, but TORCH_CUDA_ARCH_LIST names nothing from 8.0 on.")
+            return found
         found.append(Extension("tversky_kernels._C_cuda", sources_in("cuda", "*.cu"), depends=headers))
     return found
 

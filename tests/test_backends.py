@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import pathlib
 import sys
+import sysconfig
 import types
 
 import pytest
@@ -34,14 +37,104 @@ def test_auto_takes_the_kernels_and_falls_back_for_what_they_lack():
 
 def test_auto_takes_the_faster_one_on_a_gpu(monkeypatch):
     missing = set()
-    monkeypatch.setattr(_backends, "_available", lambda name: name not in missing or "not here")
+    monkeypatch.setattr(_backends, "_available", lambda name, index: name not in missing or "not here")
+    monkeypatch.setattr(_backends, "TRITON_CAN_COMPILE", True)
     gpu = torch.device("cuda")
     assert _backends.choose("auto", gpu, None) == "cuda"
     assert _backends.choose("auto", gpu, None, triton_first=True) == "triton"
+    monkeypatch.setattr(_backends, "TRITON_CAN_COMPILE", False)
+    assert _backends.choose("auto", gpu, None, triton_first=True) == "cuda"
+    monkeypatch.setattr(_backends, "TRITON_CAN_COMPILE", True)
     missing.add("triton")
     assert _backends.choose("auto", gpu, None, triton_first=True) == "cuda"
     missing.add("cuda")
     assert _backends.choose("auto", gpu, None) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("code", "runs", "does_not"),
+    [
+        ("sm_80", ["8.0", "8.6", "8.9"], ["7.5", "9.0", "10.0", "12.0"]),
+        ("sm_86", ["8.6", "8.9"], ["8.0", "9.0"]),
+        ("sm_120", ["12.0", "12.1"], ["10.0", "8.0"]),
+        ("compute_90", ["9.0", "10.3", "12.0"], ["8.0", "8.9", "7.5"]),
+        ("sm_80 sm_90 compute_90", ["8.0", "8.6", "9.0", "10.0", "12.1"], ["7.5", "6.0"]),
+        ("", [], ["8.0", "9.0"]),
+    ],
+)
+def test_which_cards_run_what_nvcc_compiled(code, runs, does_not):
+    for expected, cards in ((True, runs), (False, does_not)):
+        for card in cards:
+            capability = tuple(map(int, card.split(".")))
+            assert _backends.has_code_for(tuple(code.split()), capability) is expected, card
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A function that lets the package find a card of this compute capability, and kernels for it from 8.0 on."""
+
+    def put(major, minor):
+        card = types.SimpleNamespace(name="a card", major=major, minor=minor)
+        _backends._card.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+        monkeypatch.setattr(_backends._ops, "CUDA_CODE", ("sm_80", "sm_90", "compute_90"))
+        for name in ("CUDA_MISSING", "TRITON_MISSING"):
+            monkeypatch.setattr(_backends._ops, name, None)
+        return torch.device("cuda", 0)
+
+    yield put
+    _backends._card.cache_clear()
+
+
+def test_a_card_that_is_too_old_for_a_backend_gets_another(card):
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
+        assert _backends.choose("auto", card(*capability), None) == "cuda"
+    gpu = card(7, 5)
+    found = tk.available_backends()
+    assert found["triton"] is True
+    assert found["cuda"] == (
+        "it was compiled for sm_80, sm_90, compute_90, not for the compute capability 7.5 of a card"
+    )
+    assert _backends.choose("auto", gpu, None) == "triton"
+    with pytest.raises(
+        ValueError, match=r"backend: 'cuda' is not available: it was compiled for sm_80, .* 7.5 of a card"
+    ):
+        _backends.choose("cuda", gpu, None)
+    gpu = card(6, 1)
+    assert tk.available_backends()["triton"] == "Triton takes a compute capability of 7.0 or more, a card has 6.1"
+    assert _backends.choose("auto", gpu, None) == "reference"
+
+
+def test_more_classes_than_cuda_takes(card):
+    gpu = card(9, 0)
+    for dtype, most in ((torch.float32, 2000), (torch.bfloat16, 2000), (torch.float64, 1000)):
+        for classes, expected in ((most, "cuda"), (most + 1, "triton")):
+            case = types.SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, classes, 8))
+            beyond = _backends.beyond_cuda(case)
+            assert _backends.choose("auto", gpu, None, unsupported_by_cuda=beyond) == expected
+    with pytest.raises(
+        ValueError, match=r"'cuda' does not compute more than 1000 classes of torch.float64; expected 'auto'"
+    ):
+        _backends.choose("cuda", gpu, None, unsupported_by_cuda=beyond)
+    assert _backends.choose("triton", gpu, None, unsupported_by_cuda=beyond) == "triton"
+
+
+def test_what_is_available_is_asked_and_not_traced(monkeypatch):
+    """torch.compile could not trace all that torch tells of a card."""
+    asked = []
+
+    @functools.wraps(_backends._available)
+    def untraceable(backend, index=None):
+        asked.append(sys._getframe().f_code.co_name)
+        return True
+
+    monkeypatch.setattr(_backends, "_available", untraceable)
+    compiled = torch.compile(tk.tversky_loss, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert relative(compiled(LOGITS, TARGET), tk.reference.tversky_loss(LOGITS, TARGET)) < 1e-6
+    assert asked == ["untraceable"]
 
 
 #: A size that cuda's kernels for one label a voxel do not take.
@@ -115,6 +208,17 @@ def test_environment_names_the_preferred_backend(value, chosen):
     program = "import torch, tversky_kernels._backends as b; print(b.choose('auto', torch.device('cpu'), None))"
     result = run([sys.executable, "-c", program], {"TVERSKY_KERNELS_BACKEND": value})
     assert result.stdout.split() == [chosen], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "can"), [({"CC": "cc"}, True), ({"CC": "", "PATH": "no compiler here"}, False)]
+)
+def test_whether_triton_finds_a_compiler(environment, can):
+    pytest.importorskip("triton")
+    if not (pathlib.Path(sysconfig.get_config_var("INCLUDEPY")) / "Python.h").exists():
+        pytest.skip("this Python has no Python.h, without which Triton cannot compile")
+    program = "import tversky_kernels._backends as b; print(b.TRITON_CAN_COMPILE)"
+    assert run([sys.executable, "-c", program], environment).stdout.split() == [str(can)]
 
 
 def test_without_the_compiled_library(monkeypatch):

@@ -177,18 +177,68 @@ def test_failing_build_says_what_is_missing(source, tmp_path, environment, messa
     assert re.search(message, result.stdout + result.stderr)
 
 
+def pretend_to_compile(tool, calls):
+    """Makes a compiler of this name that notes what it is called with and compiles nothing."""
+    tool.parent.mkdir(parents=True, exist_ok=True)
+    tool.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "$0" && exit\n'
+        '[ "$1" = --list-gpu-code ] && echo "sm_80 sm_90 sm_100 sm_120" && exit\n'
+        f'case "$*" in *-shared*) ;; *) echo "$*" >> {calls} ;; esac\n'
+        'while [ "$1" != -o ]; do shift; done\necho object > "$2"\n'
+    )
+    tool.chmod(0o755)
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("asked", "cards", "code"),
+    [
+        ("", "", "sm_80.sm_90.compute_90"),
+        ("", "8.6", "sm_80.sm_90.compute_90"),
+        ("", "9.0 12.0 12.0", "sm_80.sm_90.sm_120.compute_90"),
+        ("", "13.0", "sm_80.sm_90.compute_90"),  # which this nvcc does not know
+        ("9.0", "12.0", "sm_90"),
+        ("8.0;9.0a+PTX", "", "sm_80.sm_90.compute_90"),
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "", "sm_80.sm_86.sm_90.sm_100.sm_120.compute_120"),
+        ("7.0;7.5+PTX", "", None),
+    ],
+)
+def test_cards_that_are_compiled_for(source, tmp_path, asked, cards, code):
+    calls = tmp_path / "calls"
+    pretend_to_compile(tmp_path / "cuda" / "bin" / "nvcc", calls)
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\n" + "".join(f"echo {card}\n" for card in cards.split()))
+    smi.chmod(0o755)
+    environment = {
+        "CXX": str(pretend_to_compile(tmp_path / "compiler", calls)),
+        "CUDA_HOME": str(tmp_path / "cuda"),
+        "PATH": f"{smi.parent}:{os.environ['PATH']}",
+        "TORCH_CUDA_ARCH_LIST": asked,
+        "TVERSKY_KERNELS_OBJECTS": "",
+    }
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path / "t", "--build-lib", tmp_path / "l"]
+    result = run(*command, cwd=source, environment=environment)
+    left_out = re.findall(r"TORCH_CUDA_ARCH_LIST: (\S+) is left out, the CUDA kernels take 8.0", result.stdout)
+    assert left_out == [entry for entry in asked.replace(" ", ";").split(";") if entry.startswith("7.")]
+    by_nvcc = [line for line in calls.read_text().splitlines() if "-DTK_CUDA_CODE=" in line]
+    if code is None:
+        assert not by_nvcc
+        result = run(*command, cwd=source, environment=environment | {"TVERSKY_KERNELS_WITH_CUDA": "1"}, check=False)
+        assert result.returncode != 0
+        assert "TVERSKY_KERNELS_WITH_CUDA=1, but TORCH_CUDA_ARCH_LIST names nothing from 8.0 on" in result.stderr
+        return
+    assert len(by_nvcc) == len(list((source / "csrc" / "cuda").glob("*.cu")))
+    of_code = [f"-gencode=arch=compute_{entry.split('_')[1]},code={entry}" for entry in code.split(".")]
+    for line in by_nvcc:
+        assert f" {' '.join(of_code)} -DTK_CUDA_CODE={code} " in line
+
+
 def test_kept_objects_are_taken_until_something_changes(source, tmp_path):
     copy = tmp_path / "source"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
-    compiler, nvcc, calls = tmp_path / "compiler", tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "calls"
-    nvcc.parent.mkdir(parents=True)
-    for tool in (compiler, nvcc):
-        tool.write_text(
-            '#!/bin/sh\n[ "$1" = --version ] && echo "$0" && exit\n'
-            f'case "$*" in *-shared*) ;; *) echo "$*" >> {calls} ;; esac\n'
-            'while [ "$1" != -o ]; do shift; done\necho object > "$2"\n'
-        )
-        tool.chmod(0o755)
+    calls = tmp_path / "calls"
+    compiler, _ = (pretend_to_compile(tmp_path / tool, calls) for tool in ("compiler", "cuda/bin/nvcc"))
     environment = {"CXX": compiler, "TVERSKY_KERNELS_OBJECTS": tmp_path / "objects", "CUDA_HOME": tmp_path / "cuda"}
 
     def compiled(hash_seed=0):

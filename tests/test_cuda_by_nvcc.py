@@ -121,3 +121,10 @@ def test_library_loads_in_this_torch():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tversky_kernels::{name}", "CUDA")
     if not torch.cuda.is_available():
         assert "finds no GPU" in tk.available_backends()["cuda"]
+
+
+def test_library_tells_what_it_has_code_for(tmp_path):
+    """By which "auto" leaves a card that is too old to another backend."""
+    there = {f"sm_{arch}" for arch, kernels in assemblies().items() if kernels}
+    there |= {re.search(r"\.sm_(\d+)\.", path.name).expand(r"compute_\1") for path in ptx_files(tmp_path)}
+    assert set(_ops.CUDA_CODE) == there

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
+import sysconfig
 
 import torch
 
@@ -15,10 +18,19 @@ PREFERRED = os.environ.get(VARIABLE) or None
 #: Logits from which on "auto" takes triton where its kernels are the faster ones: below it a call's time on the host,
 #: four times cuda's, is more than what they save.
 MANY_LOGITS = 2**24
+#: The oldest compute capability that Triton compiles for.
+OLDEST_FOR_TRITON = (7, 0)
+#: Whether Triton finds what it compiles its launchers with, so that "auto" does not leave cuda for an error.
+TRITON_CAN_COMPILE = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) and os.path.exists(
+    os.path.join(sysconfig.get_config_var("INCLUDEPY") or "", "Python.h")
+)
+#: What the CUDA kernels take at the least with any arguments; more where a voxel of all classes has room.
+MOST_CLASSES_OF_CUDA = 2000
+MOST_CLASSES_OF_CUDA_IN_FLOAT64 = 1000
 
 
 def available_backends() -> dict[str, bool | str]:
-    """The backends: True where one runs here, else the reason why it does not.
+    """The backends: True where one runs here, on the current device, else the reason why it does not.
 
     >>> tk.available_backends()
     {'cpu': True, 'cuda': '...', 'triton': '...', 'reference': True}
@@ -26,36 +38,94 @@ def available_backends() -> dict[str, bool | str]:
     return {name: _available(name) for name in NAMES}
 
 
-def _available(backend: str) -> bool | str:
+def _available(backend: str, index: int | None = None) -> bool | str:
+    # index: of the GPU; None is the current one.
     if backend == "cpu":
         return _ops.CPU_MISSING is None or _ops.CPU_MISSING
     if backend == "cuda":
-        return _on_gpu(_ops.CUDA_MISSING)
+        return _on_gpu(_ops.CUDA_MISSING, index, _too_old_for_cuda)
     if backend == "triton":
-        return True if _interpreted() and _ops.TRITON_MISSING is None else _on_gpu(_ops.TRITON_MISSING)
+        if _interpreted() and _ops.TRITON_MISSING is None:
+            return True
+        return _on_gpu(_ops.TRITON_MISSING, index, _too_old_for_triton)
     return True
 
 
-def _on_gpu(missing: str | None) -> bool | str:
+# What torch.compiler.assume_constant_result sets, which imports all of the compiler to do so: torch.compile calls it
+# while it traces, and traces none of what torch tells of a card.
+_available._dynamo_marked_constant = True
+
+
+def _on_gpu(missing, index, too_old) -> bool | str:
     if missing is not None:
         return missing
-    return True if torch.cuda.is_available() else f"torch {torch.__version__} finds no GPU"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU"
+    return too_old(*_card(torch.cuda.current_device() if index is None else index)) or True
+
+
+@functools.cache
+def _card(index: int) -> tuple[str, tuple[int, int]]:
+    # Its name and compute capability.
+    found = torch.cuda.get_device_properties(index)
+    return found.name, (found.major, found.minor)
+
+
+def _too_old_for_cuda(name: str, capability: tuple[int, int]) -> str | None:
+    if has_code_for(_ops.CUDA_CODE, capability):
+        return None
+    code = ", ".join(_ops.CUDA_CODE)
+    return f"it was compiled for {code}, not for the compute capability {_dotted(capability)} of {name}"
+
+
+def _too_old_for_triton(name: str, capability: tuple[int, int]) -> str | None:
+    if torch.version.hip is not None or capability >= OLDEST_FOR_TRITON:
+        return None
+    return (
+        f"Triton takes a compute capability of {_dotted(OLDEST_FOR_TRITON)} or more, {name} has {_dotted(capability)}"
+    )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+@functools.cache
+def has_code_for(code: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether a card of that compute capability runs one of these, like sm_80 (machine code: for it and what is newer
+    of the same major number) and compute_90 (PTX, which the driver compiles: for it and all that is newer)."""
+    major, minor = capability
+    for kind, number in (entry.split("_") for entry in code):
+        of_major, of_minor = divmod(int(number), 10)
+        if (of_major, of_minor) <= capability if kind == "compute" else of_major == major and of_minor <= minor:
+            return True
+    return False
 
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _obstacle(backend: str, device: torch.device, unsupported: str | None) -> str | None:
+def beyond_cuda(logits: torch.Tensor) -> str | None:
+    """What of a case the CUDA kernels alone do not compute, as the end of an error message; None: nothing."""
+    if not logits.is_cuda:
+        return None
+    most = MOST_CLASSES_OF_CUDA_IN_FLOAT64 if logits.dtype == torch.float64 else MOST_CLASSES_OF_CUDA
+    return None if logits.shape[1] <= most else f"more than {most} classes of {logits.dtype}"
+
+
+def _obstacle(backend: str, device: torch.device, unsupported: str | None, by_cuda: str | None) -> str | None:
     # Why a backend cannot compute this case, as the end of an error message; None where it can.
     if backend == "reference":
         return None
-    reason = _available(backend)
+    reason = _available(backend, device.index)
     if reason is not True:
         return f"is not available: {reason}"
     expected = backend if backend != "triton" else "cpu" if _interpreted() else "cuda"
     if device.type != expected:
         return f"expects tensors on {expected}, got logits on {device}"
+    if backend == "cuda":
+        unsupported = unsupported or by_cuda
     if unsupported is not None:
         return f"does not compute {unsupported}; expected 'auto' or 'reference'"
     return None
@@ -85,26 +155,33 @@ def faster_by_triton(logits: torch.Tensor, options, dense: bool) -> bool:
     )
 
 
-def choose(backend: str, device: torch.device, unsupported: str | None, triton_first: bool = False) -> str:
+def choose(
+    backend: str,
+    device: torch.device,
+    unsupported: str | None,
+    triton_first: bool = False,
+    unsupported_by_cuda: str | None = None,
+) -> str:
     """The backend to run: the one that is named, or for "auto" the first that can.
 
     ``unsupported`` says which of the arguments only the reference computes; None where there is none.
-    ``triton_first``: of :func:`faster_by_triton`.
+    ``triton_first``: of :func:`faster_by_triton`. ``unsupported_by_cuda``: of :func:`beyond_cuda`.
     TVERSKY_KERNELS_BACKEND, when the package is imported, names one that "auto" tries first.
     """
     if backend == "auto":
         if PREFERRED not in (None, "auto"):
             if PREFERRED not in NAMES:
                 raise ValueError(f"{VARIABLE}: expected auto or one of {', '.join(NAMES)}, got {PREFERRED!r}")
-            if _obstacle(PREFERRED, device, unsupported) is None:
+            if _obstacle(PREFERRED, device, unsupported, unsupported_by_cuda) is None:
                 return PREFERRED
-        for name in ("cpu",) if device.type == "cpu" else ("triton", "cuda") if triton_first else ("cuda", "triton"):
-            if _obstacle(name, device, unsupported) is None:
+        first = triton_first and TRITON_CAN_COMPILE
+        for name in ("cpu",) if device.type == "cpu" else ("triton", "cuda") if first else ("cuda", "triton"):
+            if _obstacle(name, device, unsupported, unsupported_by_cuda) is None:
                 return name
         return "reference"
     if backend not in NAMES:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
-    obstacle = _obstacle(backend, device, unsupported)
+    obstacle = _obstacle(backend, device, unsupported, unsupported_by_cuda)
     if obstacle is not None:
         raise ValueError(f"backend: {backend!r} {obstacle}")
     return backend

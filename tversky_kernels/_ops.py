@@ -5,6 +5,7 @@ The compiled libraries only add implementations, so that the operators exist, an
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pathlib
 from collections.abc import Callable
@@ -80,6 +81,13 @@ def _load(name: str) -> str | None:
     return None
 
 
+def _code_of(name: str) -> tuple[str, ...]:
+    """What a compiled library has code for, like ("sm_80", "sm_90", "compute_90")."""
+    list_code = ctypes.CDLL(str(pathlib.Path(__file__).with_name(name))).tversky_kernels_cuda_code
+    list_code.restype = ctypes.c_char_p
+    return tuple(list_code().decode().split("."))
+
+
 def _register_triton() -> str | None:
     """Registers the Triton implementations; returns why that failed, or None."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -98,6 +106,7 @@ def _register_triton() -> str | None:
 CPU_MISSING = _load("_C.so")
 CUDA_MISSING = _load("_C_cuda.so")
 TRITON_MISSING = _register_triton()
+CUDA_CODE = () if CUDA_MISSING else _code_of("_C_cuda.so")
 
 ops = torch.ops.tversky_kernels
 

@@ -45,7 +45,7 @@ def _on_backend(logits, checked, function, how, check_target, inplace_backward, 
     differentiable_target = volumes.target.requires_grad and torch.is_grad_enabled()
     unsupported = "the gradient of a target" if differentiable_target else None
     triton_first = _backends.faster_by_triton(logits, plan.options, volumes.dense)
-    chosen = _backends.choose(backend, logits.device, unsupported, triton_first)
+    chosen = _backends.choose(backend, logits.device, unsupported, triton_first, _backends.beyond_cuda(logits))
     if chosen == "reference":
         return None
     compiling = torch.compiler.is_compiling()

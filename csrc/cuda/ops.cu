@@ -287,6 +287,7 @@ bool plan_by_channel(const Volume& v, Plan& plan) {
 template <typename T>
 void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
   constexpr int kSharedBytes = 46 * 1024;  // what a block gets without asking for more
+  constexpr int kMostSharedBytes = 96 * 1024;  // and by asking, on every card
   const int64_t classes = v.classes;
   const auto bytes = [&](int voxels) {
     const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
@@ -299,8 +300,8 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
   };
   plan.voxels = 128;
   while (plan.voxels > 1 && bytes(plan.voxels) > kSharedBytes) plan.voxels /= 2;
-  STD_TORCH_CHECK(bytes(plan.voxels) <= kSharedBytes,
-                  "logits: the CUDA kernels take at most about 1,000 classes here, got ", classes);
+  STD_TORCH_CHECK(bytes(plan.voxels) <= kMostSharedBytes, "logits: the CUDA kernels take at most ",
+                  sizeof(T) < 8 ? 2000 : 1000, " classes, got ", classes);
   plan.shared_bytes = static_cast<int>(bytes(plan.voxels));
 }
 
@@ -363,3 +364,12 @@ Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
 STABLE_TORCH_LIBRARY_IMPL(TK_NAMESPACE, TK_DISPATCH_KEY, m) {
   tversky_kernels::Operators<tversky_kernels::cuda::Cuda>::implement(m);
 }
+
+#if !defined(TK_CUDA_ON_HOST)
+#define TK_STRING_OF(x) #x
+#define TK_STRING(x) TK_STRING_OF(x)
+// What setup.py had nvcc compile for, like "sm_80.sm_90.compute_90".
+extern "C" __attribute__((visibility("default"))) const char* tversky_kernels_cuda_code() {
+  return TK_STRING(TK_CUDA_CODE);
+}
+#endif

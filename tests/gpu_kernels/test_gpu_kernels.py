@@ -27,7 +27,7 @@ from common import (
 )
 
 import tversky_kernels as tk
-from tversky_kernels import _linear, _ops
+from tversky_kernels import _backends, _linear, _ops
 
 WHERE = os.environ["TK_GPU_KERNELS"]
 BACKEND = {"cuda": "cuda", "triton": "triton", "interpreter": "triton"}.get(WHERE) or kernels_on_host.use(WHERE)
@@ -84,6 +84,18 @@ def test_softmax(classes, dtype, spatial):
 )
 def test_many_classes(classes, dtype, spatial, function):
     check(*inputs(1, classes, spatial, dtype), function=function)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dtype", TWO_DTYPES if WHERE == "interpreter" else [*TWO_DTYPES, torch.float64], ids=str)
+def test_most_classes(dtype, dense):
+    """What "auto" gives to cuda, with all that there can be to sum up; of Triton as many."""
+    double = dtype == torch.float64
+    classes = _backends.MOST_CLASSES_OF_CUDA_IN_FLOAT64 if double else _backends.MOST_CLASSES_OF_CUDA
+    logits, target = inputs(1, classes, (3, 4), dtype)
+    if dense:
+        target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).to(torch.uint8)
+    check(logits, target, function=kernel_ce_loss, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
