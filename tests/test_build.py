@@ -28,13 +28,22 @@ def run(*command, cwd, environment=None, check=True):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what a source distribution holds, so that builds here leave nothing behind."""
+    """What a source distribution holds, made where nothing is compiled; builds in it leave nothing behind."""
     where = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, where)
-    for name in ("csrc", "tversky_kernels"):
-        shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    return where
+    own = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "*.egg-info")
+    shutil.copytree(ROOT, where / "all", ignore=own)
+    environment = {"TVERSKY_KERNELS_SKIP_EXT": "1"}
+    run(sys.executable, "setup.py", "sdist", "-d", where, cwd=where / "all", environment=environment)
+    run("tar", "xzf", next(where.glob("*.tar.gz")), cwd=where)
+    return next(where.glob("tversky_kernels-*/"))
+
+
+def test_source_distribution_is_whole(source):
+    """Wherever it was made, also without nvcc."""
+    for folder in ("csrc", "tversky_kernels"):
+        kept = {p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in (".so", ".pyc")}
+        assert {str(p.relative_to(ROOT)) for p in kept} <= {str(p.relative_to(source)) for p in source.rglob("*")}
+    assert not (source / "tests").exists()
 
 
 def build_wheel(source, out, environment=None, check=True):
