@@ -73,19 +73,24 @@ def test_which_cards_run_what_nvcc_compiled(code, runs, does_not):
 def card(monkeypatch):
     """A function that lets the package find a card of this compute capability, and kernels for it from 8.0 on."""
 
-    def put(major, minor):
-        card = types.SimpleNamespace(name="a card", major=major, minor=minor)
-        _backends._card.cache_clear()
+    def put(major, minor, driver=(13, 0)):
+        found = types.SimpleNamespace(name="a card", major=major, minor=minor)
+        library = _backends._ops.CudaLibrary(("sm_80", "sm_90", "compute_90"), (13, 0), driver)
+        forget()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
-        monkeypatch.setattr(_backends._ops, "CUDA_CODE", ("sm_80", "sm_90", "compute_90"))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+        monkeypatch.setattr(_backends._ops, "cuda_library", lambda: library)
         for name in ("CUDA_MISSING", "TRITON_MISSING"):
             monkeypatch.setattr(_backends._ops, name, None)
         return torch.device("cuda", 0)
 
+    def forget():
+        _backends._card.cache_clear()
+        _backends._too_old_for_cuda.cache_clear()
+
     yield put
-    _backends._card.cache_clear()
+    forget()
 
 
 def test_a_card_that_is_too_old_for_a_backend_gets_another(card):
@@ -94,17 +99,31 @@ def test_a_card_that_is_too_old_for_a_backend_gets_another(card):
     gpu = card(7, 5)
     found = tk.available_backends()
     assert found["triton"] is True
-    assert found["cuda"] == (
-        "it was compiled for sm_80, sm_90, compute_90, not for the compute capability 7.5 of a card"
-    )
+    assert found["cuda"] == "it was compiled for sm_80, sm_90, compute_90, not for the compute capability 7.5 of a card"
     assert _backends.choose("auto", gpu, None) == "triton"
-    with pytest.raises(
-        ValueError, match=r"backend: 'cuda' is not available: it was compiled for sm_80, .* 7.5 of a card"
-    ):
+    with pytest.raises(ValueError, match=r"backend: 'cuda' is not available: it was compiled for sm_80, .* of a card"):
         _backends.choose("cuda", gpu, None)
     gpu = card(6, 1)
     assert tk.available_backends()["triton"] == "Triton takes a compute capability of 7.0 or more, a card has 6.1"
     assert _backends.choose("auto", gpu, None) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("driver", "runs"), [((13, 0), True), ((13, 1), True), ((14, 0), True), ((12, 9), False), ((0, 0), True)]
+)
+def test_a_driver_that_is_too_old_for_the_library(card, driver, runs):
+    assert _backends.choose("auto", card(9, 0, driver), None) == ("cuda" if runs else "triton")
+    if not runs:
+        expected = "it was compiled by CUDA 13.0, the driver here runs CUDA 12.9"
+        assert tk.available_backends()["cuda"] == expected
+
+
+def test_a_driver_that_is_too_old_for_the_librarys_ptx(card, monkeypatch):
+    newer = _backends._ops.CudaLibrary(("sm_80", "compute_90"), (13, 1), (13, 0))
+    for capability, expected in (((8, 6), "cuda"), ((12, 0), "triton")):
+        gpu = card(*capability)
+        monkeypatch.setattr(_backends._ops, "cuda_library", lambda: newer)
+        assert _backends.choose("auto", gpu, None) == expected
 
 
 def test_more_classes_than_cuda_takes(card):

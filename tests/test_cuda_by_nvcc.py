@@ -127,4 +127,6 @@ def test_library_tells_what_it_has_code_for(tmp_path):
     """By which "auto" leaves a card that is too old to another backend."""
     there = {f"sm_{arch}" for arch, kernels in assemblies().items() if kernels}
     there |= {re.search(r"\.sm_(\d+)\.", path.name).expand(r"compute_\1") for path in ptx_files(tmp_path)}
-    assert set(_ops.CUDA_CODE) == there
+    library = _ops.cuda_library()
+    assert set(library.code) == there
+    assert library.version >= (11, 8)

@@ -71,11 +71,17 @@ def _card(index: int) -> tuple[str, tuple[int, int]]:
     return found.name, (found.major, found.minor)
 
 
+@functools.cache
 def _too_old_for_cuda(name: str, capability: tuple[int, int]) -> str | None:
-    if has_code_for(_ops.CUDA_CODE, capability):
+    code, version, of_driver = _ops.cuda_library()
+    known = of_driver > (0, 0)
+    if known and of_driver[0] < version[0]:
+        return f"it was compiled by CUDA {_dotted(version)}, the driver here runs CUDA {_dotted(of_driver)}"
+    if known and of_driver < version:  # which runs all but the PTX of a newer one
+        code = tuple(entry for entry in code if entry.startswith("sm"))
+    if has_code_for(code, capability):
         return None
-    code = ", ".join(_ops.CUDA_CODE)
-    return f"it was compiled for {code}, not for the compute capability {_dotted(capability)} of {name}"
+    return f"it was compiled for {', '.join(code)}, not for the compute capability {_dotted(capability)} of {name}"
 
 
 def _too_old_for_triton(name: str, capability: tuple[int, int]) -> str | None:
@@ -90,7 +96,6 @@ def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-@functools.cache
 def has_code_for(code: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether a card of that compute capability runs one of these, like sm_80 (machine code: for it and what is newer
     of the same major number) and compute_90 (PTX, which the driver compiles: for it and all that is newer)."""

@@ -6,6 +6,7 @@ The compiled libraries only add implementations, so that the operators exist, an
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -81,11 +82,24 @@ def _load(name: str) -> str | None:
     return None
 
 
-def _code_of(name: str) -> tuple[str, ...]:
-    """What a compiled library has code for, like ("sm_80", "sm_90", "compute_90")."""
-    list_code = ctypes.CDLL(str(pathlib.Path(__file__).with_name(name))).tversky_kernels_cuda_code
-    list_code.restype = ctypes.c_char_p
-    return tuple(list_code().decode().split("."))
+class CudaLibrary(NamedTuple):
+    """What the library of the CUDA kernels tells of itself."""
+
+    code: tuple[str, ...]  # like ("sm_80", "sm_90", "compute_90")
+    version: tuple[int, int]  # of the CUDA that compiled it
+    of_driver: tuple[int, int]  # the newest that the driver here runs; 0 where it does not say
+
+
+@functools.cache
+def cuda_library() -> CudaLibrary:
+    """What it has code for and which CUDA it is of, where CUDA_MISSING is None."""
+    library = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_C_cuda.so")))
+    library.tversky_kernels_cuda_code.restype = ctypes.c_char_p
+    code = library.tversky_kernels_cuda_code().decode().split(".")
+    own, drivers = ctypes.c_int(), ctypes.c_int()
+    library.tversky_kernels_cuda_versions(ctypes.byref(own), ctypes.byref(drivers))
+    version, of_driver = ((x.value // 1000, x.value % 1000 // 10) for x in (own, drivers))
+    return CudaLibrary(tuple(code), version, of_driver)
 
 
 def _register_triton() -> str | None:
@@ -106,7 +120,6 @@ def _register_triton() -> str | None:
 CPU_MISSING = _load("_C.so")
 CUDA_MISSING = _load("_C_cuda.so")
 TRITON_MISSING = _register_triton()
-CUDA_CODE = () if CUDA_MISSING else _code_of("_C_cuda.so")
 
 ops = torch.ops.tversky_kernels
 

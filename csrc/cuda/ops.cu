@@ -286,7 +286,7 @@ bool plan_by_channel(const Volume& v, Plan& plan) {
 
 template <typename T>
 void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
-  constexpr int kSharedBytes = 46 * 1024;  // what a block gets without asking for more
+  constexpr int kSharedBytes = 46 * 1024;      // what a block gets without asking for more
   constexpr int kMostSharedBytes = 96 * 1024;  // and by asking, on every card
   const int64_t classes = v.classes;
   const auto bytes = [&](int voxels) {
@@ -371,5 +371,10 @@ STABLE_TORCH_LIBRARY_IMPL(TK_NAMESPACE, TK_DISPATCH_KEY, m) {
 // What setup.py had nvcc compile for, like "sm_80.sm_90.compute_90".
 extern "C" __attribute__((visibility("default"))) const char* tversky_kernels_cuda_code() {
   return TK_STRING(TK_CUDA_CODE);
+}
+// Of the CUDA that compiled this library, and the newest that the driver here runs; 0 where it does not say.
+extern "C" __attribute__((visibility("default"))) void tversky_kernels_cuda_versions(int* own, int* drivers) {
+  *own = CUDART_VERSION;
+  if (cudaDriverGetVersion(drivers) != cudaSuccess) *drivers = 0;
 }
 #endif
