@@ -59,14 +59,17 @@ _available._dynamo_marked_constant = True
 def _on_gpu(missing, index, too_old) -> bool | str:
     if missing is not None:
         return missing
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no GPU"
-    return too_old(*_card(torch.cuda.current_device() if index is None else index)) or True
+    if index is None and torch.cuda.is_available():
+        index = torch.cuda.current_device()
+    card = _card(index)
+    return f"torch {torch.__version__} finds no GPU" if card is None else too_old(*card) or True
 
 
 @functools.cache
-def _card(index: int) -> tuple[str, tuple[int, int]]:
-    # Its name and compute capability.
+def _card(index: int | None) -> tuple[str, tuple[int, int]] | None:
+    # Its name and compute capability; None where there is none. A call asks torch only once.
+    if not torch.cuda.is_available():
+        return None
     found = torch.cuda.get_device_properties(index)
     return found.name, (found.major, found.minor)
 
