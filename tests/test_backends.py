@@ -126,6 +126,14 @@ def test_a_driver_that_is_too_old_for_the_librarys_ptx(card, monkeypatch):
         assert _backends.choose("auto", gpu, None) == expected
 
 
+def test_a_torch_for_rocm_gets_triton(card, monkeypatch):
+    """Its cards have numbers of their own, and their tensors are on "cuda" too."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for capability in ((9, 4), (6, 0)):
+        assert _backends.choose("auto", card(*capability), None) == "triton"
+    assert tk.available_backends()["cuda"] == f"torch {torch.__version__} is built for ROCm"
+
+
 def test_more_classes_than_cuda_takes(card):
     gpu = card(9, 0)
     for dtype, most in ((torch.float32, 2000), (torch.bfloat16, 2000), (torch.float64, 1000)):

@@ -43,7 +43,8 @@ def _available(backend: str, index: int | None = None) -> bool | str:
     if backend == "cpu":
         return _ops.CPU_MISSING is None or _ops.CPU_MISSING
     if backend == "cuda":
-        return _on_gpu(_ops.CUDA_MISSING, index, _too_old_for_cuda)
+        for_rocm = f"torch {torch.__version__} is built for ROCm" if torch.version.hip is not None else None
+        return _on_gpu(_ops.CUDA_MISSING or for_rocm, index, _too_old_for_cuda)
     if backend == "triton":
         if _interpreted() and _ops.TRITON_MISSING is None:
             return True
@@ -81,7 +82,7 @@ def _too_old_for_cuda(name: str, capability: tuple[int, int]) -> str | None:
     if known and of_driver[0] < version[0]:
         return f"it was compiled by CUDA {_dotted(version)}, the driver here runs CUDA {_dotted(of_driver)}"
     if known and of_driver < version:  # which runs all but the PTX of a newer one
-        code = tuple(entry for entry in code if entry.startswith("sm"))
+        code = tuple(entry for entry in code if not entry.startswith("compute"))
     if has_code_for(code, capability):
         return None
     return f"it was compiled for {', '.join(code)}, not for the compute capability {_dotted(capability)} of {name}"
@@ -105,7 +106,9 @@ def has_code_for(code: tuple[str, ...], capability: tuple[int, int]) -> bool:
     major, minor = capability
     for kind, number in (entry.split("_") for entry in code):
         of_major, of_minor = divmod(int(number), 10)
-        if (of_major, of_minor) <= capability if kind == "compute" else of_major == major and of_minor <= minor:
+        if kind == "compute" and (of_major, of_minor) <= capability:
+            return True
+        if kind == "sm" and of_major == major and of_minor <= minor:
             return True
     return False
 
