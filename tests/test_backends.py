@@ -124,6 +124,8 @@ def test_a_driver_that_is_too_old_for_the_librarys_ptx(card, monkeypatch):
         gpu = card(*capability)
         monkeypatch.setattr(_backends._ops, "cuda_library", lambda: newer)
         assert _backends.choose("auto", gpu, None) == expected
+    said = "it was compiled by CUDA 13.1, the driver here runs CUDA 13.0, and only its PTX is for a card"
+    assert tk.available_backends()["cuda"] == said
 
 
 def test_a_torch_for_rocm_gets_triton(card, monkeypatch):

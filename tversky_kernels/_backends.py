@@ -78,13 +78,15 @@ def _card(index: int | None) -> tuple[str, tuple[int, int]] | None:
 @functools.cache
 def _too_old_for_cuda(name: str, capability: tuple[int, int]) -> str | None:
     code, version, of_driver = _ops.cuda_library()
-    known = of_driver > (0, 0)
-    if known and of_driver[0] < version[0]:
-        return f"it was compiled by CUDA {_dotted(version)}, the driver here runs CUDA {_dotted(of_driver)}"
-    if known and of_driver < version:  # which runs all but the PTX of a newer one
-        code = tuple(entry for entry in code if not entry.startswith("compute"))
-    if has_code_for(code, capability):
+    ready = tuple(entry for entry in code if not entry.startswith("compute"))
+    older = (0, 0) < of_driver < version
+    compiled_by = f"it was compiled by CUDA {_dotted(version)}, the driver here runs CUDA {_dotted(of_driver)}"
+    if older and of_driver[0] < version[0]:
+        return compiled_by
+    if has_code_for(ready if older else code, capability):  # a newer CUDA's PTX is what an older driver does not run
         return None
+    if has_code_for(code, capability):
+        return f"{compiled_by}, and only its PTX is for {name}"
     return f"it was compiled for {', '.join(code)}, not for the compute capability {_dotted(capability)} of {name}"
 
 
