@@ -105,12 +105,9 @@ def _dotted(capability: tuple[int, int]) -> str:
 def has_code_for(code: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether a card of that compute capability runs one of these, like sm_80 (machine code: for it and what is newer
     of the same major number) and compute_90 (PTX, which the driver compiles: for it and all that is newer)."""
-    major, minor = capability
     for kind, number in (entry.split("_") for entry in code):
-        of_major, of_minor = divmod(int(number), 10)
-        if kind == "compute" and (of_major, of_minor) <= capability:
-            return True
-        if kind == "sm" and of_major == major and of_minor <= minor:
+        oldest = divmod(int(number), 10)
+        if oldest <= capability and (kind == "compute" or oldest[0] == capability[0]):
             return True
     return False
 

@@ -300,8 +300,8 @@ void plan_tiled(const Volume& v, const GradientView* out, Plan& plan) {
   };
   plan.voxels = 128;
   while (plan.voxels > 1 && bytes(plan.voxels) > kSharedBytes) plan.voxels /= 2;
-  STD_TORCH_CHECK(bytes(plan.voxels) <= kMostSharedBytes, "logits: the CUDA kernels take at most ",
-                  sizeof(T) < 8 ? 2000 : 1000, " classes, got ", classes);
+  STD_TORCH_CHECK(bytes(plan.voxels) <= kMostSharedBytes, "logits: the CUDA kernels have no room for ", classes,
+                  " classes");
   plan.shared_bytes = static_cast<int>(bytes(plan.voxels));
 }
 
