@@ -9,23 +9,35 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 
 PACKAGE = "pycerr==2.5.1"
+SHA256 = "5c3e82cc387538c5c38143827314fc2aa743ef886e8518f7f52beff6805c635d"  # of its wheel
 FOLDER = "cerr/datasets/radiomics_phantom_dicom/"
 FILES = 207  # in FOLDER: 203 slices, four contour sets
 
 
 def fetch(directory: pathlib.Path) -> None:
-    """Puts pat_1 .. pat_4 and their licence into ``directory``; does nothing where they are already."""
+    """Puts pat_1 .. pat_4 and their licence into ``directory``; does nothing where they are already.
+
+    The folder must be new or empty: nothing in it is ever removed.
+    """
     if directory.is_dir() and sum(1 for p in directory.rglob("*.dcm")) == FILES:
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise SystemExit(
+            f"fetch_lung_ct: {directory} is there and does not hold the images (or not all of them); expected a new or "
+            "an empty folder. Name another one, or remove it yourself"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+        requirement = pathlib.Path(temporary) / "requirements.txt"
+        requirement.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command += ["--require-hashes", "--dest", temporary, "--requirement", str(requirement)]
         if subprocess.run(command).returncode:
             raise SystemExit(f"fetch_lung_ct: pip could not download {PACKAGE}; is a package index reachable?")
         (wheel,) = pathlib.Path(temporary).glob("*.whl")
@@ -37,10 +49,7 @@ def fetch(directory: pathlib.Path) -> None:
         found = sum(1 for p in unpacked.rglob("*.dcm"))
         if found != FILES:
             raise SystemExit(f"fetch_lung_ct: expected {FILES} DICOM files in {PACKAGE}, found {found}")
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(unpacked / FOLDER, directory)
+        (unpacked / FOLDER).rename(directory)  # at once, and over nothing but an empty folder
 
 
 def main() -> None:

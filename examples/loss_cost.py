@@ -74,19 +74,19 @@ def loss_cost(
             started = time.perf_counter()
             logits = forward()
             _synchronise(logits.device)
-            z = logits.detach().requires_grad_()
             before = time.perf_counter()
-            loss(z, target).backward()
+            (gradient,) = torch.autograd.grad(loss(logits, target), logits)
             _synchronise(logits.device)
             after = time.perf_counter()
-            logits.backward(z.grad)
+            logits.backward(gradient)
             _synchronise(logits.device)
             spent[name].append(after - before)
             steps[name].append(time.perf_counter() - started)
     for name, loss in losses.items():
         logits = forward()
-        z = logits.detach().clone().requires_grad_()
-        memory[name] = peak_bytes(lambda z=z, loss=loss: loss(z, target).backward(), z.device) / 2**20
+        memory[name] = (
+            peak_bytes(lambda z=logits, loss=loss: torch.autograd.grad(loss(z, target), z), logits.device) / 2**20
+        )
     return {
         name: {
             "seconds": statistics.median(spent[name][1:]),

@@ -12,6 +12,9 @@ import pydicom
 import skimage.draw
 import torch
 
+#: How far apart the elements of an image's affine and its label's may be.
+AFFINE_TOLERANCE = 1e-3
+
 
 class DataError(Exception):
     """An image or a contour set that is missing, corrupt or not what was expected; the message names the file."""
@@ -96,15 +99,24 @@ def read_nifti(image_path: pathlib.Path, label_path: pathlib.Path) -> Volume:
             raise DataError(f"{path}: no such file")
         try:
             file = nibabel.as_closest_canonical(nibabel.load(path))
-            arrays.append((np.asarray(file.dataobj, dtype=np.float32), file.header.get_zooms()[:3]))
+            arrays.append((np.asarray(file.dataobj, dtype=np.float32), file.header.get_zooms()[:3], file.affine))
         except Exception as error:  # nibabel raises whatever its parser stumbles over
             raise DataError(f"{path}: not a readable NIfTI file: {error}") from error
-    (image, zooms), (label, _) = arrays
+    (image, zooms, affine), (label, _, label_affine) = arrays
     if image.ndim != 3 or image.shape != label.shape:
         raise DataError(f"{label_path}: expected a label of the image's shape {image.shape}, got {label.shape}")
+    # Where a voxel lies, in mm: headers round.
+    apart = np.abs(affine - label_affine).max()
+    if apart > AFFINE_TOLERANCE:
+        raise DataError(
+            f"{label_path}: expected the image's affine, so that a voxel of one is the voxel of the other; they are up "
+            f"to {apart:.3g} apart; bring the label to the image's grid first"
+        )
     image, label = image.transpose(2, 1, 0), label.transpose(2, 1, 0)
     if not np.isfinite(image).all():
         raise DataError(f"{image_path}: it has values that are not finite")
+    if not np.isfinite(label).all():
+        raise DataError(f"{label_path}: it has values that are not finite, which are neither lesion nor background")
     return Volume(
         image_path.name.split("_image.nii")[0],
         torch.from_numpy(image.copy())[None],

@@ -207,6 +207,10 @@ def test_bad_nifti(data, tmp_path):
         ("missing", "no such file"),
         ("corrupt", "not a readable NIfTI"),
         ("shape", "of the image's shape"),
+        ("flipped", "a_label.nii.gz: expected the image's affine"),
+        ("shifted", "a_label.nii.gz: expected the image's affine"),
+        ("nan", "a_label.nii.gz: it has values that are not finite"),
+        ("nan_image", "a_image.nii.gz: it has values that are not finite"),
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -215,6 +219,15 @@ def test_bad_nifti(data, tmp_path):
             (folder / "a_label.nii.gz").write_bytes((data / "case0_label.nii.gz").read_bytes()[:100])
         elif name == "shape":
             nibabel.save(nibabel.Nifti1Image(np.zeros((3, 3, 3), np.uint8), np.eye(4)), folder / "a_label.nii.gz")
+        elif name != "missing":
+            images = {kind: nibabel.load(data / f"case0_{kind}.nii.gz") for kind in ("image", "label")}
+            for kind, file in images.items():
+                x, affine = np.array(file.dataobj, dtype=np.float32), file.affine.copy()
+                if kind == "label":
+                    affine[0, 3] += 2.0 * (name == "shifted")
+                    affine = affine @ np.diag([-1, 1, 1, 1]) if name == "flipped" else affine
+                x[3, 3, 3] = np.nan if name == ("nan" if kind == "label" else "nan_image") else x[3, 3, 3]
+                nibabel.save(nibabel.Nifti1Image(x, affine), folder / f"a_{kind}.nii.gz")
         with pytest.raises(volumes.DataError, match=message):
             volumes.read_folder(folder)
 
@@ -352,6 +365,33 @@ def test_fetch_is_not_repeated(tmp_path, monkeypatch):
         (tmp_path / "pat_1" / f"{i}.dcm").touch()
     monkeypatch.setattr(fetch_lung_ct.subprocess, "run", lambda *_: pytest.fail("it has all files already"))
     fetch_lung_ct.fetch(tmp_path)
+
+
+def test_fetch_removes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch_lung_ct.subprocess, "run", lambda *_: pytest.fail("it refuses before it downloads"))
+    precious = tmp_path / "home" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("three years")
+    for directory in (precious.parent, precious):
+        with pytest.raises(SystemExit, match="expected a new or an empty folder"):
+            fetch_lung_ct.fetch(directory)
+    assert precious.read_text() == "three years"
+
+
+def test_fetch_takes_a_wheel_of_a_known_hash_alone(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command):
+        asked.append((command, pathlib.Path(command[-1]).read_text()))
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(fetch_lung_ct.subprocess, "run", run)
+    with pytest.raises(SystemExit, match="could not download"):
+        fetch_lung_ct.fetch(tmp_path / "new")
+    ((command, requirement),) = asked
+    assert {"--require-hashes", "--only-binary", ":all:"} <= set(command)
+    assert f"--hash=sha256:{fetch_lung_ct.SHA256}" in requirement
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_is_complete():
