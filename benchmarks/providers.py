@@ -94,10 +94,25 @@ def _lean(function: Loss, compiled: bool = False) -> Callable[[Case], Loss]:
     return make
 
 
+class _OutputOfNetwork(torch.autograd.Function):
+    # The leaf that is timed as something that has been computed, without a copy: a leaf may not be overwritten.
+    @staticmethod
+    def forward(ctx, x):
+        return x.new_empty(0).set_(x.detach())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def _as_of_network(loss: Loss, inplace: bool) -> Loss:
+    return (lambda z, t: loss(_OutputOfNetwork.apply(z), t)) if inplace else loss
+
+
 def _ours(backend: str, inplace: bool = False) -> Callable[[Case], Loss]:
     def make(case: Case) -> Loss:
         options = {"backend": backend, "inplace_backward": inplace, "activation": case.activation}
-        return tk.TverskyLoss(alpha=ALPHA, beta=BETA, **options)
+        return _as_of_network(tk.TverskyLoss(alpha=ALPHA, beta=BETA, **options), inplace)
 
     return make
 
@@ -105,7 +120,7 @@ def _ours(backend: str, inplace: bool = False) -> Callable[[Case], Loss]:
 def our_dice_ce(backend: str, inplace: bool = False, **changed) -> Callable[[Case], Loss]:
     """Our Dice and cross-entropy, with these options besides."""
     options = {"alpha": 0.5, "beta": 0.5, **HALF, "backend": backend, "inplace_backward": inplace, **changed}
-    return lambda case: tk.TverskyCELoss(**{"activation": case.activation, **options})
+    return lambda case: _as_of_network(tk.TverskyCELoss(**{"activation": case.activation, **options}), inplace)
 
 
 def _monai(name: str, activation: str | None = None, **options) -> Callable[[Case], Loss]:

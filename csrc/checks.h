@@ -20,6 +20,15 @@ inline void check_logits(const Tensor& logits) {
       "logits: expected float16, bfloat16, float32 or float64, got ", torch::headeronly::toString(t));
   STD_TORCH_CHECK(logits.dim() >= 2, "logits: expected (N, C, *spatial), got ", logits.dim(), " dimension(s)");
   STD_TORCH_CHECK(logits.size(1) >= 1, "logits: expected at least one class, got none");
+  STD_TORCH_CHECK(logits.size(1) <= INT32_MAX, "logits: expected fewer classes than 2^31, got ", logits.size(1));
+}
+
+inline void check_device(const char* name, const Tensor& x, const Tensor& logits) {
+  STD_TORCH_CHECK(x.device() == logits.device(), name, ": expected it on the logits' device");
+}
+
+inline void check_range(const char* name, int64_t value, int64_t most) {
+  STD_TORCH_CHECK(value >= 0 && value <= most, name, ": expected 0 to ", most, ", got ", value);
 }
 
 // (N, *spatial) or, with classes, (N, C, *spatial), for logits (N, C, *spatial); the spatial sizes may be others for 1
@@ -36,8 +45,7 @@ inline void check_volume(const char* name, const Tensor& x, const Tensor& logits
     STD_TORCH_CHECK(size == expected || (spatial <= 3 && size > 0), name, ": expected size ", expected,
                     " in dimension ", first + d, ", got ", size);
   }
-  STD_TORCH_CHECK(x.is_cpu() == logits.is_cpu() && x.get_device_index() == logits.get_device_index(), name,
-                  ": expected it on the logits' device");
+  check_device(name, x, logits);
 }
 
 inline bool is_integral(ScalarType t) {
@@ -72,8 +80,8 @@ inline void check_inputs(const Tensor& logits, const Tensor& target, const std::
   check_logits(logits);
   check_target(target, logits);
   check_voxel_weight(voxel_weight, logits);
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation: expected 0, 1 or 2, got ", activation);
-  STD_TORCH_CHECK(overlap >= 0 && overlap <= 2, "overlap: expected 0, 1 or 2, got ", overlap);
+  check_range("activation", activation, 2);
+  check_range("overlap", overlap, 2);
   STD_TORCH_CHECK(cross_entropy >= 0 && cross_entropy <= (activation == 2 ? 0 : 2),
                   "cross_entropy: expected 0, 1 or 2 (0 without an activation), got ", cross_entropy);
   STD_TORCH_CHECK(focal_gamma >= 0, "focal_gamma: expected a number >= 0, got ", focal_gamma);
@@ -81,9 +89,10 @@ inline void check_inputs(const Tensor& logits, const Tensor& target, const std::
 
 // The (N, C, 3) counts table: tp, fp, fn; with a cross-entropy (N, C, 6).
 inline void check_counts(const Tensor& counts) {
-  STD_TORCH_CHECK(
-      counts.scalar_type() == ScalarType::Double && counts.dim() == 3 && (counts.size(2) == 3 || counts.size(2) == 6),
-      "counts: expected (N, C, 3 or 6) of float64");
+  STD_TORCH_CHECK(counts.scalar_type() == ScalarType::Double && counts.dim() == 3 && counts.size(1) >= 1 &&
+                      counts.size(0) <= INT32_MAX && counts.size(1) <= INT32_MAX &&
+                      (counts.size(2) == 3 || counts.size(2) == 6),
+                  "counts: expected (N, C, 3 or 6) of float64");
 }
 
 // (rows, C, 2), or 4 with a cross-entropy, for rows = N, or 1 where the batch was summed.
@@ -92,6 +101,7 @@ inline void check_coefficients(const Tensor& coefficients, const Tensor& logits,
                       (coefficients.size(0) == logits.size(0) || coefficients.size(0) == 1) &&
                       coefficients.size(1) == logits.size(1) && coefficients.size(2) == (cross_entropy == 0 ? 2 : 4),
                   "coefficients: expected (N or 1, C, 2, or 4 with a cross-entropy) of float64");
+  check_device("coefficients", coefficients, logits);
 }
 
 // The gradient of a loss that is a scalar or has the last C' of the C classes in its last dimension.
@@ -99,6 +109,7 @@ inline void check_grad_loss(const Tensor& grad_loss, const Tensor& coefficients)
   const ScalarType t = grad_loss.scalar_type();
   STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double, "grad_loss: expected float32 or float64, got ",
                   torch::headeronly::toString(t));
+  check_device("grad_loss", grad_loss, coefficients);
   if (grad_loss.dim() == 0) return;
   const int64_t classes = grad_loss.size(grad_loss.dim() - 1);
   const int64_t rows = grad_loss.dim() == 1 ? 1 : grad_loss.size(0);

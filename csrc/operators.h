@@ -1,7 +1,7 @@
 // The operators: checks, shapes and new tensors, the same for every device. What runs there is the Backend's:
-//   count(logits, volume, raise_bad_input, counts)                 the counts table [N][C][3 or 6]
+//   count(logits, volume, check, counts)                           the counts table [N][C][3 or 6]
 //   evaluate(table, counts, loss, coefficients)                    the table alone
-//   forward(logits, volume, raise_bad_input, table, loss, coefficients)   both
+//   forward(logits, volume, check, table, loss, coefficients)     both
 //   gradient(volume, grad_loss, coefficients, out)                 the gradient pass; all tensors contiguous but out
 //   new_gradient(logits)                                           its memory, the voxels one stride apart
 #pragma once
@@ -22,13 +22,15 @@ template <typename Backend>
 struct Operators {
   static Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
                            int64_t activation, std::optional<int64_t> ignore_index, int64_t overlap,
-                           int64_t cross_entropy, double focal_gamma, bool raise_bad_input) {
+                           int64_t cross_entropy, double focal_gamma, bool nearest_exact, int64_t check) {
     check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
+    check_range("check", check, 2);
     const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, overlap, cross_entropy, focal_gamma});
+                               {activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact},
+                               static_cast<Check>(check));
     const std::vector<int64_t> shape{volume.view.samples, volume.view.classes, volume.view.count_columns()};
     Tensor counts = torch::stable::new_empty(logits, shape, ScalarType::Double);
-    Backend::count(logits, volume.view, raise_bad_input, counts);
+    Backend::count(logits, volume.view, static_cast<Check>(check), counts);
     return counts;
   }
 
@@ -41,7 +43,7 @@ struct Operators {
     const Tensor contiguous = torch::stable::contiguous(counts);
     const Table t = make_table(counts, counts.size(0), counts.size(1), counts.size(2) == kAllCounts, class_parameters,
                                {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent,
-                               reduction, {tversky_weight, ce_weight, label_smoothing, static_cast<CeMean>(ce_mean)});
+                               reduction, {tversky_weight, ce_weight, label_smoothing, CeMean{}}, ce_mean);
     auto [loss, coefficients] = results(counts, t, ScalarType::Double, batch);
     Backend::evaluate(t, contiguous, loss, coefficients);
     return {loss, coefficients};
@@ -50,28 +52,30 @@ struct Operators {
   static std::tuple<Tensor, Tensor> tversky_loss(
       const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight, int64_t activation,
       std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy, double focal_gamma,
-      bool raise_bad_input, const std::optional<Tensor>& class_parameters, double alpha, double beta, double gamma,
-      double smooth_nr, double smooth_dr, bool include_background, bool batch, int64_t absent, int64_t reduction,
-      double tversky_weight, double ce_weight, double label_smoothing, int64_t ce_mean) {
+      bool nearest_exact, int64_t check, const std::optional<Tensor>& class_parameters, double alpha, double beta,
+      double gamma, double smooth_nr, double smooth_dr, bool include_background, bool batch, int64_t absent,
+      int64_t reduction, double tversky_weight, double ce_weight, double label_smoothing, int64_t ce_mean) {
     check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
+    check_range("check", check, 2);
     const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, overlap, cross_entropy, focal_gamma});
+                               {activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact},
+                               static_cast<Check>(check));
     const Table t = make_table(logits, volume.view.samples, volume.view.classes, cross_entropy != 0, class_parameters,
                                {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent,
-                               reduction, {tversky_weight, ce_weight, label_smoothing, static_cast<CeMean>(ce_mean)});
+                               reduction, {tversky_weight, ce_weight, label_smoothing, CeMean{}}, ce_mean);
     const ScalarType type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     auto [loss, coefficients] = results(logits, t, type, batch);
-    Backend::forward(logits, volume.view, raise_bad_input, t, loss, coefficients);
+    Backend::forward(logits, volume.view, static_cast<Check>(check), t, loss, coefficients);
     return {loss, coefficients};
   }
 
   static Tensor gradient_pass(const Tensor& grad_loss, const Tensor& coefficients, const Tensor& logits,
                               const Tensor& target, const std::optional<Tensor>& voxel_weight, int64_t activation,
                               std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy,
-                              double focal_gamma) {
+                              double focal_gamma, bool nearest_exact) {
     check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
     const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, overlap, cross_entropy, focal_gamma});
+                               {activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact});
     Tensor gradient = Backend::new_gradient(volume.logits);
     write_gradient(gradient, volume.view, grad_loss, coefficients);
     return gradient;
@@ -80,11 +84,12 @@ struct Operators {
   static void gradient_pass_(Tensor logits, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& target,
                              const std::optional<Tensor>& voxel_weight, int64_t activation,
                              std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy,
-                             double focal_gamma) {
+                             double focal_gamma, bool nearest_exact) {
     check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
     STD_TORCH_CHECK(single_stride(logits, 2).has_value(), "logits: in place, its voxels must lie one stride apart");
+    STD_TORCH_CHECK(is_dense(logits), "logits: in place, each must have a place of its own, with nothing in between");
     const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, overlap, cross_entropy, focal_gamma});
+                               {activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact});
     write_gradient(logits, volume.view, grad_loss, coefficients);
   }
 
@@ -101,23 +106,29 @@ struct Operators {
   static Table make_table(const Tensor& like, int64_t samples, int64_t classes, bool has_cross_entropy,
                           const std::optional<Tensor>& class_parameters, const TverskyParameters& tversky,
                           bool include_background, bool batch, int64_t absent, int64_t reduction,
-                          const CeParameters& ce) {
+                          const CeParameters& ce, int64_t ce_mean) {
     if (class_parameters.has_value()) {
       STD_TORCH_CHECK(class_parameters->scalar_type() == ScalarType::Double && class_parameters->is_contiguous() &&
-                          class_parameters->is_cpu() == like.is_cpu() && class_parameters->dim() == 2 &&
-                          class_parameters->size(0) == 4 && class_parameters->size(1) == classes,
+                          class_parameters->dim() == 2 && class_parameters->size(0) == 4 &&
+                          class_parameters->size(1) == classes,
                       "class_parameters: expected a contiguous (4, C) tensor of float64 on the logits' device");
+      check_device("class_parameters", *class_parameters, like);
     }
+    check_range("absent", absent, 2);
+    check_range("reduction", reduction, 2);
+    check_range("ce_mean", ce_mean, 3);
     Table t{};
     t.samples = samples;
     t.classes = classes;
     t.first_class = include_background || classes == 1 ? 0 : 1;
     t.rows = batch ? 1 : samples;
     t.has_cross_entropy = has_cross_entropy;
+    t.most_coefficient = like.scalar_type() == ScalarType::Double ? kMostOfDouble : kMostOfFloat;
     t.reduction = static_cast<Reduction>(reduction);
     t.absent = static_cast<Absent>(absent);
     t.tversky = tversky;
     t.ce = ce;
+    t.ce.mean = static_cast<CeMean>(ce_mean);
     t.class_parameters = class_parameters.has_value() ? class_parameters->const_data_ptr<double>() : nullptr;
     return t;
   }

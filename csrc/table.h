@@ -16,6 +16,7 @@ struct Table {
   Absent absent;
   TverskyParameters tversky;
   CeParameters ce;
+  double most_coefficient;  // see bounded_coefficient
   const double*
       class_parameters;  // [4][C]: alpha, beta, class weight, class weight of the cross-entropy; null: all alike
 

@@ -24,6 +24,10 @@ enum class Activation : int { kSoftmax = 0, kSigmoid = 1, kNone = 2 };
 enum class Absent : int { kKeep = 0, kZero = 1, kSkip = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 enum class CrossEntropy : int { kNone = 0, kPlain = 1, kSmoothed = 2 };
+// What is done about labels and weights out of range, and values of a dense target outside [0, 1]. kIgnore: labels and
+// weights make the counts NaN, a dense target may hold anything. kPoison: all of them make the counts NaN. kRaise: they
+// raise, where the kernels run on the host (elsewhere it is kPoison).
+enum class Check : int { kIgnore = 0, kPoison = 1, kRaise = 2 };
 // How a voxel's part of TP, FP and FN is measured: by products, by |p - g|, or by (p - g)^2, for which alpha = beta.
 enum class OverlapForm : int { kProduct = 0, kAbsolute = 1, kSquared = 2 };
 // What the mean of the cross-entropy is divided by: sum w b_label, sum w, or C sum w. kLabels: sum w b_label again,
@@ -197,8 +201,9 @@ template <typename V>
 TK_MATH Overlap<V> overlap_of(const Probability<V>& p, V g, OverlapForm form) {
   if (form == OverlapForm::kProduct) return {p.p * g, p.p * (1 - g), p.complement * g};
   const V d = difference_of(p, g);
-  if (form == OverlapForm::kSquared) return {p.p * g, d > 0 ? d * d : V{}, d < 0 ? d * d : V{}};
-  return {p.p < g ? p.p : g, d > 0 ? d : V{}, d < 0 ? -d : V{}};
+  // Every comparison is false of NaN, and then takes what is NaN.
+  if (form == OverlapForm::kSquared) return {p.p * g, d < 0 ? V{} : d * d, d > 0 ? V{} : d * d};
+  return {g < p.p ? g : p.p, d < 0 ? V{} : d, d > 0 ? V{} : -d};
 }
 
 // dL/dp. u_foreground: see foreground_coefficient. Neither coefficient may lose digits to the other, which can be far
@@ -264,18 +269,30 @@ struct TverskyRow {
   double u_foreground;  // dL/dp where g = 1: dL/dTP - dL/dFN
 };
 
+// A voxel weight below the smallest normal number of the type in which is computed counts as 0, as an exponential does:
+// processors and cards differ in what they make of smaller numbers.
+template <typename A>
+constexpr A kSmallestNormal = sizeof(A) == 8 ? A(2.2250738585072014e-308) : A(1.17549435e-38f);
+
 // What overlap_slope takes where g = 1: dL/dp or, of squares, dL/dTP, for dL/dFN is dL/dFP then. u: in double.
 TK_MATH double foreground_coefficient(const double* u, OverlapForm form) {
   return form == OverlapForm::kSquared ? u[kForeground] + u[kBackground] : u[kForeground];
 }
 
-// A coefficient in the type in which is computed, finite where it is a number: gamma < 1 can make the slope at g = 1 of
-// a class that is nearly right, or absent, larger than a float, and times g = 0 it must be 0. So must a sum of such
-// over a thousand classes be, times a weight of 0.
-template <typename A>
-TK_MATH A finite_coefficient(double x) {
-  constexpr double kMost = sizeof(A) == 8 ? 1e304 : 1e35;
-  return static_cast<A>(x > kMost ? kMost : x < -kMost ? -kMost : x);
+// The largest coefficient that the table makes, for logits that are computed in double and in float. gamma < 1 can make
+// the slope at g = 1 of a class that is nearly right, or absent, larger than a float; times g = 0 it must be 0, also
+// after a GradScaler's factor and summed over a thousand classes. An upstream gradient is not bounded by it.
+constexpr double kMostOfDouble = 1e290, kMostOfFloat = 1e30;
+TK_MATH double bounded_coefficient(double x, double most) {
+  return x > most ? most : x < -most ? -most : x;  // NaN stays
+}
+
+// -log p of a softmax's label for focal_slope, from log(1 + others / target): the label's exponential, but for so small
+// ones that the quotient would overflow. p (-log p) is as good as 0 then.
+template <typename V>
+TK_MATH V exponential_for_focal_slope(V target) {
+  const V least = V{} + 1e-30f;
+  return target < least ? least : target;  // NaN stays
 }
 
 // pow is the caller's, for it is spelled differently in CUDA.
@@ -293,10 +310,10 @@ TK_MATH TverskyRow tversky_row(double tp, double fp, double fn, const TverskyPar
     slope = x <= 0.0 ? 0.0 : a.gamma * pow(x, a.gamma - 1.0);
     x = x <= 0.0 ? 0.0 : pow(x, a.gamma);
   }
-  const double common = a.class_weight * slope / (denominator * denominator);
-  const double d_tp = -common * error;
-  const double d_fp = common * a.alpha * numerator;
-  const double d_fn = common * a.beta * numerator;
+  const double common = a.class_weight * slope / denominator;  // the square of a small denominator would be 0
+  const double d_tp = -common * (error / denominator);
+  const double d_fp = common * a.alpha * (numerator / denominator);
+  const double d_fn = common * a.beta * (numerator / denominator);
   return {a.class_weight * x, d_fp, d_tp - d_fn};
 }
 

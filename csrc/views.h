@@ -17,17 +17,27 @@ struct LogitsView {
 };
 
 // Which voxel of a finer (or coarser) volume the voxels of this one take their value from: the one that torch's
-// interpolate(mode="nearest") takes. Three dimensions, the last one innermost; those that there are not have size 1.
+// interpolate takes, with mode="nearest" (the voxel's corner) or "nearest-exact" (its centre). Three dimensions, the
+// last one innermost; those that there are not have size 1.
 struct Resampling {
   bool active;
   int64_t sizes[3];         // of this volume
   int64_t source_sizes[3];  // of the one that is read
   int64_t strides[3];       // of the one that is read, in elements
   float scales[3];          // source size / size
+  float shift;              // of the place in a voxel that is looked for: 0 is its corner, 0.5 its centre
 
+  // Rounded as torch rounds: once after the product and the first shift.
+  static TK_MATH float place(float x, float scale, float shift) {
+#if defined(__CUDACC__)
+    return fmaf(x, scale, -shift) + shift;
+#else
+    return static_cast<float>(static_cast<double>(x) * scale - shift) + shift;
+#endif
+  }
   template <typename Index>
   TK_MATH int64_t source(int dimension, Index i) const {
-    const Index at = static_cast<Index>(static_cast<float>(i) * scales[dimension]);
+    const Index at = static_cast<Index>(place(static_cast<float>(i) + shift, scales[dimension], shift));
     const Index last = static_cast<Index>(source_sizes[dimension] - 1);
     return (at < last ? at : last) * strides[dimension];
   }
@@ -64,7 +74,8 @@ struct Volume {
   VoxelView weight;
   int64_t samples, classes, voxels;
   Activation activation;
-  bool dense;  // the target has a value for every class, g[n, c, voxel]
+  bool dense;           // the target has a value for every class, g[n, c, voxel]
+  bool checks_targets;  // and the count pass is to find those outside [0, 1]
   OverlapForm overlap;
   int64_t first_label;  // the label of channel 0: 0, or 1 where one sigmoid channel stands for the foreground
   bool has_ignore_index;

@@ -4,7 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "views.h"
@@ -15,6 +18,7 @@ namespace tversky_kernels {
 // one.
 inline std::optional<int64_t> single_stride(const Tensor& x, int64_t first) {
   int64_t stride = 1, voxels = 1;
+  if (x.numel() == 0) return stride;
   for (int64_t d = x.dim() - 1; d >= first; --d) {
     if (x.size(d) == 1) continue;
     if (voxels == 1) {
@@ -25,6 +29,22 @@ inline std::optional<int64_t> single_stride(const Tensor& x, int64_t first) {
     voxels *= x.size(d);
   }
   return stride;
+}
+
+// Whether the elements fill a block of memory, each one place of its own.
+inline bool is_dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  if (x.numel() == 0) return true;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) != 1) dimensions.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t elements = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != elements) return false;
+    elements *= size;
+  }
+  return true;
 }
 
 // The tensor itself where its voxels lie one stride apart, else a contiguous copy.
@@ -56,7 +76,7 @@ inline bool same_sizes(const Tensor& x, int64_t first, const Tensor& logits) {
 }
 
 // A target or weight for logits (N, C, *spatial). first: its first spatial dimension.
-inline VoxelView voxel_view(const Tensor& x, int64_t first, const Tensor& logits) {
+inline VoxelView voxel_view(const Tensor& x, int64_t first, const Tensor& logits, bool nearest_exact) {
   VoxelView view{};
   view.data = x.const_data_ptr();
   view.type = element_type(x.scalar_type());
@@ -69,6 +89,7 @@ inline VoxelView voxel_view(const Tensor& x, int64_t first, const Tensor& logits
     view.voxel_stride = *single_stride(x, first);
     return view;
   }
+  r.shift = nearest_exact ? 0.5f : 0.0f;
   for (int64_t i = 0; i < 3; ++i) {
     const int64_t d = spatial - 3 + i;
     r.sizes[i] = d < 0 ? 1 : logits.size(2 + d);
@@ -91,6 +112,7 @@ struct PassArguments {
   int64_t overlap;
   int64_t cross_entropy;
   double focal_gamma;
+  bool nearest_exact;
 };
 
 // Owns what the views of a Volume point to.
@@ -100,7 +122,7 @@ struct VolumeTensors {
   Volume view{};
 
   VolumeTensors(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& weight_in,
-                const PassArguments& a)
+                const PassArguments& a, Check check = Check::kIgnore)
       : logits(walkable(logits_in, 2)),
         target(readable(target_in, target_in.dim() == logits_in.dim() ? 2 : 1, logits_in)) {
     if (weight_in.has_value()) weight = readable(*weight_in, 1, logits);
@@ -110,8 +132,9 @@ struct VolumeTensors {
     view.logits = {logits.const_data_ptr(), element_type(logits.scalar_type()), logits.stride(0), logits.stride(1),
                    *single_stride(logits, 2)};
     view.dense = target.dim() == logits.dim();
-    view.target = voxel_view(target, view.dense ? 2 : 1, logits);
-    if (weight.has_value()) view.weight = voxel_view(*weight, 1, logits);
+    view.checks_targets = view.dense && check != Check::kIgnore;
+    view.target = voxel_view(target, view.dense ? 2 : 1, logits, a.nearest_exact);
+    if (weight.has_value()) view.weight = voxel_view(*weight, 1, logits, a.nearest_exact);
     view.activation = static_cast<Activation>(a.activation);
     view.overlap = static_cast<OverlapForm>(a.overlap);
     // For class indices the first two forms are the same.

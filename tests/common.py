@@ -112,11 +112,18 @@ def check_nearly_right(function, form, activation, dense):
 
 
 def check_immense_coefficients(gradient_pass, overlap, device="cpu"):
-    """Of all classes at once: the gradient is finite, and 0 where a voxel does not count."""
+    """The largest that the table makes, of all classes at once and after a GradScaler's factor: the gradient is finite,
+    and 0 where a voxel does not count. Those beyond the type are infinite or NaN, and none of them is a number."""
     logits, target = inputs(1, 20, (64,))
     dense = torch.nn.functional.one_hot(target, 20).movedim(-1, 1).float()
     dense[..., 2] = 0
-    arguments = (torch.ones(()), torch.full((1, 20, 2), 1e80, dtype=torch.float64), logits, dense)
-    gradient = gradient_pass(*(x.to(device) for x in arguments), None, 0, 0, overlap, 0, 0.0).cpu()
-    assert torch.isfinite(gradient).all()
-    assert torch.equal(gradient[..., 2], torch.zeros(1, 20))
+    for coefficient, upstream in ((1e30, 2.0**16), (1e80, 1.0)):
+        u = torch.full((1, 20, 2), coefficient, dtype=torch.float64)
+        u[:, ::2, 1] = 0.0
+        arguments = (torch.tensor(upstream), u, logits, dense)
+        gradient = gradient_pass(*(x.to(device) for x in arguments), None, 0, 0, overlap, 0, 0.0, False).cpu()
+        if coefficient == 1e80:
+            assert not torch.isfinite(gradient[..., :2]).any()
+            continue
+        assert torch.isfinite(gradient).all()
+        assert torch.equal(gradient[..., 2], torch.zeros(1, 20))

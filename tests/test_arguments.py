@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from common import inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tversky_kernels as tk
-from tversky_kernels import _arguments
+from tversky_kernels import _arguments, _ops
 
 LOGITS, TARGET = inputs(2, 3, (4, 5))
 
@@ -75,11 +77,6 @@ CASES = {
     ),
     "one negative alpha": ({"alpha": [0.1, -0.2, 0.1]}, ValueError, r"alpha\[1\]: expected.*got -0.2"),
     "negative alpha tensor": ({"alpha": torch.tensor([0.1, -0.5, 0.3])}, ValueError, "alpha: expected.*got -0.5"),
-    "alpha that requires a gradient": (
-        {"alpha": torch.rand(3, requires_grad=True)},
-        ValueError,
-        "alpha: expected constants",
-    ),
     "negative class_weight": ({"class_weight": [1, 1, -1]}, ValueError, r"class_weight\[2\]: expected.*got -1"),
     "too many class weights": ({"class_weight": torch.ones(4)}, ValueError, "class_weight: expected.*3 numbers"),
     "complex class_weight": ({"class_weight": torch.ones(3).cfloat()}, TypeError, "class_weight: expected real"),
@@ -202,6 +199,7 @@ def test_the_first_bad_label_is_named_whatever_the_threads(threads):
 
 def test_nothing_is_lost_when_an_error_is_raised():
     logits = LOGITS.clone().requires_grad_()
+    logits = logits * 1
     with pytest.raises(ValueError, match="got 3"):
         tk.tversky_loss(logits, torch.full_like(TARGET, 3), inplace_backward=True)
     assert torch.equal(logits, LOGITS)
@@ -280,3 +278,72 @@ def test_class_parameters_of_one_mode_do_not_reach_another():
     loss.backward()
     assert torch.equal(loss, expected)
     assert torch.isfinite(logits.grad).all()
+
+
+def test_tensors_that_are_not_strided():
+    """Nested, sparse and MKL-DNN's: an error that names the argument, wherever one stands."""
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(3, 5)])
+    jagged = torch.nested.nested_tensor([torch.randn(4, 3), torch.randn(5, 3)], layout=torch.jagged)
+    logits, target = torch.randn(2, 3, 4), torch.zeros(2, 3, 4)
+    kinds = {
+        "nested": (nested, jagged),
+        "sparse_coo": (logits.to_sparse(),),
+        "sparse_csr": (logits.to_sparse_csr(),),
+        "mkldnn": (logits.to_mkldnn(),),
+    }
+    for kind, tensors in kinds.items():
+        for x in tensors:
+            message = f"expected a dense tensor, got a {kind} one"
+            for loss in (tk.tversky_loss, tk.reference.tversky_loss, tk.overlap_counts, tk.generalized_dice_loss):
+                with pytest.raises(TypeError, match=f"logits: {message}"):
+                    loss(x, target)
+                with pytest.raises(TypeError, match=f"target: {message}"):
+                    loss(logits, x)
+            with pytest.raises(TypeError, match=f"voxel_weight: {message}"):
+                tk.tversky_loss(logits, target, voxel_weight=x)
+            with pytest.raises(TypeError, match=f"features: {message}"):
+                tk.linear_tversky_loss(x, torch.randn(3, 3), None, target)
+            with pytest.raises(TypeError, match=f"logits: {message}"):
+                tk.deep_supervision_loss([x], target)
+
+
+def test_loaded_again():
+    """The package itself can be; its operators are registered once, which a second time says."""
+    script = """
+import importlib, sys, torch
+import tversky_kernels as tk
+importlib.reload(tk)
+print(tk.tversky_loss(torch.randn(1, 2, 4), torch.zeros(1, 4, dtype=torch.long)).item() > 0)
+for again in (lambda: importlib.reload(tk._ops), lambda: importlib.import_module("tversky_kernels")):
+    try:
+        again()
+    except ImportError as error:
+        print(error)
+    for name in [name for name in sys.modules if name.startswith("tversky_kernels")]:
+        del sys.modules[name]
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    once = "a process registers the operators of tversky_kernels once; start a new one to load it again"
+    assert result.stdout.splitlines() == ["True", once, once], result.stdout + result.stderr
+
+
+def test_errors_of_kernels_are_passed_on(monkeypatch):
+    """Only what a kernel has found in the data is said again, and nothing is read for it."""
+    reads = []
+    monkeypatch.setattr(_arguments, "raise_for_bad_values", lambda *_: reads.append(1))
+
+    def fail(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def function(z, **options):
+        return tk.tversky_loss(z, TARGET, **options)
+
+    for name in ("tversky_loss", "count_pass"):
+        operators = _ops.OPERATORS["cpu"]._replace(**{name: fail})
+        monkeypatch.setitem(_ops.OPERATORS, "cpu", operators)
+    for check_target in (None, True, False):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            function(LOGITS, check_target=check_target)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            tk.overlap_counts(LOGITS, TARGET, check_target=check_target)
+    assert not reads

@@ -105,7 +105,7 @@ def test_inplace_backward(classes, dtype, channels_last):
     _, expected = loss_and_gradient(cpu, logits, target, **options)
     if channels_last:
         logits = logits.contiguous(memory_format=torch.channels_last_3d)
-    logits.requires_grad_()
+    logits = logits * torch.ones((), dtype=dtype, requires_grad=True)
     (gradient,) = torch.autograd.grad(cpu(logits, target, inplace_backward=True, **options), logits)
     assert gradient.data_ptr() == logits.data_ptr()
     assert torch.equal(gradient, expected)
@@ -145,7 +145,12 @@ def test_inplace_falls_back_where_memory_is_shared(layout):
     target = torch.randint(0, 3, (4, 8, 9))
     _, expected = loss_and_gradient(cpu, logits.contiguous(), target)
     before = logits.clone()
-    logits.requires_grad_()
+    leaf = base.requires_grad_() if layout == "expanded" else torch.ones((), requires_grad=True)
+    logits = (base * 1).expand(4, -1, -1, -1) if layout == "expanded" else (logits * leaf)
+    if layout == "sliced":
+        logits = torch.cat((logits, logits), 1)[:, ::2]
+        _, expected = loss_and_gradient(cpu, logits.detach().contiguous(), target)
+        before = logits.detach().clone()
     (gradient,) = torch.autograd.grad(cpu(logits, target, inplace_backward=True), logits)
     assert torch.equal(gradient, expected)
     assert torch.equal(logits, before)
@@ -153,6 +158,7 @@ def test_inplace_falls_back_where_memory_is_shared(layout):
 
 def test_inplace_keeps_the_logits_for_second_derivatives():
     logits, target = leaf(1, 3, (20,), torch.float64)
+    logits = logits * 1
     before = logits.detach().clone()
     (gradient,) = torch.autograd.grad(cpu(logits, target, inplace_backward=True), logits, create_graph=True)
     assert torch.equal(logits, before)
@@ -206,10 +212,16 @@ def test_functional_gradient():
     assert torch.equal(gradient, loss_and_gradient(cpu, logits, target)[1])
 
 
-def test_vmap_is_a_clear_error():
+def test_vmap_over_samples():
+    """The reference computes it; labels are not checked, for vmap reads no values, and bad ones give NaN."""
     logits, target = inputs(4, 3, (20,))
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(lambda z, t: cpu(z[None], t[None]))(logits, target)
+    found = torch.func.vmap(lambda z, t: cpu(z[None], t[None]))(logits, target)
+    torch.testing.assert_close(found.mean(), cpu(logits, target))
+    gradient = torch.func.vmap(torch.func.grad(lambda z, t: cpu(z[None], t[None])))(logits, target)
+    torch.testing.assert_close(gradient / 4, loss_and_gradient(cpu, logits, target)[1])
+    target[2, 5] = 3
+    found = torch.func.vmap(lambda z, t: cpu(z[None], t[None]))(logits, target)
+    assert torch.isnan(found).tolist() == [False, False, True, False]
 
 
 def test_activation_checkpointing():
@@ -233,8 +245,8 @@ def test_autocast():
     assert torch.isfinite(network.weight.grad).all()
 
 
-#: voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma
-PLAIN = (None, 0, None, 0, 0, 0.0)
+#: voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact
+PLAIN = (None, 0, None, 0, 0, 0.0, False)
 #: tversky_weight, ce_weight, label_smoothing, ce_mean
 CE_TABLE = (1.0, 0.5, 0.1, 0)
 TABLE = (None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2, *CE_TABLE)
@@ -242,12 +254,12 @@ TABLE = (None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 2, *CE_TABLE)
 
 def op_arguments(name, cross_entropy):
     logits, target = inputs(2, 3, (4, 5))
-    how = (torch.rand(2, 4, 5), 0, 1, 0, cross_entropy, 2.0 if cross_entropy else 0.0)
-    loss, coefficients = ops.tversky_loss(logits, target, *how, True, *TABLE)
+    how = (torch.rand(2, 4, 5), 0, 1, 0, cross_entropy, 2.0 if cross_entropy else 0.0, False)
+    loss, coefficients = ops.tversky_loss(logits, target, *how, 2, *TABLE)
     return {
-        "count_pass": (logits, target, *how, True),
+        "count_pass": (logits, target, *how, 2),
         "table": (torch.rand(2, 3, 6 if cross_entropy else 3, dtype=torch.float64), *TABLE),
-        "tversky_loss": (logits, target, *how, True, *TABLE),
+        "tversky_loss": (logits, target, *how, 2, *TABLE),
         "gradient_pass": (torch.ones_like(loss), coefficients, logits, target, *how),
         "gradient_pass_": (logits, torch.ones_like(loss), coefficients, target, *how),
     }[name]
@@ -276,27 +288,27 @@ def test_opcheck_of_every_shape_of_loss(reduction, batch, background):
         reduction,
         *CE_TABLE,
     )
-    torch.library.opcheck(ops.tversky_loss.default, (logits, target, *PLAIN, True, *table))
+    torch.library.opcheck(ops.tversky_loss.default, (logits, target, *PLAIN, 2, *table))
 
 
 def test_operators_check_their_arguments():
     logits, target = inputs(2, 3, (4, 5))
-    loss, coefficients = ops.tversky_loss(logits, target, *PLAIN, True, *TABLE)
+    loss, coefficients = ops.tversky_loss(logits, target, *PLAIN, 2, *TABLE)
     for arguments, message in (
-        ((logits.int(), target, *PLAIN, True), "logits: expected"),
-        ((logits, target.float(), *PLAIN, True), "target: expected class indices"),
-        ((logits, target[:1], *PLAIN, True), "target: expected size 2 in dimension 0, got 1"),
-        ((logits, target[..., :0], *PLAIN, True), "target: expected size 5 in dimension 2, got 0"),
-        ((logits, logits[:, :2], *PLAIN, True), "target: expected size 3 in dimension 1, got 2"),
-        ((logits, logits.cfloat(), *PLAIN, True), "target: expected class indices"),
-        ((logits, target[0], *PLAIN, True), "target: expected 3 dimensions, got 2"),
-        ((logits, target, target, *PLAIN[1:], True), "voxel_weight: expected"),
-        ((logits, target, None, 7, *PLAIN[2:], True), "activation: expected"),
-        ((logits, target, None, 0, None, 3, 0, 0.0, True), "overlap: expected"),
-        ((logits, target, None, 0, None, 0, 3, 0.0, True), "cross_entropy: expected"),
-        ((logits, target, None, 2, None, 0, 1, 0.0, True), "cross_entropy: expected"),
-        ((logits, target, None, 0, None, 0, 1, -1.0, True), "focal_gamma: expected"),
-        ((logits[:, :0], target, *PLAIN, True), "at least one class"),
+        ((logits.int(), target, *PLAIN, 2), "logits: expected"),
+        ((logits, target.float(), *PLAIN, 2), "target: expected class indices"),
+        ((logits, target[:1], *PLAIN, 2), "target: expected size 2 in dimension 0, got 1"),
+        ((logits, target[..., :0], *PLAIN, 2), "target: expected size 5 in dimension 2, got 0"),
+        ((logits, logits[:, :2], *PLAIN, 2), "target: expected size 3 in dimension 1, got 2"),
+        ((logits, logits.cfloat(), *PLAIN, 2), "target: expected class indices"),
+        ((logits, target[0], *PLAIN, 2), "target: expected 3 dimensions, got 2"),
+        ((logits, target, target, *PLAIN[1:], 2), "voxel_weight: expected"),
+        ((logits, target, None, 7, *PLAIN[2:], 2), "activation: expected"),
+        ((logits, target, None, 0, None, 3, 0, 0.0, False, 2), "overlap: expected"),
+        ((logits, target, None, 0, None, 0, 3, 0.0, False, 2), "cross_entropy: expected"),
+        ((logits, target, None, 2, None, 0, 1, 0.0, False, 2), "cross_entropy: expected"),
+        ((logits, target, None, 0, None, 0, 1, -1.0, False, 2), "focal_gamma: expected"),
+        ((logits[:, :0], target, *PLAIN, 2), "at least one class"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.count_pass(*arguments)

@@ -175,7 +175,7 @@ def test_monai_takes_float_labels_and_half_logits():
     expected = criterion(logits, target[:, None])
     assert torch.equal(criterion(logits, target[:, None].float()), expected)
     torch.testing.assert_close(criterion(logits.half(), target[:, None]), expected, rtol=1e-3, atol=0)
-    z = logits.half().requires_grad_()
+    z = logits.requires_grad_().half()
     (gradient,) = torch.autograd.grad(criterion(z, target[:, None]), z)
     assert gradient.data_ptr() == z.data_ptr()
 
@@ -186,7 +186,7 @@ def test_monai_dice_focal_in_place(activation):
     logits, target = inputs(2, 4, SPACE)
     options = {activation: True, "to_onehot_y": True}
     expected = loss_and_gradient(tk.compat.monai.DiceFocalLoss(**options), logits, target[:, None])
-    z = logits.clone().requires_grad_()
+    z = logits.requires_grad_() * 1
     loss = tk.compat.monai.DiceFocalLoss(**options, inplace_backward=True)(z, target[:, None])
     (gradient,) = torch.autograd.grad(loss, z)
     assert (gradient.data_ptr() == z.data_ptr()) == (activation == "sigmoid")
@@ -444,3 +444,28 @@ def test_nnunet_errors():
         nnunet.DC_and_BCE_loss({"weight": 1}, {})
     with pytest.raises(AttributeError, match="has no attribute 'nnUNetTrainerOfMine'"):
         _ = nnunet.nnUNetTrainerOfMine
+
+
+WEIGHTINGS = [{}, {"weight_mode": "same"}, {"weight_mode": "two"}, {"weights": [3.0, 0.5, 0.2]}]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("interp_mode", ["nearest-exact", "nearest"])
+def test_monai_deep_supervision(weighting, interp_mode):
+    losses = pytest.importorskip("monai.losses")
+    options = {"softmax": True, "to_onehot_y": True}
+    theirs = losses.DeepSupervisionLoss(losses.DiceCELoss(**options), **weighting)
+    ours = tk.compat.monai.DeepSupervisionLoss(tk.compat.monai.DiceCELoss(**options), **weighting)
+    assert ours.interp_mode == theirs.interp_mode == "nearest-exact"
+    ours.interp_mode = theirs.interp_mode = interp_mode
+    levels = [inputs(2, 3, shape)[0].requires_grad_() for shape in ((12, 9, 8), (6, 5, 4), (3, 2, 2))]
+    target = inputs(2, 3, (12, 9, 8))[1][:, None]
+    expected, found = theirs(levels, target.float()), ours(levels, target)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(x, levels) for x in (found, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(ours(levels[0], target), theirs(levels[0], target))
+    ours.interp_mode = "trilinear"
+    with pytest.raises(ValueError, match="interp_mode: expected one of 'nearest-exact', 'nearest', got 'trilinear'"):
+        ours(levels, target)

@@ -96,7 +96,7 @@ def test_a_large_fresh_gradient_is_the_one_in_place(capability, variant, classes
     activation = "sigmoid" if variant == "sigmoid" else "softmax"
     gradients = []
     for inplace in (False, True):
-        z = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        z = logits * torch.ones((), dtype=dtype, requires_grad=True)
         loss = cpu(z, target, activation=activation, inplace_backward=inplace)
         (gradient,) = torch.autograd.grad(loss * 2.0**20, z)  # float16 would be 0 without
         assert (gradient.data_ptr() == z.data_ptr()) == inplace
@@ -174,8 +174,8 @@ def test_classes_side_by_side(capability, classes, dtype):
     logits, target = inputs(2, classes, (7, 11, 31), dtype, torch.uint8)  # two whole tiles and a rest
     memory = torch.stack((logits.movedim(1, -1),) * 2, 1)  # of every second sample: empty_like leaves no gaps
     layouts = {
-        "channels_last": lambda: logits.clone(memory_format=torch.channels_last_3d),
-        "with gaps": lambda: memory.clone()[:, 0].movedim(-1, 1),
+        "channels_last": lambda one: logits.contiguous(memory_format=torch.channels_last_3d) * one,
+        "with gaps": lambda one: (memory * one)[:, 0].movedim(-1, 1),
     }
     for loss, options in (
         (tk.tversky_loss, {}),
@@ -187,7 +187,7 @@ def test_classes_side_by_side(capability, classes, dtype):
         expected = loss_and_gradient(loss, logits, target, backend="cpu", **options)
         assert expected[1].ne(0).any()
         for layout, inplace in itertools.product(layouts, (False, True)):
-            z = layouts[layout]().requires_grad_()
+            z = layouts[layout](torch.ones((), dtype=dtype, requires_grad=True))
             assert z.stride(1) == 1
             found = loss(z, target, backend="cpu", inplace_backward=inplace, **options)
             (gradient,) = torch.autograd.grad(found, z)
@@ -330,7 +330,7 @@ def test_exponential_to_one_ulp(capability):
         # Exact in the type, so that the difference of the logits is.
         x = torch.linspace(0, 80, 20001, dtype=dtype)
         logits = torch.stack((-x, torch.zeros_like(x)), 1)[..., None]  # (N, 2, 1)
-        counts = ops.count_pass(logits, torch.ones(len(x), 1, dtype=torch.uint8), None, 0, None, 0, 0, 0.0, True)
+        counts = ops.count_pass(logits, torch.ones(len(x), 1, dtype=torch.uint8), None, 0, None, 0, 0, 0.0, False, 2)
         e = torch.exp(-x.to(torch.float64)) if dtype == torch.float32 else torch.exp(-x)
         expected = e / (1 + e)
         error = ((counts[:, 0, 1] - expected).abs() / expected).max().item()

@@ -139,7 +139,7 @@ def test_the_volume_is_read_once_a_pass(host_build, ptx):
 
 
 def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path, ptx):
-    flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+    flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-D_GLIBCXX_ASSERTIONS")
     build_on_host(ROOT / "csrc" / "cuda", tmp_path / "sanitized.so", *flags)
     only = ("-k", "(softmax and float32) or layouts or channels_last or beyond or nothing or target_dtypes")
     assert_passed(run_kernels_of(tmp_path / "sanitized.so", *only, environment=under_sanitizers()), 50)

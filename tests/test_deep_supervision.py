@@ -120,3 +120,83 @@ def test_bad_input():
     # The plain losses do not resample.
     with pytest.raises(ValueError, match="target: for logits"):
         tk.tversky_loss(logits[1], target)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_nearest_exact_is_torchs(dense, backend):
+    """For many ratios, up and down; of an image that is right by majority the corner says little."""
+    for fine, coarse in (((12, 9), (5, 4)), ((8, 8), (1, 1)), ((3, 5), (7, 40)), ((2, 64), (5, 8)), ((7, 7), (7, 7))):
+        logits, _ = inputs(2, 3, coarse)
+        _, target = inputs(2, 3, fine)
+        weight = torch.rand(2, *fine)
+        target = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float() if dense else target
+        for mode in ("nearest", "nearest-exact"):
+            down, w = (
+                torch.nn.functional.interpolate(x.float(), coarse, mode=mode)
+                for x in (target if dense else target[:, None], weight[:, None])
+            )
+            down = down if dense else down[:, 0].long()
+            expected = loss_and_gradient(tk.reference.tversky_loss, logits, down, voxel_weight=w)
+            found = loss_and_gradient(
+                lambda z, t, **o: tk.deep_supervision_loss([z], t, **o),
+                logits, target, voxel_weight=weight, resample=mode, backend=backend,
+            )  # fmt: skip
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_coarse_output_that_is_right_by_majority():
+    """Blocks of 8 x 8 voxels of one label, but for their corners."""
+    label = torch.randint(0, 2, (1, 6, 6))
+    fine = label.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    fine[:, ::8, ::8] = 1 - fine[:, ::8, ::8]
+    logits = 10.0 * torch.nn.functional.one_hot(label, 2).movedim(-1, 1)
+    nearest, exact = (tk.deep_supervision_loss([logits], fine, resample=r) for r in ("nearest", "nearest-exact"))
+    assert exact < 0.01
+    assert nearest > 0.9
+
+
+def test_resample_is_checked():
+    logits, target = inputs(1, 2, (4, 4))
+    with pytest.raises(ValueError, match="resample: expected one of 'nearest', 'nearest-exact', got 'linear'"):
+        tk.deep_supervision_loss([logits], target, resample="linear")
+
+
+@pytest.mark.parametrize("weights", [torch.tensor([1.0, 0.5]), torch.tensor([1, 2]), (1.0, 0.5)])
+def test_weights_of_any_kind(weights):
+    levels, target = [inputs(1, 3, (8, 8))[0], inputs(1, 3, (4, 4))[0]], inputs(1, 3, (8, 8))[1]
+    numbers = [float(w) for w in weights]
+    expected = tk.deep_supervision_loss(levels, target, numbers)
+    assert torch.equal(tk.deep_supervision_loss(levels, target, weights), expected)
+    assert torch.equal(tk.DeepSupervisionLoss(weights=weights)(levels, target), expected)
+
+
+def test_weights_that_are_wrong():
+    levels, target = [inputs(1, 3, (8, 8))[0]], inputs(1, 3, (8, 8))[1]
+    for weights, error in ((torch.tensor(1.0), TypeError), ("1", TypeError), (torch.ones(2), ValueError)):
+        with pytest.raises(error, match="weights: expected 1 numbers"):
+            tk.deep_supervision_loss(levels, target, weights)
+    with pytest.raises(ValueError, match="weights: expected constants"):
+        tk.deep_supervision_loss(levels, target, torch.ones(1, requires_grad=True))
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, 0.0]])
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, ()),
+        ({"reduction": "none"}, (2, 3)),
+        ({"reduction": "none", "include_background": False}, (2, 2)),
+        ({"reduction": "none", "batch": True}, (3,)),
+    ],
+)
+def test_levels_of_weight_0(options, shape, weights):
+    """Nothing of them is read, and their gradient is 0."""
+    levels, target = [inputs(2, 3, (8, 8))[0], torch.full((2, 3, 4, 4), torch.nan)], inputs(2, 3, (8, 8))[1]
+    levels = [level.requires_grad_() for level in levels]
+    loss = tk.deep_supervision_loss(levels, target, weights, **options)
+    assert loss.shape == shape
+    assert torch.isfinite(loss).all()
+    gradients = torch.autograd.grad(loss.sum(), levels)
+    assert torch.equal(gradients[1], torch.zeros_like(levels[1]))
+    assert gradients[0].ne(0).any() == (weights[0] > 0)

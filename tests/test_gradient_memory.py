@@ -1,4 +1,5 @@
-"""Fresh gradients on the CPU: their memory is kept for the next ones, and nothing of the old ones shows."""
+"""Fresh gradients on the CPU: where it is asked for, their memory is kept for the next ones, and nothing of the old
+ones shows; where it is not, their storage is torch's own."""
 
 from __future__ import annotations
 
@@ -221,3 +222,96 @@ def test_an_optimizer_uses_it_like_any_gradient():
     torch.save(parameter.grad, file)
     file.seek(0)
     assert torch.equal(torch.load(file), parameter.grad)
+
+
+def run_alone(script, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_unasked_a_gradients_storage_can_be_resized():
+    """As FSDP and others free storages."""
+    script = """
+import torch, tversky_kernels as tk
+logits = torch.randn(1, 4, 48, 224, 224, requires_grad=True)
+tk.tversky_loss(logits, torch.zeros(1, 48, 224, 224, dtype=torch.uint8)).backward()
+assert logits.grad.nbytes > 32 << 20
+assert torch.ops.tversky_kernels.cpu_gradient_memory(None) == (False, 0, 0)
+storage = logits.grad.untyped_storage()
+assert storage.resizable()
+storage.resize_(0)
+storage.resize_(logits.nbytes)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TVERSKY_KERNELS_KEEP_GRADIENT"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("keep", ["0", "1"])
+def test_forks_while_gradients_come_and_go(keep):
+    """As a DataLoader's workers are started: a child has no lock that nobody unlocks."""
+    script = """
+import os, threading, time, torch, tversky_kernels as tk
+torch.set_num_threads(1)
+logits, target = torch.randn(1, 4, 48, 224, 224), torch.zeros(1, 48, 224, 224, dtype=torch.uint8)
+small, labels = torch.randn(1, 2, 8), torch.zeros(1, 8, dtype=torch.uint8)
+stop = False
+
+def work():
+    while not stop:
+        z = logits.detach().requires_grad_()
+        torch.autograd.grad(tk.tversky_loss(z, target), z)
+
+threads = [threading.Thread(target=work) for _ in range(2)]
+[thread.start() for thread in threads]
+time.sleep(0.2)
+children = []
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        torch.ops.tversky_kernels.cpu_gradient_memory(None)
+        z = logits.detach().requires_grad_()
+        torch.autograd.grad(tk.tversky_loss(z[:, :, :44], target[:, :44]), z) if len(children) % 10 == 0 else None
+        os._exit(0)
+    children.append(child)
+    time.sleep(0.002)
+deadline = time.monotonic() + 100
+while children and time.monotonic() < deadline:
+    children = [c for c in children if os.waitpid(c, os.WNOHANG) == (0, 0)]
+    time.sleep(0.01)
+stop = True
+[os.kill(c, 9) for c in children]
+print("hung", len(children))
+"""
+    result = run_alone(script, TVERSKY_KERNELS_KEEP_GRADIENT=keep)
+    assert result.stdout == "hung 0\n", result.stdout + result.stderr
+
+
+def test_out_of_memory_is_said_in_torchs_words():
+    """And the size that was asked for; after it all goes on."""
+    script = """
+import resource, torch, tversky_kernels as tk
+torch.set_num_threads(1)
+logits = torch.zeros(1, 4, 64, 256, 256, requires_grad=True)
+target = torch.zeros(1, 64, 256, 256, dtype=torch.uint8)
+loss = tk.tversky_loss(logits, target)
+counts = tk.overlap_counts(logits, target)
+head = tk.linear_tversky_loss(logits, torch.zeros(2, 4), None, target)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), resource.RLIM_INFINITY))
+for value in (loss, counts.tp.sum(), head):
+    try:
+        value.backward()
+    except RuntimeError as error:
+        print(type(error).__name__, f"{logits.nbytes} bytes" in str(error), "can't allocate memory" in str(error))
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+tk.tversky_loss(logits, target).backward()
+print(torch.isfinite(logits.grad).all().item())
+"""
+    result = run_alone(script)
+    assert result.stdout.splitlines() == ["RuntimeError True True"] * 3 + ["True"], result.stdout + result.stderr

@@ -173,7 +173,7 @@ def test_only_what_is_asked_for(wanted):
 def test_inplace_backward(small_blocks):
     features, weight, bias, target = head_inputs(2, 4, 3, (5, 6))
     expected = gradients_of(fused, features, weight, bias, target)
-    x = features.detach().clone().requires_grad_()
+    x = features.clone()
     loss = fused(x, weight, bias, target, inplace_backward=True)
     found = torch.autograd.grad(loss, (x, weight, bias), retain_graph=True)
     assert found[0].data_ptr() == x.data_ptr()
@@ -198,9 +198,9 @@ def test_compile(dynamic, small_blocks):
 
 def test_opcheck(small_blocks):
     features, weight, bias, target = (x.detach() for x in head_inputs(2, 4, 3, (5, 6)))
-    how = (torch.rand(2, 5, 6), 0, 1, 0, 1, 0.0)
+    how = (torch.rand(2, 5, 6), 0, 1, 0, 1, 0.0, False)
     coefficients = torch.rand(2, 3, 4, dtype=torch.float64)
-    torch.library.opcheck(ops.linear_count_pass.default, (features, weight, bias, target, *how, True))
+    torch.library.opcheck(ops.linear_count_pass.default, (features, weight, bias, target, *how, 2))
     of_loss = (torch.ones(()), coefficients)
     for to_features in (False, True):
         arguments = (*of_loss, features, weight, bias, target, *how, to_features)
@@ -310,8 +310,10 @@ def test_module_is_the_layer_and_the_loss(dimensions, bias):
     layer = getattr(torch.nn, f"Conv{dimensions}d")(6, 4, 1, bias=bias)
     options = {"loss": "tversky_ce", "alpha": 0.5, "beta": 0.5, "class_weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}
     head = tk.TverskyHead(6, 4, bias=bias, dimensions=dimensions, **options)
-    assert set(head.state_dict()) == set(layer.state_dict())
-    head.load_state_dict(layer.state_dict())
+    assert set(head.state_dict()) == {*layer.state_dict(), "class_weight"}
+    head.load_state_dict({**layer.state_dict(), "class_weight": options["class_weight"]})
+    with_numbers = tk.TverskyHead(6, 4, bias=bias, dimensions=dimensions, class_weight=[1.0, 2.0, 3.0, 4.0])
+    with_numbers.load_state_dict(layer.state_dict())
     features = torch.randn(2, 6, *(5, 4, 3)[:dimensions])
     _, target = inputs(2, 4, features.shape[2:])
     weight = torch.rand(target.shape)
@@ -353,3 +355,30 @@ def test_module_names_bad_options():
     ):
         with pytest.raises(error, match=message):
             tk.TverskyHead(6, 3, **options)
+
+
+@pytest.mark.parametrize("loss", ["tversky", "tversky_ce"])
+def test_upstream_gradients_beyond_the_type(loss, small_blocks):
+    """As of the losses: scaled, or infinite or NaN, never another number."""
+    head = head_inputs(2, 4, 3, (5, 6))
+    one = gradients_of(fused, *head, loss=loss)[1:]
+    for exponent in (40, 110):
+        scaled = gradients_of(fused, *head, upstream=torch.tensor(2.0**exponent), loss=loss)[1:]
+        for x, y in zip(scaled, one, strict=True):
+            assert relative(x.double() * 2.0**-exponent, y) <= 2e-6
+    for upstream in (float("inf"), float("nan")):
+        for x in gradients_of(fused, *head, upstream=torch.tensor(upstream), loss=loss)[1:]:
+            assert not torch.isfinite(x).any()
+
+
+def test_values_out_of_range(small_blocks):
+    features, weight, bias, target = head_inputs(2, 4, 3, (5, 6))
+    with pytest.raises(ValueError, match=r"target: expected labels in \[0, 3\), got 7"):
+        fused(features, weight, bias, target + 7 * (target == 2) - 2 * (target == 2))
+    dense = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float()
+    dense[1, 2, 3, 3] = 255
+    with pytest.raises(ValueError, match=r"target: expected values of a dense target in \[0, 1\], got 255"):
+        fused(features, weight, bias, dense)
+    found = fused(features, weight, bias, dense, check_target=False)
+    logits = tk.reference.linear_logits(features, weight, bias)
+    torch.testing.assert_close(found, tk.reference.tversky_loss(logits, dense, check_target=False))

@@ -126,6 +126,7 @@ def cases(quick: bool):
             yield classes, dtype, torch.uint8, {"ce": 1}
             yield classes, dtype, torch.uint8, {"dense": True}
         yield 4, dtype, torch.uint8, {"ce": 1, "resampled": True, "weight": True}
+        yield 4, dtype, torch.uint8, {"ce": 1, "resampled": True, "weight": True, "nearest_exact": True}
         yield 4, dtype, torch.float32, {"dense": True, "overlap": 1, "ce": 2, "focal": 2.0, "ignore": True}
         yield 33, dtype, torch.float32, {"dense": True, "overlap": 1, "ce": 2, "focal": 2.0}
         for classes in (2, 4, 14, 33, 118):
@@ -160,7 +161,10 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
     target = torch.zeros(len(logits), *((classes,) if options.get("dense") else ()), *space, dtype=label_dtype)
     weight = torch.zeros(len(logits), *space) if options.get("weight") else None
     ignore, ce = 255 if options.get("ignore") else None, options.get("ce", 0)
-    arguments = (options.get("activation", 0), ignore, options.get("overlap", 0), ce, options.get("focal", 0.0))
+    arguments = (
+        options.get("activation", 0), ignore, options.get("overlap", 0), ce, options.get("focal", 0.0),
+        options.get("nearest_exact", False),
+    )  # fmt: skip
     try:
         for name, stand_in in stand_ins.items():
             setattr(kernels, name, stand_in)
@@ -169,7 +173,7 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
             target,
             weight,
             *arguments,
-            True,
+            1,
             None,
             0.3,
             0.7,

@@ -8,8 +8,9 @@ import numbers
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, OVERLAPS, REDUCTIONS
+from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, CHECKS, OVERLAPS, REDUCTIONS
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.uint8, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool)
@@ -46,6 +47,21 @@ CE_DEFAULTS = {
 #: What a function of several losses calls them.
 LOSSES = ("tversky", "tversky_ce")
 
+#: Where a target of another resolution is read: at a voxel's corner or at its centre, as `interpolate`'s modes do.
+RESAMPLE = ("nearest", "nearest-exact")
+
+#: Options that may be tensors with one value, which is then never read on the host (but focal_gamma's).
+SCALARS = ("gamma", "smooth_nr", "smooth_dr", "tversky_weight", "ce_weight", "label_smoothing")
+
+
+class InTensor:
+    """Stands for an option whose value only a tensor has."""
+
+
+IN_TENSOR = InTensor()
+_NO_SCALARS: dict = {}
+_STRIDED = torch.strided
+
 
 class Options(NamedTuple):
     """The arguments of the loss that are not volumes, checked."""
@@ -67,6 +83,7 @@ class Options(NamedTuple):
     ce_weight: float = 0.0
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
+    resample: str | None = None
 
     @property
     def overlap(self) -> str:
@@ -78,7 +95,7 @@ class Volumes(NamedTuple):
     """The volumes, checked: the target as (N, *spatial) indices or, where dense, as (N, C, *spatial).
 
     Target and voxel_weight may be finer than the logits, if `check_arguments` was asked to allow it: then a voxel of
-    the logits has the label and weight of its nearest voxel (`torch.nn.functional.interpolate(mode="nearest")`).
+    the logits has the label and weight of its nearest voxel, as `torch.nn.functional.interpolate` finds it.
     """
 
     target: torch.Tensor
@@ -87,7 +104,7 @@ class Volumes(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is checked of a tensor, but for what it holds."""
+    """A tensor's shape, dtype and device. Its values are checked later."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -112,11 +129,27 @@ class Plan(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What `check_arguments` returns. class_parameters: (4, C) float64 or None, see `_class_parameters`."""
+    """What `check_arguments` returns.
+
+    class_parameters: (4, C) float64 or None, see `_class_parameters`. scalars: the options that tensors have, by name.
+    """
 
     volumes: Volumes
     plan: Plan
     class_parameters: torch.Tensor | None
+    scalars: dict[str, torch.Tensor]
+
+    @property
+    def options(self) -> Options:
+        """The options, with the tensors that have some of them."""
+        return self.plan.options._replace(**self.scalars) if self.scalars else self.plan.options
+
+    @property
+    def needs_torch_table(self) -> bool:
+        """Whether the loss is to be made of the counts by torch's own operators, because the kernels' table reads
+        numbers and gives them no gradient."""
+        parameters = self.class_parameters
+        return bool(self.scalars) or (parameters is not None and parameters.requires_grad and torch.is_grad_enabled())
 
 
 def _shape(x) -> str:
@@ -126,12 +159,30 @@ def _shape(x) -> str:
 
 def number(name: str, value, *, positive: bool = False, most: float = math.inf) -> float:
     """The value as a float; an error that names the argument where it is out of range."""
+    if isinstance(value, torch.Tensor):
+        value = _one_value(name, value)
     bound = "> 0" if positive else ">= 0" if most == math.inf else f"in [0, {most:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # numpy's among them
         raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
     if not 0 <= value <= most or value == math.inf or (positive and value == 0):  # NaN fails too
         raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
     return float(value)
+
+
+def _one_value(name: str, value: torch.Tensor):
+    if value.numel() != 1 or value.dim() > 0 or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected a number or a 0-d tensor of one, got a tensor {_shape(value)} {value.dtype}")
+    return value.item()
+
+
+def check_mode(check_target: bool | None, on_host: bool) -> int:
+    """What the count pass does about values out of range, as the operators take it.
+
+    on_host: the kernels can raise, and None asks them to.
+    """
+    if check_target is False:
+        return CHECKS["ignore"]
+    return CHECKS["raise"] if on_host else CHECKS["poison"]
 
 
 def one_of(name: str, value, allowed) -> str:
@@ -211,17 +262,32 @@ def check_arguments(
     ce_class_weight=None,
     label_smoothing=0.0,
     focal_gamma=0.0,
-    any_resolution=False,
+    resample=None,
 ) -> Checked:
     """Checks every argument that describes the loss; the labels' range is left to whoever reads the labels.
 
-    What is not given has no effect: the counts alone need none of it. any_resolution: target and voxel_weight may have
-    other spatial sizes than the logits, see `Volumes`.
+    What is not given has no effect: the counts alone need none of it. resample: target and voxel_weight may have
+    other spatial sizes than the logits, and are read so; see `Volumes`.
     """
     if check_target not in (None, True, False):
         raise TypeError(f"check_target: expected None, True or False, got {check_target!r}")
     if not (type(alpha) is type(beta) is float and class_weight is None and ce_class_weight is None):
         alpha, beta, class_weight, ce_class_weight = map(_plain, (alpha, beta, class_weight, ce_class_weight))
+        alpha, beta = _host_scalar("alpha", alpha), _host_scalar("beta", beta)
+    scalars = _NO_SCALARS
+    if not (
+        type(gamma) is type(smooth_nr) is type(smooth_dr) is float
+        and type(tversky_weight) is type(ce_weight) is type(label_smoothing) is float
+    ):
+        given, scalars = _split_scalars((gamma, smooth_nr, smooth_dr, tversky_weight, ce_weight, label_smoothing))
+        gamma, smooth_nr, smooth_dr, tversky_weight, ce_weight, label_smoothing = given
+    if type(focal_gamma) is not float and isinstance(focal_gamma, torch.Tensor):
+        focal_gamma = number("focal_gamma", focal_gamma)
+    unknown_label = None
+    if ignore_index is not None and type(ignore_index) is not int:
+        ignore_index = _plain(ignore_index)
+        if isinstance(ignore_index, torch.Tensor) and torch.compiler.is_compiling():
+            ignore_index, unknown_label = None, ignore_index
     if squared and not (isinstance(alpha, (int, float)) and isinstance(beta, (int, float)) and alpha == beta):
         raise ValueError(f"squared: expected alpha and beta to be one number, got {alpha!r} and {beta!r}")
     in_table = not (
@@ -230,7 +296,12 @@ def check_arguments(
         and isinstance(alpha, (int, float))
         and isinstance(beta, (int, float))
     )
-    if not (isinstance(logits, torch.Tensor) and isinstance(target, torch.Tensor)):  # one of these raises
+    if not (
+        isinstance(logits, torch.Tensor)
+        and isinstance(target, torch.Tensor)
+        and logits.layout is target.layout is _STRIDED
+        and not (logits.is_nested or target.is_nested)
+    ):  # one of these raises
         _facts("logits", logits)
         _facts("target", target)
     what = (
@@ -238,10 +309,9 @@ def check_arguments(
         (logits.shape, logits.dtype, logits.device),
         (target.shape, target.dtype, target.device),
         None if voxel_weight is None else _facts("voxel_weight", voxel_weight),
-        any_resolution,
         None if in_table else alpha, None if in_table else beta,
         gamma, smooth_nr, smooth_dr, activation, include_background, ignore_index, batch, absent, soft_label, squared,
-        reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma,
+        reduction, tversky_weight, ce_weight, label_smoothing, focal_gamma, resample,
     )  # fmt: skip
     try:
         # The same at every step of a training, and a third of the time of a call on a small volume.
@@ -259,28 +329,73 @@ def check_arguments(
             raise ValueError("voxel_weight: expected constants, got a tensor that requires a gradient")
         if layout.squeeze_weight:
             voxel_weight = voxel_weight.squeeze(1)
-    return Checked(Volumes(target, voxel_weight, layout.dense), plan, class_parameters)
+    if unknown_label is not None:
+        target, voxel_weight = _mask_ignored(target, voxel_weight, layout.dense, unknown_label)
+    return Checked(Volumes(target, voxel_weight, layout.dense), plan, class_parameters, scalars)
+
+
+def _host_scalar(name: str, value):
+    # A tensor of one value on the host that wants no gradient is a number, as long as it can be read.
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and _is_readable(value) and not value.requires_grad:
+        return number(name, value)
+    return value
+
+
+def _is_readable(value: torch.Tensor) -> bool:
+    return value.is_cpu and not torch.compiler.is_compiling() and not _tensors_are_for_now(value)
+
+
+def _split_scalars(given: tuple) -> tuple[list, dict[str, torch.Tensor]]:
+    # The values of SCALARS, IN_TENSOR where only a tensor has one, and those tensors.
+    values, scalars = [], {}
+    for name, value in zip(SCALARS, given, strict=True):
+        value = _host_scalar(name, _plain(value))
+        if isinstance(value, torch.Tensor):
+            if value.dim() > 0 or value.dtype.is_complex or value.dtype == torch.bool:
+                raise TypeError(f"{name}: expected a number or a 0-d tensor of one, got a tensor {_shape(value)}")
+            scalars[name], value = value, IN_TENSOR
+        values.append(value)
+    return values, scalars
 
 
 def _plain(value):
-    # numpy's numbers and arrays as Python's numbers and lists.
+    # numpy's numbers and arrays as Python's numbers and lists; while a graph is compiled, which knows no values of
+    # theirs, as tensors.
     if isinstance(value, (torch.Tensor, int, float, list, tuple)) or not hasattr(value, "tolist"):
         return value
-    return value.tolist()
+    return torch.as_tensor(value) if torch.compiler.is_compiling() else value.tolist()
+
+
+def _mask_ignored(target, voxel_weight, dense: bool, ignore_index: torch.Tensor):
+    # Where a compiled graph does not know the ignored label: weights of 0 for it, and labels that are good.
+    ignored = (target if target.is_floating_point() else target.long()) == ignore_index
+    ignored = ignored.all(1) if dense else ignored
+    target = torch.where(ignored.unsqueeze(1) if dense else ignored, torch.zeros_like(target), target)
+    return target, ~ignored if voxel_weight is None else torch.where(
+        ignored, torch.zeros_like(voxel_weight), voxel_weight
+    )
 
 
 def _facts(name: str, x) -> Facts:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    check_strided(name, x)
     return Facts(x.shape, x.dtype, x.device)
 
 
-def _check_facts(logits, target, weight: Facts | None, any_resolution: bool, alpha, beta, *values) -> Plan:
+def check_strided(name: str, x: torch.Tensor) -> None:
+    """Raises for tensors whose elements do not lie in memory at strides: nested, sparse and MKL-DNN's."""
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").strip("_")
+        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one; convert it first, for example to_dense()")
+
+
+def _check_facts(logits, target, weight: Facts | None, alpha, beta, *values) -> Plan:
     # All that does not depend on what the tensors hold. alpha and beta are None where a table has them.
     logits, target = Facts(*logits), Facts(*target)
     options = _check_options(alpha, beta, *values)
     _check_logits(logits, options.activation)
-    layout = _check_volumes(logits, target, weight, any_resolution)
+    layout = _check_volumes(logits, target, weight, options.resample is not None)
     return Plan(options, layout, _of_pass(options), _of_table(options, layout.dense))
 
 
@@ -297,28 +412,39 @@ def _check_options(*values) -> Options:
         raise ValueError(f"ignore_index: expected a 64-bit integer, got {index}")
     in_table = given.alpha is None
     options = given._replace(
-        alpha=math.nan if in_table else number("alpha", given.alpha),
-        beta=math.nan if in_table else number("beta", given.beta),
+        # Not NaN where the table has them: it must fit into a compiled package's JSON.
+        alpha=0.0 if in_table else number("alpha", given.alpha),
+        beta=0.0 if in_table else number("beta", given.beta),
         ignore_index=None if index is None else int(index),
-        gamma=number("gamma", given.gamma, positive=True),
-        smooth_nr=number("smooth_nr", given.smooth_nr),
-        smooth_dr=number("smooth_dr", given.smooth_dr),
+        gamma=_number_or_tensor("gamma", given.gamma, positive=True),
+        smooth_nr=_number_or_tensor("smooth_nr", given.smooth_nr),
+        smooth_dr=_number_or_tensor("smooth_dr", given.smooth_dr),
         include_background=flag("include_background", given.include_background),
         batch=flag("batch", given.batch),
         absent=one_of("absent", given.absent, ABSENT),
         soft_label=flag("soft_label", given.soft_label),
         squared=flag("squared", given.squared),
         reduction=one_of("reduction", given.reduction, REDUCTIONS),
-        tversky_weight=number("tversky_weight", given.tversky_weight),
-        ce_weight=number("ce_weight", given.ce_weight),
-        label_smoothing=number("label_smoothing", given.label_smoothing, most=1.0),
+        tversky_weight=_number_or_tensor("tversky_weight", given.tversky_weight),
+        ce_weight=_number_or_tensor("ce_weight", given.ce_weight),
+        label_smoothing=_number_or_tensor("label_smoothing", given.label_smoothing, most=1.0),
         focal_gamma=number("focal_gamma", given.focal_gamma),
+        resample=None if given.resample is None else one_of("resample", given.resample, RESAMPLE),
     )
     if options.squared and options.soft_label:
         raise ValueError("squared: expected False with soft_label=True; its squares are right for soft targets already")
-    if options.ce_weight and options.activation == "none":
+    if is_used(options.ce_weight) and options.activation == "none":
         raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
     return options
+
+
+def _number_or_tensor(name: str, value, **bounds):
+    return value if value is IN_TENSOR else number(name, value, **bounds)
+
+
+def is_used(value) -> bool:
+    """Whether a factor is not 0, as far as is known."""
+    return value is IN_TENSOR or isinstance(value, torch.Tensor) or value != 0
 
 
 # In the order of the operators' schemas, as _ops has them.
@@ -327,11 +453,13 @@ def _of_pass(options: Options) -> tuple:
         ACTIVATIONS[options.activation],
         options.ignore_index,
         OVERLAPS[options.overlap],
-        0 if not options.ce_weight else 2 if options.label_smoothing else 1,
+        0 if not is_used(options.ce_weight) else 2 if is_used(options.label_smoothing) else 1,
         options.focal_gamma,
+        options.resample == "nearest-exact",
     )
 
 
+# Not for operators where a tensor has one of the numbers.
 def _of_table(options: Options, dense: bool) -> tuple:
     of_labels = "labels" if options.squared else "class weights"
     mean = "channels" if options.activation == "sigmoid" else "voxels" if dense else of_labels
@@ -367,17 +495,15 @@ def _check_length(name: str, shape: tuple, classes: int) -> None:
         raise ValueError(f"{name}: expected a number or {classes} numbers, one a class, got the shape {_shape(shape)}")
 
 
-def _values(name: str, value: torch.Tensor, classes: int, device: torch.device) -> torch.Tensor:
-    if value.requires_grad:
-        raise ValueError(f"{name}: expected constants, got a tensor that requires a gradient")
+def _values(name: str, value: torch.Tensor, classes: int, device: torch.device, readable: bool = True) -> torch.Tensor:
     if value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected real numbers, got a tensor of {value.dtype}")
     values = value.to(device=device, dtype=torch.float64)
     if values.dim() == 0:
         values = values.expand(classes)
     _check_length(name, values.shape, classes)
-    # Values on an accelerator are not read back: that would wait for it.
-    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+    # Values on an accelerator are not read back, for that would wait for it; and traced or fake ones cannot be read.
+    if readable and value.is_cpu and not isinstance(value, FakeTensor):
         bad = ~(torch.isfinite(values) & (values >= 0))
         if bool(bad.any()):
             raise ValueError(f"{name}: expected finite numbers >= 0, got {values[bad][0].item()}")
@@ -393,14 +519,15 @@ def _class_parameters(alpha, beta, class_weight, ce_class_weight, logits: torch.
         ("class_weight", 1.0 if class_weight is None else class_weight),
         ("ce_class_weight", 1.0 if ce_class_weight is None else ce_class_weight),
     )
-    rows = _rows
-    if not _tensors_are_for_now(logits):
-        rows, given = _remembered_rows, [(name, _on_host(name, value, classes, device)) for name, value in given]
+    for_now = _tensors_are_for_now(logits)
+    rows = _rows if for_now else _remembered_rows
+    if not for_now and device.type != "cpu":
+        given = [(name, _on_host(name, value, classes, device)) for name, value in given]
     if not any(isinstance(value, torch.Tensor) for _, value in given):
         return rows(given, classes, device)
     return torch.stack(
         [
-            _values(name, value, classes, device)
+            _values(name, value, classes, device, not for_now)
             if isinstance(value, torch.Tensor)
             else rows(((name, value),), classes, device)[0]
             for name, value in given
@@ -415,7 +542,7 @@ def _rows(given, classes: int, device: torch.device) -> torch.Tensor:
 
 def _on_host(name: str, value, classes: int, device: torch.device):
     # The numbers of a tensor that is not where it is needed.
-    if isinstance(value, torch.Tensor) and value.is_cpu and device.type != "cpu":
+    if isinstance(value, torch.Tensor) and value.is_cpu and not value.requires_grad:
         return _values(name, value, classes, value.device).tolist()
     return value
 
@@ -532,12 +659,58 @@ def label_count(logits: torch.Tensor) -> int:
     return 2 if logits.size(1) == 1 else logits.size(1)
 
 
+def compute_dtype(logits: torch.Tensor) -> torch.dtype:
+    """The type in which is computed, and of the loss."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def is_ignored(target: torch.Tensor, ignore_index: int | None) -> torch.Tensor | bool:
+    """Where a target holds the ignored label: nowhere, if its type does not have it."""
+    if ignore_index is None:
+        return False
+    if not target.dtype.is_floating_point:
+        if target.dtype == torch.bool:
+            target = target.view(torch.uint8)
+        limits = torch.iinfo(target.dtype)
+        if not limits.min <= ignore_index <= limits.max:
+            return False
+    return target == ignore_index
+
+
+def is_counted(volumes: Volumes, dtype: torch.dtype, ignore_index: int | None) -> torch.Tensor | bool:
+    """Which voxels of the target's size have a weight and are not ignored; True: all. dtype: of the computation."""
+    target, weight, dense = volumes
+    ignored = is_ignored(target, ignore_index)
+    if dense and ignored is not False:
+        ignored = ignored.all(1)
+    counted = True if ignored is False else ~ignored
+    return counted if weight is None else counted & ~(weight.to(dtype).abs() < torch.finfo(dtype).tiny)
+
+
+def outside_of_unit(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | bool:
+    """Where the values of a dense target are not in [0, 1]; False: nowhere."""
+    if target.dtype == torch.bool:
+        return False
+    values = target.to(dtype)
+    return ~((values >= 0) & (values <= 1))
+
+
 def raise_for_bad_values(logits: torch.Tensor, volumes: Volumes, ignore_index: int | None) -> None:
-    """Reads the labels and voxel weights and raises where one is out of range. Waits for the device."""
+    """Reads labels, dense targets and voxel weights and raises where one is out of range. Waits for the device."""
     target, weight, dense = volumes
     if weight is not None and weight.dtype.is_floating_point and weight.numel() and not bool((weight >= 0).all()):
         raise ValueError(f"voxel_weight: expected values >= 0, got {weight[~(weight >= 0)][0].item()}")
-    if dense or target.dtype == torch.bool or target.numel() == 0:
+    if target.dtype == torch.bool or target.numel() == 0:
+        return
+    if dense:
+        dtype = compute_dtype(logits)
+        outside, counted = outside_of_unit(target, dtype), is_counted(volumes, dtype, ignore_index)
+        outside = outside if counted is True else outside & counted.unsqueeze(1)
+        if bool(outside.any()):
+            raise ValueError(
+                f"target: expected values of a dense target in [0, 1], got {target[outside][0].item():g}"
+                "; check_target=False takes any"
+            )
         return
     labels = label_count(logits)
     unknown = (target < 0) | (target.to(torch.int64) >= labels)

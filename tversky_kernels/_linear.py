@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ._layout import is_dense
+
 #: Of one block's features and logits: what the caches hold; on a card, where every block costs launches, what is little
 #: beside the volume.
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**26}
@@ -73,8 +75,51 @@ def _blocks(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
             yield _Block(sample, first, last, x, logits.unsqueeze(0))
 
 
+def _check(features, weight, bias, target, voxel_weight) -> None:
+    # Python's functions have checked their arguments in words; this is for direct calls of the operators.
+    given = {"features": features, "weight": weight, "bias": bias, "target": target, "voxel_weight": voxel_weight}
+    for name, x in given.items():
+        if x is not None and (x.layout is not torch.strided or x.is_nested or x.device != features.device):
+            raise ValueError(f"{name}: expected a dense tensor on the features' device, got {x.layout} on {x.device}")
+    if features.dim() < 2 or features.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise ValueError(f"features: expected (N, K, *spatial), floating, got {tuple(features.shape)} {features.dtype}")
+    (samples, channels), spatial = features.shape[:2], features.shape[2:]
+    if weight.dim() != 2 or weight.size(0) == 0 or weight.size(1) != channels or weight.dtype != features.dtype:
+        raise ValueError(f"weight: expected (C, {channels}) {features.dtype}, got {tuple(weight.shape)} {weight.dtype}")
+    classes = weight.size(0)
+    if bias is not None and (bias.shape != (classes,) or bias.dtype != features.dtype):
+        raise ValueError(f"bias: expected ({classes},) {features.dtype}, got {tuple(bias.shape)} {bias.dtype}")
+    if target.shape not in ((samples, *spatial), (samples, classes, *spatial)):
+        raise ValueError(f"target: expected the features' samples and voxels, got {tuple(target.shape)}")
+    if voxel_weight is not None and voxel_weight.shape != (samples, *spatial):
+        raise ValueError(f"voxel_weight: expected ({samples}, *spatial), got {tuple(voxel_weight.shape)}")
+
+
+def _check_gradient(features, weight, grad_loss, coefficients, out, cross_entropy) -> None:
+    samples, classes = features.size(0), weight.size(0)
+    rows, columns = coefficients.size(0) if coefficients.dim() else 0, 4 if cross_entropy else 2
+    if (
+        coefficients.shape != (rows, classes, columns)
+        or rows not in (1, samples)
+        or coefficients.dtype != torch.float64
+    ):
+        raise ValueError(
+            f"coefficients: expected ({samples} or 1, {classes}, {columns}) of float64, got "
+            f"{tuple(coefficients.shape)} {coefficients.dtype}"
+        )
+    kept = (classes, classes - 1)
+    shape = tuple(grad_loss.shape)
+    if shape and not (shape[-1] in kept and shape[:-1] in ((rows,), () if rows == 1 else (rows,))):
+        raise ValueError(f"grad_loss: its shape {shape} does not fit the coefficients {tuple(coefficients.shape)}")
+    if grad_loss.device != features.device or coefficients.device != features.device:
+        raise ValueError("grad_loss, coefficients: expected them on the features' device")
+    if out is features and not is_dense(features):
+        raise ValueError("features: in place, each must have a place of its own, with nothing in between")
+
+
 def count_pass(operators, features, weight, bias, target, voxel_weight, *arguments) -> torch.Tensor:
     """As the operators' count_pass, which it calls with the same arguments: (N, C, 3 or 6)."""
+    _check(features, weight, bias, target, voxel_weight)
     features, target, voxel_weight = _flat(features, target, voxel_weight)
     cross_entropy = arguments[3]
     shape = (features.size(0), weight.size(0), 6 if cross_entropy else 3)
@@ -97,6 +142,8 @@ def gradient_pass(
 
     ``out`` may be the features themselves. Gradients of the head are summed over the blocks in float64.
     """
+    _check(features, weight, bias, target, voxel_weight)
+    _check_gradient(features, weight, grad_loss, coefficients, out, arguments[3])
     features, target, voxel_weight = _flat(features, target, voxel_weight)
     out, dtype = _of_voxels(out, 2), weight.dtype
     weight, bias = _head(weight, bias)

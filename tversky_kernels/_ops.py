@@ -21,13 +21,16 @@ ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}  # as in csrc/tversky_math
 ABSENT = {"keep": 0, "zero": 1, "skip": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
+CHECKS = {"ignore": 0, "poison": 1, "raise": 2}  # enum Check
 OVERLAPS = {"product": 0, "absolute": 1, "squared": 2}
 CE_MEANS = {"class weights": 0, "voxels": 1, "channels": 2, "labels": 3}
 
-# target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken.
+# target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken,
+# by their corners or (nearest_exact) their centres.
 # cross_entropy: 0 none, 1 its sums too, 2 and those for label smoothing.
 _TARGET = "Tensor target, Tensor? voxel_weight"
-_PASS = "int activation, int? ignore_index, int overlap, int cross_entropy, float focal_gamma"
+_PASS = "int activation, int? ignore_index, int overlap, int cross_entropy, float focal_gamma, "
+_PASS += "bool nearest_exact"
 _TABLE = (
     "Tensor? class_parameters, float alpha, float beta, float gamma, float smooth_nr, float smooth_dr, "
     "bool include_background, bool batch, int absent, int reduction, float tversky_weight, float ce_weight, "
@@ -35,11 +38,11 @@ _TABLE = (
 )
 SCHEMAS = (
     # -> (N, C, 3) float64: tp, fp, fn; (N, C, 6) with a cross-entropy: its sum, that for smoothing, the voxels' weight
-    f"count_pass(Tensor logits, {_TARGET}, {_PASS}, bool raise_bad_input) -> Tensor",
+    f"count_pass(Tensor logits, {_TARGET}, {_PASS}, int check) -> Tensor",
     # -> loss (float64), coefficients (N or 1, C, 2): dL/dp where g = 0 and where g = 1; or (N or 1, C, 4): dL/dCE too
     f"table(Tensor counts, {_TABLE}) -> (Tensor, Tensor)",
     # both of them in one call
-    f"tversky_loss(Tensor logits, {_TARGET}, {_PASS}, bool raise_bad_input, {_TABLE}) -> (Tensor, Tensor)",
+    f"tversky_loss(Tensor logits, {_TARGET}, {_PASS}, int check, {_TABLE}) -> (Tensor, Tensor)",
     f"gradient_pass(Tensor grad_loss, Tensor coefficients, Tensor logits, {_TARGET}, {_PASS}) -> Tensor",
     f"gradient_pass_(Tensor(a!) logits, Tensor grad_loss, Tensor coefficients, {_TARGET}, {_PASS}) -> ()",
     "cpu_capability(int? force) -> int",
@@ -53,7 +56,7 @@ NAMES = ("count_pass", "table", "tversky_loss", "gradient_pass", "gradient_pass_
 _HEAD = "Tensor weight, Tensor? bias"
 #: The same passes with features (N, K, *spatial) and a head (C, K), (C) in the place of logits; of any device.
 LINEAR_SCHEMAS = (
-    f"linear_count_pass(Tensor features, {_HEAD}, {_TARGET}, {_PASS}, bool raise_bad_input) -> Tensor",
+    f"linear_count_pass(Tensor features, {_HEAD}, {_TARGET}, {_PASS}, int check) -> Tensor",
     # -> the gradients of features (empty where it is not asked for), weight and bias
     f"linear_gradient_pass(Tensor grad_loss, Tensor coefficients, Tensor features, {_HEAD}, {_TARGET}, {_PASS}, "
     "bool to_features) -> (Tensor, Tensor, Tensor)",
@@ -63,7 +66,18 @@ LINEAR_SCHEMAS = (
 )
 LINEAR_NAMES = ("linear_count_pass", "linear_gradient_pass", "linear_gradient_pass_")
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+
+def _define_namespace() -> torch.library.Library:
+    reason = "a process registers the operators of tversky_kernels once; start a new one to load it again"
+    if "_library" in globals():  # importlib.reload
+        raise ImportError(reason)
+    try:
+        return torch.library.Library(NAMESPACE, "DEF")
+    except RuntimeError as error:
+        raise ImportError(reason) from error
+
+
+_library = _define_namespace()
 for _schema in (*SCHEMAS, *LINEAR_SCHEMAS):
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
     if _schema.startswith((*NAMES, *LINEAR_NAMES)):
@@ -185,8 +199,16 @@ def _fake(name):
     """Registers what an operator and its Triton twin return without running."""
 
     def register(function):
+        @functools.wraps(function)
+        def checked(*arguments):
+            # A meta tensor among others brings the call here, where nothing would be computed.
+            devices = {x.device for x in arguments if isinstance(x, torch.Tensor)}
+            if len(devices) > 1:
+                raise ValueError(f"{name}: expected all tensors on one device, got {', '.join(map(str, devices))}")
+            return function(*arguments)
+
         for prefix in ("", "triton_"):
-            torch.library.register_fake(f"{NAMESPACE}::{prefix}{name}", function)
+            torch.library.register_fake(f"{NAMESPACE}::{prefix}{name}", checked)
         return function
 
     return register
@@ -207,7 +229,10 @@ def _(counts, *table):
 
 
 @_fake("tversky_loss")
-def _(logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, _, *table):
+def _(
+    logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact, check,
+    *table,
+):  # fmt: skip
     include_background, batch, _, reduction = table[6:10]
     samples, classes = logits.size(0), logits.size(1)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

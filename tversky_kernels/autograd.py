@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from . import reference
 from ._arguments import Checked, Plan, Volumes
+from ._layout import is_dense
 from ._ops import LINEAR_OPERATORS, OPERATORS
 from .distributed import sum_over_group
+
+#: The largest coefficient that the table gives kernels which compute in float32; see csrc/tversky_math.h. The operator
+#: `table` does not know them.
+MOST_OF_FLOAT = 1e30
 
 
 def apply(function: type[torch.autograd.Function], *args):
@@ -41,20 +48,23 @@ def _loss_of_counts(counts, plan: Plan, class_parameters, process_group, backend
     if process_group is not None:
         counts = sum_over_group(counts, process_group)
     loss, coefficients = OPERATORS[backend].table(counts, class_parameters, *plan.of_table)
+    if dtype != torch.float64:
+        coefficients = coefficients.clamp(-MOST_OF_FLOAT, MOST_OF_FLOAT)
     return loss.to(dtype), coefficients
 
 
 def _coefficients_of_counts(upstream):
-    # From the gradient of tp, fp and fn (N, C, 3): dL/dp where g = 0 and where g = 1, and the upstream gradient left.
-    tp, fp, fn = upstream.double().unbind(-1)
-    return upstream.new_ones(()), torch.stack((fp, tp - fn), -1)
+    # From the gradient of the counts (N, C, 3 or 6): dL/dp where g = 0 and where g = 1, with a cross-entropy dL/dCE and
+    # dL/dsmoothing, and the upstream gradient left.
+    tp, fp, fn, *of_cross_entropy = upstream.unbind(-1)
+    return upstream.new_ones(()), torch.stack((fp, tp - fn, *of_cross_entropy[:2]), -1)
 
 
 @_with_eager_form
 class GradientPass(torch.autograd.Function):
     """The gradient pass, itself differentiable: its derivative is the reference's.
 
-    upstream is the gradient of the loss or, without coefficients, of the overlap counts (N, C, 3).
+    upstream is the gradient of the loss or, without coefficients, of the counts (N, C, 3 or 6).
     """
 
     @staticmethod
@@ -78,7 +88,7 @@ class GradientPass(torch.autograd.Function):
             raise NotImplementedError("process_group: second derivatives over several ranks are not implemented")
         upstream, logits, target, voxel_weight, class_parameters = ctx.saved_tensors
         volumes = Volumes(target, voxel_weight, target.dim() == logits.dim())
-        checked = Checked(volumes, ctx.plan, class_parameters)
+        checked = Checked(volumes, ctx.plan, class_parameters, {})
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases: where upstream itself depends on the logits, that way is autograd's and not to be counted here.
@@ -102,13 +112,80 @@ def _gradient(upstream, volume, coefficients, class_parameters, plan: Plan, inpl
         upstream, coefficients = _coefficients_of_counts(upstream)
     ops = OPERATORS[backend]
     logits, target, voxel_weight = volume
-    if inplace and _may_be_overwritten(logits) and not torch.compiler.is_compiling():
+    if inplace and may_overwrite_now(logits, target, voxel_weight):
         gradient = logits.detach()
         ops.gradient_pass_(gradient, upstream, coefficients, target, voxel_weight, *plan.of_pass)
         # The dispatcher does not do this for us; it makes any later use of the overwritten logits raise.
         torch.autograd.graph.increment_version(logits)
         return gradient
-    return ops.gradient_pass(upstream, coefficients, *volume, *plan.of_pass)
+    try:
+        return ops.gradient_pass(upstream, coefficients, *volume, *plan.of_pass)
+    except RuntimeError:
+        _raise_if_out_of_memory(logits)
+        raise
+
+
+def _raise_if_out_of_memory(like: torch.Tensor) -> None:
+    # The stable ABI's errors have lost torch's class and words; an allocation of that size has them.
+    if not torch.compiler.is_compiling():
+        torch.empty_like(like)
+
+
+def inplace_allowed(name: str, x: torch.Tensor, asked: bool) -> bool:
+    """Whether the backward may overwrite x, as far as the forward knows; an error where x is a leaf or a view of one.
+
+    Autograd does not look at versions of what was saved under hooks (activation checkpointing, `save_on_cpu`), so that
+    nothing would tell whoever reads it that it has been overwritten.
+    """
+    if not isinstance(asked, bool):
+        raise TypeError(f"inplace_backward: expected True or False, got {asked!r}")
+    if not asked or torch.compiler.is_compiling() or not (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    base = x._base
+    if x.is_leaf or (base is not None and base.is_leaf):
+        what = "a leaf" if x.is_leaf else "a view of a leaf"
+        raise ValueError(
+            f"inplace_backward: the {name} are {what} that requires a gradient, and would be lost; expected what a "
+            "network has computed, or inplace_backward=False"
+        )
+    # A part of a larger tensor has its version in common with all others, which autograd would call overwritten.
+    if base is not None and base.numel() != x.numel():
+        return False
+    if hooks_are_active():
+        return False
+    nodes = (x.grad_fn,) if base is None else (x.grad_fn, base.grad_fn)
+    return not any(_has_saved_under_hooks(node) for node in nodes if node is not None)
+
+
+def hooks_are_active() -> bool:
+    """Whether saved-tensor hooks are active in this thread."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+@functools.cache
+def _saved_names(node: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(node) if name.startswith("_raw_saved_"))
+
+
+def _has_saved_under_hooks(node) -> bool:
+    # Whether the operation that made a tensor has saved tensors, that tensor perhaps, under hooks.
+    for name in _saved_names(type(node)):
+        try:
+            saved = getattr(node, name)
+        except RuntimeError:  # they have been freed, so that nothing reads them
+            continue
+        for x in saved if isinstance(saved, (list, tuple)) else (saved,):
+            if getattr(x, "unpack_hook", None) is not None:
+                return True
+    return False
+
+
+def may_overwrite_now(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the backward may write over x: each element has a place of its own, in which nothing else is read."""
+    if torch.compiler.is_compiling() or hooks_are_active() or not is_dense(x):
+        return False
+    memory = x.untyped_storage()._cdata
+    return all(other is None or other.untyped_storage()._cdata != memory for other in others)
 
 
 @_with_eager_form
@@ -122,13 +199,13 @@ class TverskyLoss(torch.autograd.Function):
         voxel_weight,
         class_parameters,
         plan,
-        raise_bad_input,
+        check,
         inplace_backward,
         process_group,
         backend,
     ):
         """The loss, and the coefficients that the gradient pass needs."""
-        ops, volume = OPERATORS[backend], (logits, target, voxel_weight, *plan.of_pass, raise_bad_input)
+        ops, volume = OPERATORS[backend], (logits, target, voxel_weight, *plan.of_pass, check)
         if process_group is None:
             return ops.tversky_loss(*volume, class_parameters, *plan.of_table)
         counts = ops.count_pass(*volume)
@@ -157,7 +234,10 @@ class TverskyLoss(torch.autograd.Function):
 
 @_with_eager_form
 class LinearTverskyLoss(torch.autograd.Function):
-    """As `TverskyLoss`, of the logits weight @ features + bias, of which there is never more than a block."""
+    """As `TverskyLoss`, of the logits weight @ features + bias, of which there is never more than a block.
+
+    of_counts: the result is the counts (N, C, 3 or 6) in float64 in place of the loss.
+    """
 
     @staticmethod
     def forward(
@@ -168,49 +248,58 @@ class LinearTverskyLoss(torch.autograd.Function):
         voxel_weight,
         class_parameters,
         plan,
-        raise_bad_input,
+        check,
         inplace_backward,
         process_group,
         backend,
+        of_counts,
     ):
         """The loss, and the coefficients that the gradient pass needs."""
-        volume = (features, weight, bias, target, voxel_weight, *plan.of_pass, raise_bad_input)
+        volume = (features, weight, bias, target, voxel_weight, *plan.of_pass, check)
         counts = LINEAR_OPERATORS[backend].count_pass(*volume)
+        if of_counts:
+            return counts, None
         return _loss_of_counts(counts, plan, class_parameters, process_group, backend, _result_dtype(features))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs and the coefficients."""
-        *tensors, plan, _, inplace_backward, process_group, backend = inputs
+        *tensors, plan, _, inplace_backward, process_group, backend, of_counts = inputs
         _, coefficients = output
-        ctx.mark_non_differentiable(coefficients)
+        if not of_counts:
+            ctx.mark_non_differentiable(coefficients)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, coefficients)
         ctx.plan, ctx.inplace_backward, ctx.process_group = plan, inplace_backward, process_group
-        ctx.backend = backend
+        ctx.backend, ctx.of_counts = backend, of_counts
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, upstream, _):
         """The gradient pass; where it is to be differentiated again, the reference's gradient."""
         wanted = ctx.needs_input_grad[:3]
-        if grad_loss is None or not any(wanted):
-            return (None,) * 11
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            return *_differentiable_gradients(ctx, grad_loss, wanted), *(None,) * 8
+        if upstream is None or not any(wanted):
+            return (None,) * 12
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiable_gradients(ctx, upstream, wanted), *(None,) * 9
         features, *volume, _, coefficients = ctx.saved_tensors  # volume: weight, bias, target, voxel_weight
+        if ctx.of_counts:
+            upstream, coefficients = _coefficients_of_counts(upstream)
         ops, arguments = LINEAR_OPERATORS[ctx.backend], (*volume, *ctx.plan.of_pass)
-        if wanted[0] and ctx.inplace_backward and not compiling and _may_be_overwritten(features):
+        if wanted[0] and ctx.inplace_backward and may_overwrite_now(features, *volume):
             of_features = features.detach()
-            of_head = ops.gradient_pass_(of_features, grad_loss, coefficients, *arguments)
+            of_head = ops.gradient_pass_(of_features, upstream, coefficients, *arguments)
             torch.autograd.graph.increment_version(features)  # as in _gradient
         else:
-            of_features, *of_head = ops.gradient_pass(grad_loss, coefficients, features, *arguments, wanted[0])
+            try:
+                of_features, *of_head = ops.gradient_pass(upstream, coefficients, features, *arguments, wanted[0])
+            except RuntimeError:
+                _raise_if_out_of_memory(features)
+                raise
         gradients = (x if is_wanted else None for x, is_wanted in zip((of_features, *of_head), wanted, strict=True))
-        return *gradients, *(None,) * 8
+        return *gradients, *(None,) * 9
 
 
-def _differentiable_gradients(ctx, grad_loss, wanted):
+def _differentiable_gradients(ctx, upstream, wanted):
     # The reference's, of features, weight and bias.
     if ctx.process_group is not None:
         raise NotImplementedError("process_group: second derivatives over several ranks are not implemented")
@@ -219,21 +308,21 @@ def _differentiable_gradients(ctx, grad_loss, wanted):
     head = [x if x is None else x.view_as(x) for x in head]
     volumes = Volumes(target, voxel_weight, target.dim() == head[0].dim())
     logits = reference.linear_logits(*head)
-    loss = reference.checked_loss(logits, Checked(volumes, ctx.plan, class_parameters), check_target=False)
+    checked = Checked(volumes, ctx.plan, class_parameters, {})
+    of = reference.checked_counts if ctx.of_counts else reference.checked_loss
     inputs = [x for x, is_wanted in zip(head, wanted, strict=True) if is_wanted]
-    gradients = iter(torch.autograd.grad(loss, inputs, grad_loss, create_graph=True))
+    gradients = iter(torch.autograd.grad(of(logits, checked, check_target=False), inputs, upstream, create_graph=True))
     return [next(gradients) if is_wanted else None for is_wanted in wanted]
 
 
 @_with_eager_form
-class OverlapCounts(torch.autograd.Function):
+class Counts(torch.autograd.Function):
     """Count pass forward, gradient pass backward."""
 
     @staticmethod
-    def forward(logits, target, voxel_weight, plan, raise_bad_input, inplace_backward, backend):
-        """tp, fp and fn: (N, C, 3)."""
-        counts = OPERATORS[backend].count_pass(logits, target, voxel_weight, *plan.of_pass, raise_bad_input)
-        return counts.to(_result_dtype(logits))
+    def forward(logits, target, voxel_weight, plan, check, inplace_backward, backend):
+        """tp, fp and fn, and with a cross-entropy its sums: (N, C, 3 or 6) in float64."""
+        return OPERATORS[backend].count_pass(logits, target, voxel_weight, *plan.of_pass, check)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -249,12 +338,3 @@ class OverlapCounts(torch.autograd.Function):
             return (None,) * 7
         how = (ctx.plan, ctx.inplace_backward, None, ctx.backend)
         return _gradient(upstream, ctx.saved_tensors, None, None, *how), *(None,) * 6
-
-
-def _may_be_overwritten(logits: torch.Tensor) -> bool:
-    # No two elements may share memory, which the dense layouts guarantee.
-    return (
-        logits.is_contiguous()
-        or (logits.dim() == 5 and logits.is_contiguous(memory_format=torch.channels_last_3d))
-        or (logits.dim() == 4 and logits.is_contiguous(memory_format=torch.channels_last))
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ __all__ = [
 
 #: How a loss is run.
 RUN_DEFAULTS = {"check_target": None, "inplace_backward": False, "process_group": None, "backend": "auto"}
+#: What the overlap counts are.
+COUNTS_DEFAULTS = {"activation": "softmax", "ignore_index": None, "voxel_weight": None, "soft_label": False}
 
 
 class OverlapCounts(NamedTuple):
@@ -37,23 +40,42 @@ class OverlapCounts(NamedTuple):
     fn: torch.Tensor
 
 
-def _on_backend(logits, checked, function, how, check_target, inplace_backward, backend):
-    # function(chosen backend, check, logits, checked, inplace_backward, *how), or None: the reference is to compute it.
-    volumes, plan, _ = checked
-    if not isinstance(inplace_backward, bool):
-        raise TypeError(f"inplace_backward: expected True or False, got {inplace_backward!r}")
+def _is_transformed() -> bool:
+    # Whether torch.func or forward-mode differentiation is at work.
+    return torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
+
+
+def _only_by_reference(*tensors: torch.Tensor | None) -> bool:
+    # Whether forward-mode derivatives are wanted, or torch.func.vmap maps over a tensor.
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        kinds = {x.key() for x in torch._C._functorch.get_interpreter_stack() or ()}
+        return not kinds.isdisjoint(_FORWARD_TRANSFORMS)
+    return any(x is not None and _forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+_forward_ad = torch.autograd.forward_ad
+_FORWARD_TRANSFORMS = {torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Vmap}
+
+
+def _on_backend(logits, checked, function, how, check_target, backend):
+    # function(chosen backend, check, logits, checked, compiles, *how), or None: the reference is to compute it.
+    # compiles: a graph for itself, not one that is exported.
+    volumes, plan = checked.volumes, checked.plan
     differentiable_target = volumes.target.requires_grad and torch.is_grad_enabled()
     unsupported = "the gradient of a target" if differentiable_target else None
     triton_first = _backends.faster_by_triton(logits, plan.options, volumes.dense)
     chosen = _backends.choose(backend, logits.device, unsupported, triton_first, _backends.beyond_cuda(logits))
-    if chosen == "reference":
+    if chosen == "reference" or (
+        _is_transformed() and _only_by_reference(logits, volumes.voxel_weight, checked.class_parameters)
+    ):
         return None
-    compiling = torch.compiler.is_compiling()
-    check = logits.is_cpu if check_target is None else check_target
-    if check and chosen != "cpu" and not compiling:  # the CPU kernels check while they read
+    check = _arguments.check_mode(check_target, on_host=chosen == "cpu")  # the CPU kernels check while they read
+    if torch.compiler.is_compiling():
+        return function(chosen, check, logits, checked, not torch.compiler.is_exporting(), *how)
+    if check_target and chosen != "cpu":
         _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index)
-    if compiling:
-        return function(chosen, check, logits, checked, inplace_backward, *how)
     # What cannot be walked is copied here, once for both passes.
     walked, target, voxel_weight, dense = logits, *volumes
     if not (logits.is_contiguous() and target.is_contiguous() and voxel_weight is None):
@@ -63,39 +85,86 @@ def _on_backend(logits, checked, function, how, check_target, inplace_backward, 
             target = walkable(target, spatial)
             voxel_weight = None if voxel_weight is None else walkable(voxel_weight, 1)
         checked = checked._replace(volumes=_arguments.Volumes(target, voxel_weight, dense))
+    if chosen != "cpu" or check != _arguments.CHECKS["raise"]:
+        return function(chosen, check, walked, checked, False, *how)
     try:
-        return function(chosen, check, walked, checked, inplace_backward, *how)
-    except RuntimeError:
-        # The kernel found a bad label or weight. Say it as an error of the argument; anything else is passed on.
-        _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index)
-        raise
+        return function(chosen, check, walked, checked, False, *how)
+    except RuntimeError as error:
+        # Said as an error of the argument where the kernel has found a bad value; anything else is passed on.
+        found = _BAD_VALUE.search(str(error))
+        if found is None:
+            raise
+        raise ValueError(found[0]) from None
 
 
-def _apply_loss(chosen, check, logits, checked, inplace_backward, process_group):
-    (target, voxel_weight, _), plan, class_parameters = checked
-    volumes = (logits, target, voxel_weight, class_parameters)
-    return autograd.apply(autograd.TverskyLoss, *volumes, plan, check, inplace_backward, process_group, chosen)[0]
+#: What the CPU kernels say of a bad value, in a line.
+_BAD_VALUE = re.compile(r"(target|voxel_weight): expected (labels|values) .*, got .*")
+
+
+def _apply_loss(chosen, check, logits, checked, compiles, inplace, process_group):
+    (target, voxel_weight, _), plan, class_parameters, _ = checked
+    # Numbers of the operator `tversky_loss` are part of a compiled graph, which would be made again for each new value.
+    if compiles or checked.needs_torch_table:
+        counts = _apply_counts(chosen, check, logits, checked, compiles, inplace)
+        return _loss_of_counts(counts, checked, compiles, process_group, _arguments.compute_dtype(logits))
+    volumes = (logits, target, voxel_weight, _constant(class_parameters))
+    return autograd.apply(autograd.TverskyLoss, *volumes, plan, check, inplace, process_group, chosen)[0]
 
 
 def _loss(logits, checked, check_target, inplace_backward, process_group, backend):
-    loss = _on_backend(logits, checked, _apply_loss, (process_group,), check_target, inplace_backward, backend)
+    inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
+    loss = _on_backend(logits, checked, _apply_loss, (inplace, process_group), check_target, backend)
     return reference.checked_loss(logits, checked, process_group, check_target) if loss is None else loss
 
 
-def _apply_linear(chosen, check, logits, checked, inplace_backward, head, process_group):
-    (target, voxel_weight, _), plan, class_parameters = checked
+def _apply_linear(chosen, check, logits, checked, compiles, inplace, head, process_group):
     features, weight, bias = head
     if not torch.compiler.is_compiling():
         features = walkable(features, 2)
-    volumes = (features, weight, bias, target, voxel_weight, class_parameters)
-    how = (plan, check, inplace_backward, process_group, chosen)
-    return autograd.apply(autograd.LinearTverskyLoss, *volumes, *how)[0]
+    of_counts = compiles or checked.needs_torch_table
+    volumes = (features, weight, bias, *checked.volumes[:2], _constant(checked.class_parameters))
+    how = (checked.plan, check, inplace, process_group, chosen, of_counts)
+    result = autograd.apply(autograd.LinearTverskyLoss, *volumes, *how)[0]
+    if not of_counts:
+        return result
+    return _loss_of_counts(result, checked, compiles, process_group, _arguments.compute_dtype(features))
 
 
-def _apply_counts(chosen, check, logits, checked, inplace_backward):
-    (target, voxel_weight, _), plan, _ = checked
-    volumes = (logits, target, voxel_weight)
-    return autograd.apply(autograd.OverlapCounts, *volumes, plan, check, inplace_backward, chosen)
+def _apply_counts(chosen, check, logits, checked, compiles, inplace):
+    volumes = (logits, *checked.volumes[:2])
+    return autograd.apply(autograd.Counts, *volumes, checked.plan, check, inplace, chosen)
+
+
+def _constant(class_parameters: torch.Tensor | None) -> torch.Tensor | None:
+    # Without the history that nobody asks for here.
+    if class_parameters is None or not class_parameters.requires_grad:
+        return class_parameters
+    return class_parameters.detach()
+
+
+def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, process_group, dtype) -> torch.Tensor:
+    # The table by torch's own operators: the arithmetic on (N, C, 3 or 6) counts, in float64.
+    options = checked.options
+    if compiles:
+        variable = {}
+        for name in ("alpha", "beta", *_arguments.SCALARS):
+            value = getattr(options, name)
+            if not isinstance(value, torch.Tensor) and value != _NEUTRAL.get(name):
+                variable[name] = counts.new_zeros(()) + value
+        options = options._replace(**variable)
+    if options.batch:
+        counts = counts.sum(0, keepdim=True)
+    if process_group is not None:
+        counts = sum_over_group(counts, process_group)
+    columns = reference.Counts(*counts.unbind(-1))
+    # Below, gamma < 1 would make slopes larger than the kernels' type, which the kernels' own table bounds.
+    flat_below = 1e-290 if dtype == torch.float64 else 1e-30
+    loss = reference.loss_of_counts(columns, options, checked.class_parameters, checked.volumes.dense, flat_below)
+    return loss.to(dtype)
+
+
+#: Numbers that leave a part of the arithmetic out: a compiled graph is made for them, and takes all others.
+_NEUTRAL = {"gamma": 1.0, "tversky_weight": 1.0, "ce_weight": 0.0, "label_smoothing": 0.0}
 
 
 def tversky_loss(
@@ -148,10 +217,11 @@ def tversky_loss(
             "none", for logits that are probabilities already.
         class_weight: One factor a class, >= 0. It multiplies and is not renormalised.
         include_background: False leaves channel 0 out of the result (without effect at C = 1).
-        ignore_index: Voxels with this label count nowhere, and their gradient is exactly 0. Any integer. In a dense
-            target these are the voxels that hold it in every channel.
+        ignore_index: Voxels with this label count nowhere, and their gradient is exactly 0 (as long as loss and
+            upstream gradient are finite). Any integer. In a dense target these are the voxels that hold it in every
+            channel.
         voxel_weight: (N, *spatial) or (N, 1, *spatial), bool, uint8 or floating, >= 0: multiplies the voxel's part in
-            all sums.
+            all sums. One below the smallest normal number (1.2e-38 in float32) counts as 0.
         batch: True sums the counts over the batch first, and gives one index a class.
         absent: What becomes of a class that the target lacks, in that sample or in the batch: "keep" it as the formula
             says, "zero" its loss, or "skip" it in the mean.
@@ -164,10 +234,14 @@ def tversky_loss(
         process_group: A `torch.distributed` group whose ranks hold parts of one batch (``batch=True``) or of one
             volume: the counts are summed over it. The gradient is that of this rank's part.
         inplace_backward: True writes the gradient over the logits, which are lost: no memory of their size is needed.
-            Whoever uses them afterwards gets autograd's error. Without effect under torch.compile, with
-            create_graph=True, and for logits that are not dense.
-        check_target: None: a label outside [0, C) raises on the CPU and makes the loss NaN elsewhere, where reading it
-            would stall the device. True: always raise. False: never raise; the loss is NaN.
+            A backward through another operation that had saved the logits raises autograd's error. What is computed
+            from the logits after the backward is computed from the gradient, and nothing tells. An error for logits
+            that are a leaf or a view of one. Without effect under torch.compile, with create_graph=True, for logits
+            that are a part of a larger tensor or not dense, and where saved-tensor hooks (activation checkpointing,
+            `save_on_cpu`) are active or were when the logits were made: autograd sees no overwriting then.
+        check_target: None: a label outside [0, C), or a value of a dense target outside [0, 1], raises on the CPU and
+            makes the loss NaN elsewhere, where reading it would stall the device. True: always raise. False: never
+            raise; a bad label makes the loss NaN, and a dense target may hold anything.
         backend: "auto", or "cpu", "cuda", "triton", "reference". One that is named never falls back.
 
     Returns:
@@ -176,9 +250,12 @@ def tversky_loss(
 
     Raises:
         TypeError: An argument of the wrong type or dtype.
-        ValueError: A wrong shape, device, range or option, a label outside [0, C), or a backend that is not available.
+        ValueError: A wrong shape, device, range or option, a label outside [0, C), a dense target outside [0, 1], or a
+            backend that is not available.
 
-    Second derivatives work and are computed by the reference.
+    Second derivatives and forward-mode derivatives work, and so does `torch.func.vmap`; the reference computes them.
+    alpha, beta, gamma, class_weight, smooth_nr and smooth_dr may be tensors (those of one number 0-d): they get a
+    gradient where they require one, and a new value of one is no reason for torch.compile to compile again.
 
     Example:
         >>> loss = tk.tversky_loss(model(image), label, alpha=0.3, beta=0.7)
@@ -324,21 +401,22 @@ def overlap_counts(
         >>> dice = 2 * tp / (2 * tp + fp + fn)
         >>> dice.cosh().log().mean().backward()
     """
-    checked = _arguments.check_arguments(
-        logits,
-        target,
-        voxel_weight,
-        activation=activation,
-        ignore_index=ignore_index,
-        soft_label=soft_label,
-        check_target=check_target,
-    )
-    counts = _on_backend(logits, checked, _apply_counts, (), check_target, inplace_backward, backend)
+    options = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label}
+    how = (check_target, inplace_backward, process_group, backend)
+    counts = exact_counts(logits, target, voxel_weight, options, *how)
+    return OverlapCounts(*counts.to(_arguments.compute_dtype(logits)).unbind(-1))
+
+
+def exact_counts(
+    logits, target, voxel_weight, options: dict, check_target, inplace_backward, process_group, backend
+) -> torch.Tensor:
+    """(N, C, 3) as `overlap_counts`, in float64: a loss that takes differences of them loses no digits."""
+    checked = _arguments.check_arguments(logits, target, voxel_weight, check_target=check_target, **options)
+    inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
+    counts = _on_backend(logits, checked, _apply_counts, (inplace,), check_target, backend)
     if counts is None:
-        counts = reference.checked_counts(logits, checked, check_target)
-    if process_group is not None:
-        counts = sum_over_group(counts, process_group)
-    return OverlapCounts(*counts.unbind(-1))
+        counts = reference.checked_counts(logits, checked, check_target).double()
+    return counts if process_group is None else sum_over_group(counts, process_group)
 
 
 GENERALIZED_WEIGHTS = ("square", "simple", "uniform")
@@ -375,12 +453,14 @@ def generalized_dice_loss(
     _arguments.one_of("weight", weight, GENERALIZED_WEIGHTS)
     _arguments.one_of("reduction", reduction, ("mean", "sum", "none"))
     smooth_nr, smooth_dr = _arguments.number("smooth_nr", smooth_nr), _arguments.number("smooth_dr", smooth_dr)
-    counts = overlap_counts(logits, target, **options)
+    options = _arguments.with_defaults("generalized_dice_loss", {**COUNTS_DEFAULTS, **RUN_DEFAULTS}, options)
+    voxel_weight, run = options.pop("voxel_weight"), [options.pop(name) for name in RUN_DEFAULTS]
+    counts = exact_counts(logits, target, voxel_weight, options, *run)
     if _arguments.flag("batch", batch):
-        counts = [x.sum(0, keepdim=True) for x in counts]
+        counts = counts.sum(0, keepdim=True)
     if not _arguments.flag("include_background", include_background) and logits.size(1) > 1:
-        counts = [x[:, 1:] for x in counts]
-    tp, fp, fn = counts
+        counts = counts[:, 1:]
+    tp, fp, fn = counts.unbind(-1)
     volume = (tp + fn).detach()
     w = 1 / volume ** {"square": 2, "simple": 1, "uniform": 0}[weight]
     infinite = torch.isinf(w)
@@ -391,6 +471,7 @@ def generalized_dice_loss(
     denominator = (w * (2 * tp + fp + fn)).sum(1) + smooth_dr
     some = denominator != 0
     loss = torch.where(some, error, 0.0 * error) / torch.where(some, denominator, 1.0)
+    loss = loss.to(_arguments.compute_dtype(logits))
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" or loss.numel() == 0 else loss.mean()
@@ -410,19 +491,23 @@ def deep_supervision_loss(
     weights: Sequence[float] | None = None,
     *,
     loss: str = "tversky",
+    resample: str = "nearest",
     **options,
 ) -> torch.Tensor:
     """The weighted sum of a loss over the outputs of several resolutions, all against one full-resolution target.
 
     No resampled target is made: each voxel of a coarser output reads its label, and its voxel_weight, where
-    `torch.nn.functional.interpolate(mode="nearest")` would take them, for any ratio of the sizes.
+    `torch.nn.functional.interpolate` would take them, for any ratio of the sizes.
 
     Args:
         logits: One (N, C, *spatial) tensor a level, of 1 to 3 spatial dimensions, the finest first.
         target: Class indices (N, *any) or (N, 1, *any), or dense (N, C, *any), see `tversky_loss`.
-        weights: One factor a level, >= 0; None: 1, 1/2, 1/4, ... divided by their sum. (nnU-Net's trainer sets the
-            last of these to 0.) A level of weight 0 is not computed.
+        weights: One factor a level, >= 0, a list, tensor or array; None: 1, 1/2, 1/4, ... divided by their sum.
+            (nnU-Net's trainer sets the last of these to 0.) A level of weight 0 is not computed, and has a gradient of
+            0.
         loss: "tversky", for `tversky_loss`, or "tversky_ce", for `tversky_ce_loss`.
+        resample: Where a coarser voxel reads the target: "nearest" at its corner, as `interpolate(mode="nearest")`,
+            or "nearest-exact" at its centre, as MONAI's `DeepSupervisionLoss` and nnU-Net do.
         **options: The arguments of that loss. voxel_weight has the target's spatial sizes.
 
     Example:
@@ -436,19 +521,36 @@ def deep_supervision_loss(
     if weights is None:
         weights = [0.5**i for i in range(len(logits))]
         weights = [w / sum(weights) for w in weights]
+    elif isinstance(weights, torch.Tensor) and weights.requires_grad:
+        raise ValueError("weights: expected constants, got a tensor that requires a gradient")
+    elif hasattr(weights, "tolist"):
+        weights = weights.tolist()
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights: expected {len(logits)} numbers, one a level, got {type(weights).__name__}")
     if len(weights) != len(logits):
         raise ValueError(f"weights: expected {len(logits)} numbers, one a level, got {len(weights)}")
     weights = [_arguments.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
     options, run = _split_options("deep_supervision_loss", loss, options)
+    resample = _arguments.one_of("resample", resample, _arguments.RESAMPLE)
     total = None
     for level, w in zip(logits, weights, strict=True):
         checked = _arguments.check_arguments(
-            level, target, check_target=run["check_target"], any_resolution=True, **options
+            level, target, check_target=run["check_target"], resample=resample, **options
         )
-        if w > 0:
-            part = w * _loss(level, checked, **run)
-            total = part if total is None else total + part
-    return sum(0.0 * level.sum() for level in logits) if total is None else total
+        # Of a level that is not computed nothing is read, but it is part of the graph, as DDP wants it.
+        part = w * _loss(level, checked, **run) if w > 0 else _zero_loss(level, checked.plan.options)
+        total = part if total is None else total + part
+    return total
+
+
+def _zero_loss(logits: torch.Tensor, options) -> torch.Tensor:
+    # 0 in the shape of the loss, whose gradient is 0.
+    nothing = logits[:0].sum(dtype=_arguments.compute_dtype(logits))
+    if options.reduction != "none":
+        return nothing
+    samples, classes = logits.shape[:2]
+    kept = classes if options.include_background or classes == 1 else classes - 1
+    return nothing.expand((kept,) if options.batch else (samples, kept))
 
 
 def linear_tversky_loss(
@@ -494,8 +596,10 @@ def linear_tversky_loss(
     logits = features.new_empty(()).expand(features.size(0), weight.size(0), *features.shape[2:])
     checked = _arguments.check_arguments(logits, target, check_target=run["check_target"], **options)
     check_target, inplace_backward, process_group, backend = run.values()
-    how = (head, process_group)
-    result = _on_backend(logits, checked, _apply_linear, how, check_target, inplace_backward, backend)
+    how = (autograd.inplace_allowed("features", features, inplace_backward), head, process_group)
+    result = None
+    if not (_is_transformed() and _only_by_reference(*head)):
+        result = _on_backend(logits, checked, _apply_linear, how, check_target, backend)
     if result is None:
         return reference.checked_loss(reference.linear_logits(*head), checked, process_group, check_target)
     return result

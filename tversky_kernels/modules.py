@@ -21,31 +21,55 @@ __all__ = [
 
 
 class _Loss(torch.nn.Module):
-    """Stores the options of a function of `functional`, tensors among them as buffers that move with the module."""
+    """Has every option of a function of `functional` as an attribute, which takes effect whenever it is set.
+
+    Tensors among them are buffers: they move with the module and are in its state_dict. Parameters are parameters.
+    """
 
     _function = staticmethod(functional.tversky_loss)
     _takes = (functional.tversky_loss,)
     _fixed = frozenset()
+    _options: dict[str, object]  # with their defaults
+
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        parameters = {}
+        for function in reversed(cls._takes):
+            parameters |= inspect.signature(function).parameters
+        left_out = {"logits", "target", "voxel_weight", "options", *cls._fixed}
+        cls._options = {name: p.default for name, p in parameters.items() if name not in left_out}
 
     def __init__(self, **options):
         super().__init__()
-        known = {name for function in self._takes for name in inspect.signature(function).parameters} - {"options"}
+        self._given = ()  # the names of the options that have been set
+        self.__dict__.update(self._options)
         for name, value in options.items():
-            if name not in known or name in ("logits", "target", "voxel_weight", *self._fixed):
+            if name not in self._options:
                 raise TypeError(f"{type(self).__name__}: unexpected argument {name!r}")
-            if isinstance(value, torch.Tensor):
-                self.register_buffer(name, value, persistent=False)
-            else:
-                setattr(self, name, value)
-        self._names = tuple(options)
+            setattr(self, name, value)
+
+    def __setattr__(self, name, value):
+        if name in self._options:
+            if name not in self._given:
+                self._given += (name,)
+            for kept in (self.__dict__, self._buffers, self._parameters):
+                kept.pop(name, None)
+            if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+                return self.register_buffer(name, value)
+            if hasattr(value, "tolist") and not isinstance(value, torch.Tensor):
+                value = value.tolist()  # numpy's, which a compiled graph would take for a tensor
+        return super().__setattr__(name, value)
+
+    def _given_options(self) -> dict:
+        return {name: getattr(self, name) for name in self._given}
 
     def forward(self, logits, target: torch.Tensor, voxel_weight: torch.Tensor | None = None):
         """The loss of logits and a target, as the function takes them; voxel_weight as in `tversky_loss`."""
-        options = {name: getattr(self, name) for name in self._names}
+        options = {name: getattr(self, name) for name in self._given}
         return self._function(logits, target, voxel_weight=voxel_weight, **options)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._names)
+        return ", ".join(f"{name}={value!r}" for name, value in self._given_options().items())
 
 
 class TverskyLoss(_Loss):
@@ -75,6 +99,7 @@ class FocalTverskyLoss(_Loss):
     """`tversky_kernels.focal_tversky_loss` as a module: gamma = 0.75 unless given."""
 
     _function = staticmethod(functional.focal_tversky_loss)
+    _takes = (functional.focal_tversky_loss, functional.tversky_loss)
 
 
 class TverskyCELoss(_Loss):
@@ -107,7 +132,8 @@ class TverskyHead(_Loss):
     """A network's last layer and its loss in one, `tversky_kernels.linear_tversky_loss`: the logits never exist.
 
     Its parameters are those of ``torch.nn.Conv3d(in_channels, classes, 1)`` (Conv2d, Conv1d for other dimensions), by
-    their names and shapes, so that such a layer's state_dict fits.
+    their names and shapes, so that such a layer's state_dict fits. (Options that are tensors are in the state_dict too;
+    lists of numbers are not.)
 
     Args:
         in_channels: Channels of the features.
@@ -151,7 +177,7 @@ class TverskyHead(_Loss):
         """The loss of features (N, in_channels, *spatial) and a target; without a target, the logits."""
         if target is None:
             return self._convolution(features, self.weight, self.bias)
-        options = {name: getattr(self, name) for name in self._names}
+        options = self._given_options()
         return self._function(features, self.weight, self.bias, target, voxel_weight=voxel_weight, **options)
 
     def extra_repr(self) -> str:

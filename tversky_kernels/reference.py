@@ -30,6 +30,7 @@ Nothing here is fused, and every product is a tensor. Half precision is computed
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -103,9 +104,8 @@ def checked_loss(
     logits: torch.Tensor, checked: Checked, process_group=None, check_target: bool | None = None
 ) -> torch.Tensor:
     """The loss of arguments that have been checked, but for the labels' range."""
-    volumes, options, class_parameters = checked.volumes, checked.plan.options, checked.class_parameters
-    _check_values(logits, volumes, options, check_target)
-    counts = _counts(logits, volumes, options)
+    volumes, options, class_parameters = checked.volumes, checked.options, checked.class_parameters
+    counts = _checked_counts(logits, checked, check_target)
     if options.batch:
         counts = Counts(*(None if x is None else x.sum(0, keepdim=True) for x in counts))
     if process_group is not None:
@@ -115,54 +115,63 @@ def checked_loss(
 
 
 def checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | None = None) -> torch.Tensor:
-    """tp, fp and fn, (N, C, 3), of arguments that have been checked, but for the labels' range."""
+    """tp, fp and fn and, with a cross-entropy, its sums: (N, C, 3 or 6), of arguments that have been checked, but for
+    the values of the target."""
+    return torch.stack([x for x in _checked_counts(logits, checked, check_target) if x is not None], -1)
+
+
+def _checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | None) -> Counts:
     volumes, options = checked.volumes, checked.plan.options
-    _check_values(logits, volumes, options, check_target)
-    return torch.stack(_counts(logits, volumes, options)[:3], -1)
-
-
-def _check_values(logits: torch.Tensor, volumes: Volumes, options: Options, check_target: bool | None) -> None:
     check = logits.device.type == "cpu" if check_target is None else check_target
-    if check and not torch.compiler.is_compiling():
+    if check and not torch.compiler.is_compiling() and not _maps():
         _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
+    return _counts(logits, volumes, options, checks_targets=check_target is not False)
 
 
-def _nearest(x: torch.Tensor, first: int, spatial) -> torch.Tensor:
-    # x at the voxels that torch's interpolation takes for these spatial sizes.
+def _maps() -> bool:
+    # Whether torch.func.vmap is active, under which no value can be read.
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    interpreters = torch._C._functorch.get_interpreter_stack() or ()
+    return any(x.key() == torch._C._functorch.TransformType.Vmap for x in interpreters)
+
+
+def nearest_voxels(x: torch.Tensor, first: int, spatial, resample: str | None) -> torch.Tensor:
+    """x at the voxels that torch's interpolation takes for these spatial sizes, which begin at dimension ``first``."""
+    # Rounded as there, to float32.
     for d, size in enumerate(spatial, first):
         if x.size(d) != size:
-            places = torch.arange(x.size(d), dtype=torch.float64, device=x.device)
-            taken = torch.nn.functional.interpolate(places[None, None], size=size, mode="nearest")[0, 0]
-            x = x.index_select(d, taken.long())
+            shift = 0.5 if resample == "nearest-exact" else 0.0
+            at = torch.arange(size, dtype=torch.float64, device=x.device) + shift
+            scale = torch.full((), x.size(d), dtype=torch.float32, device=x.device) / size
+            at = (at * scale.double() - shift).float() + shift
+            x = x.index_select(d, at.long().clamp(max=x.size(d) - 1))
     return x
 
 
-def _counts(logits: torch.Tensor, volumes: Volumes, options: Options) -> Counts:
-    # NaN where a label or voxel weight is out of range.
+def _counts(logits: torch.Tensor, volumes: Volumes, options: Options, checks_targets: bool) -> Counts:
+    # NaN where a label or voxel weight is out of range, or a dense target if that is asked.
     z = logits if logits.dtype == torch.float64 else logits.float()
     target, weight, dense = volumes
-    target = _nearest(target, 2 if dense else 1, logits.shape[2:])
+    target = nearest_voxels(target, 2 if dense else 1, logits.shape[2:], options.resample)
+    weight = None if weight is None else nearest_voxels(weight, 1, logits.shape[2:], options.resample)
+    volumes = Volumes(target, weight, dense)
+    counts = torch.ones_like(z[:, 0], dtype=torch.bool) & _arguments.is_counted(volumes, z.dtype, options.ignore_index)
+    bad = torch.zeros((), dtype=torch.bool, device=z.device)
     if dense:
         g = target.to(z.dtype)
-        counts = torch.ones_like(z[:, 0], dtype=torch.bool)
-        bad = torch.zeros((), dtype=torch.bool, device=z.device)
-        if options.ignore_index is not None:
-            # A dense target has no label to ignore but in a voxel that is filled with it.
-            counts = ~(target == options.ignore_index).all(1)
+        if checks_targets:
+            bad = (_arguments.outside_of_unit(target, z.dtype) & counts.unsqueeze(1)).any()
     else:
-        label = target.long()
-        labels = _arguments.label_count(logits)
+        label, labels = target.long(), _arguments.label_count(logits)
         known = (label >= 0) & (label < labels)
-        ignored = torch.zeros_like(known) if options.ignore_index is None else label == options.ignore_index
-        bad = (~known & ~ignored).any()
-        counts = known & ~ignored
-        g = torch.nn.functional.one_hot(label.clamp(0, labels - 1), labels).movedim(-1, 1)[:, labels - z.size(1) :]
-        g = g.to(z.dtype)
+        bad = (~known & ~torch.as_tensor(_arguments.is_ignored(target, options.ignore_index), device=z.device)).any()
+        counts = counts & known
+        classes = torch.arange(labels - z.size(1), labels, device=z.device).view(-1, *(1,) * (label.dim() - 1))
+        g = (label.unsqueeze(1) == classes).to(z.dtype)
     w = counts.to(z.dtype)
     if weight is not None:
-        weight = _nearest(weight, 1, logits.shape[2:])
         bad = bad | ~(weight >= 0).all() if weight.dtype.is_floating_point else bad
-        counts = counts & (weight != 0)
         w = w * weight.to(z.dtype)
     # What does not count is replaced, not multiplied by 0: a NaN there must not count either.
     w, counts = w.unsqueeze(1), counts.unsqueeze(1)
@@ -170,7 +179,7 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options) -> Counts:
     g = torch.where(counts, g, torch.zeros_like(g))
     w = torch.where(counts, w, torch.zeros_like(w))
     z, g, w = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (z, g, w))
-    p = {"softmax": lambda: z.softmax(1), "sigmoid": z.sigmoid, "none": lambda: z}[options.activation]()
+    p = _probabilities(z, options.activation)
     if options.squared:
         tp = (w * p * g).sum(-1)
         fp, fn = ((w * (sign * (p - g)).clamp(min=0) ** 2).sum(-1) for sign in (1, -1))
@@ -181,7 +190,7 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options) -> Counts:
     else:
         tp, fp, fn = (w * p * g).sum(-1), (w * p * (1 - g)).sum(-1), (w * (1 - p) * g).sum(-1)
     sums = (tp, fp, fn)
-    if options.ce_weight:
+    if _arguments.is_used(options.ce_weight):
         # Terms of g = 1 and, for the sigmoid, of g = 0: (1 - p)^f (-log p) and p^f (-log(1 - p)).
         if options.activation == "softmax":
             of_one, of_zero = _focal(z.log_softmax(1), options.focal_gamma), torch.zeros_like(z)
@@ -189,12 +198,22 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options) -> Counts:
             of_one, of_zero = (_focal(torch.nn.functional.logsigmoid(x), options.focal_gamma) for x in (z, -z))
         # Without g a term may be infinite, and is not wanted.
         cross_entropy = torch.where(g != 0, g * of_one, 0.0) + torch.where(g != 1, (1 - g) * of_zero, 0.0)
-        smoothing = of_one + of_zero if options.label_smoothing else torch.zeros_like(z)
+        smoothing = of_one + of_zero if _arguments.is_used(options.label_smoothing) else torch.zeros_like(z)
         # tp + fn is the weight of a label, but not where errors are squared.
         voxels = (w * g).sum(-1) if _of_labels(options, dense) else w.sum(-1).expand_as(tp)
         sums += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), voxels)
     poison = torch.where(bad, torch.nan, 0.0).to(z.dtype)
     return Counts(*(x + poison for x in sums))
+
+
+def _probabilities(z: torch.Tensor, activation: str) -> torch.Tensor:
+    # An exponential below the smallest normal number is 0: processors and cards differ in what they make of one.
+    least = math.log(torch.finfo(z.dtype).tiny)
+    if activation == "none":
+        return z
+    if activation == "sigmoid":
+        return torch.where(z < least, 0.0, z.sigmoid())
+    return torch.where(z - z.detach().amax(1, keepdim=True) < least, 0.0, z.softmax(1))
 
 
 def _of_labels(options: Options, dense: bool) -> bool:
@@ -214,9 +233,16 @@ def _focal(log_p: torch.Tensor, focal_gamma: float) -> torch.Tensor:
 
 
 def loss_of_counts(
-    counts: Counts, options: Options, class_parameters: torch.Tensor | None = None, dense: bool = False
+    counts: Counts,
+    options: Options,
+    class_parameters: torch.Tensor | None = None,
+    dense: bool = False,
+    flat_below: float = 0.0,
 ) -> torch.Tensor:
-    """The reduced loss of (rows, C) counts; rows is N, or 1 where the batch was summed."""
+    """The reduced loss of (rows, C) counts; rows is N, or 1 where the batch was summed.
+
+    flat_below: Where 1 - TI is no more than this, a power of it is flat.
+    """
     tp, fp, fn = counts[:3]
     alpha, beta, class_weight, ce_class_weight = options.alpha, options.beta, None, None
     if class_parameters is not None:
@@ -227,10 +253,13 @@ def loss_of_counts(
     # Nothing predicted, nothing there and no smoothing: nothing is wrong.
     empty = denominator == 0
     one_minus_ti = torch.where(empty, 0.0, error) / torch.where(empty, 1.0, denominator)
-    if options.gamma != 1:
+    if _is_not(options.gamma, 1):
         # At 0 the power's slope is taken as 0, also where it is infinite (gamma < 1).
-        positive = ~(one_minus_ti <= 0)
-        one_minus_ti = torch.where(positive, torch.where(positive, one_minus_ti, 1.0) ** options.gamma, 0.0)
+        positive = ~(one_minus_ti <= flat_below)
+        least = 0.0
+        if isinstance(options.gamma, torch.Tensor):  # of which 1 is no power, as above
+            least = torch.where(options.gamma == 1, one_minus_ti, 0.0)
+        one_minus_ti = torch.where(positive, torch.where(positive, one_minus_ti, 1.0) ** options.gamma, least)
     loss = one_minus_ti if class_weight is None else class_weight * one_minus_ti
     if options.absent != "keep":
         loss = torch.where(is_absent, 0.0, loss)
@@ -242,11 +271,22 @@ def loss_of_counts(
         loss = loss.sum()
     elif options.batch:
         loss = loss.squeeze(0)
-    if options.tversky_weight != 1:
+    if _is_not(options.tversky_weight, 1):
         loss = options.tversky_weight * loss
-    if options.ce_weight:
-        loss = loss + options.ce_weight * _cross_entropy(counts, options, ce_class_weight, dense)
+    if _is_not(options.ce_weight, 0):
+        loss = loss + _part(options.ce_weight, _cross_entropy(counts, options, ce_class_weight, dense))
     return loss
+
+
+def _part(factor, x: torch.Tensor) -> torch.Tensor:
+    # Of a factor that is 0, also where only a tensor knows it, nothing is left, whatever infinity it meets.
+    if not isinstance(factor, torch.Tensor):
+        return factor * x
+    return torch.where(factor == 0, 0.0, factor * torch.where(factor == 0, 0.0, x))
+
+
+def _is_not(value, neutral: float) -> bool:
+    return isinstance(value, torch.Tensor) or value != neutral
 
 
 def _ratio(numerator: torch.Tensor, denominator) -> torch.Tensor:
@@ -262,7 +302,9 @@ def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) 
     tp, _, fn, cross_entropy, smoothing, voxels = counts
     softmax, smooth = options.activation == "softmax", options.label_smoothing
     weight = torch.ones_like(tp[0]) if class_weight is None else class_weight
-    total = (1 - smooth) * cross_entropy + smooth / (tp.size(1) if softmax else 2) * smoothing
+    total = (1 - smooth) * cross_entropy
+    if _is_not(smooth, 0):
+        total = total + _part(smooth, smoothing / (tp.size(1) if softmax else 2))
     total = (weight * total).sum(1, keepdim=True)
     if options.reduction == "sum":
         return total.sum()

@@ -7,7 +7,7 @@ namespace tversky_kernels {
 namespace cpu {
 
 // The last differs from the one before in how a bfloat16 gradient is rounded, and has no other kernels of its own.
-enum class Capability : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Capability : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kLast = kAvx512Bf16 };
 
 // The widest that this build, this processor and TVERSKY_KERNELS_CPU_CAPABILITY allow.
 Capability widest_capability();

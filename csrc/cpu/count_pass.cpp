@@ -357,8 +357,24 @@ TK_INLINE void add_overlap(Probability<Vector<A>> p, Vector<A> g, bool weighted,
   fn += overlap.fn;
 }
 
+// Whether the values of a dense target are in [0, 1]: their bits, as unsigned integers, are then not above those of 1.
+// (Those of -0 are, which find_bad_target knows.)
+template <typename A>
+struct TargetCheck {
+  typedef std::make_unsigned_t<typename Lanes<A>::Int> Bits __attribute__((vector_size(TK_VECTOR_BYTES)));
+  Bits largest{};
+  TK_INLINE void see(Vector<A> g) {
+    const Bits bits = (Bits)g;
+    largest = bits > largest ? bits : largest;
+  }
+  TK_INLINE bool failed(const Volume& v) const {
+    return v.checks_targets && any((IntVector<A>)(largest > (Bits)broadcast<A>(1)));
+  }
+};
+
+// Returns whether a target is outside [0, 1].
 template <typename T, OverlapForm kForm, bool kCrossEntropy>
-void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts) {
+bool count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
@@ -367,6 +383,7 @@ void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
   const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed;
   const bool label_weights = kForm == OverlapForm::kSquared && kCrossEntropy && v.sums_label_weights();
   V* const exponentials = scratch + classes * kGeneralVectors;
+  TargetCheck<A> check;
   for (int at = 0; at < tile.padded_voxels(); at += kGeneralVectors * kLanes) {
     const GeneralSoftmax<T> softmax(tile, at, classes, scratch, exponentials);
     V log_sum[kGeneralVectors];
@@ -382,6 +399,7 @@ void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
         const V below_top = scratch[c * kGeneralVectors + k];
         const Probability<V> p = softmax.probability(k, below_top, exponentials[c * kGeneralVectors + k]);
         const V g = general_target(tile, c, at + k * kLanes);
+        check.see(g);
         const V weight = softmax.weight[k];
         add_overlap<A, kForm>(p, g, softmax.weighted, weight, tp, fp, fn);
         if (label_weights) counts[c][kVoxels] += g * weight;
@@ -401,20 +419,26 @@ void count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
       if (kCrossEntropy) counts[c][kSmoothing] = smoothing;
     }
   }
+  return check.failed(v);
 }
 
 template <typename T, Activation kActivation, OverlapForm kForm, bool kCrossEntropy>
-void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T>* counts) {
+bool count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T>* counts) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed, weighted = is_weighted(tile);
+  TargetCheck<A> check;
   for (int c = 0; c < v.classes; ++c) {
-    V tp{}, fp{}, fn{}, ce{}, smoothing{};
+    // Added to what there is, so that a sum does not depend on how many voxels a tile has.
+    V tp = counts[c][kTp], fp = counts[c][kFp], fn = counts[c][kFn], ce{}, smoothing{};
+    if (kCrossEntropy) ce = counts[c][kCe];
+    if (kCrossEntropy) smoothing = counts[c][kSmoothing];
     const T* next = next_channel(tile, c, static_cast<int>(v.classes));
     for (int i = 0; i < tile.padded_voxels(); i += Lanes<A>::count) {
       prefetch(next + i);
       const V z = general_logit(tile, c, i), g = general_target(tile, c, i), weight = general_weight(tile, i);
+      check.see(g);
       Probability<V> p{z, 1 - z};
       V e{};
       if constexpr (kActivation == Activation::kSigmoid) {
@@ -447,34 +471,52 @@ void count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
         if (smoothed) smoothing += of_one + of_zero;
       }
     }
-    counts[c][kTp] += tp;
-    counts[c][kFp] += fp;
-    counts[c][kFn] += fn;
-    if (kCrossEntropy) counts[c][kCe] += ce;
-    if (kCrossEntropy) counts[c][kSmoothing] += smoothing;
+    counts[c][kTp] = tp;
+    counts[c][kFp] = fp;
+    counts[c][kFn] = fn;
+    if (kCrossEntropy) counts[c][kCe] = ce;
+    if (kCrossEntropy) counts[c][kSmoothing] = smoothing;
+  }
+  return check.failed(v);
+}
+
+// The first of the tile's targets that is outside [0, 1].
+template <typename T>
+__attribute__((noinline, cold)) void find_bad_target(const Volume& v, const Tile<T>& tile, BadInput& bad) {
+  for (int i = 0; !bad.target && i < tile.voxels; ++i) {
+    for (int64_t c = 0; tile.labels[i] >= 0 && c < v.classes; ++c) {
+      const double g = static_cast<double>(tile.targets[c * tile.target_stride + i]);
+      if (g >= 0 && g <= 1) continue;
+      bad.target = true;
+      bad.target_value = g;
+      break;
+    }
   }
 }
 
 template <typename T>
-void count_general(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts) {
+void count_general(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratch, CountVectors<T>* counts,
+                   BadInput& bad) {
+  bool outside = false;
   with_general_options(v, [&](auto activation, auto form, auto cross_entropy) {
     constexpr Activation kActivation = decltype(activation)::value;
     constexpr OverlapForm kForm = decltype(form)::value;
     constexpr bool kCrossEntropy = decltype(cross_entropy)::value;
     if constexpr (kActivation == Activation::kSoftmax) {
-      count_general_softmax<T, kForm, kCrossEntropy>(v, tile, scratch, counts);
+      outside = count_general_softmax<T, kForm, kCrossEntropy>(v, tile, scratch, counts);
     } else {
-      count_general_channels<T, kActivation, kForm, kCrossEntropy>(v, tile, counts);
+      outside = count_general_channels<T, kActivation, kForm, kCrossEntropy>(v, tile, counts);
     }
   });
+  if (outside) find_bad_target(v, tile, bad);
 }
 
 template <typename T>
 void count_tile(const Volume& v, const Tile<T>& tile, PresentClasses& present, LogitsVector<T>* exponentials,
-                CountVectors<T>* counts) {
+                CountVectors<T>* counts, BadInput& bad) {
   const int padded = tile.padded_voxels();
   const int classes = static_cast<int>(v.classes), first_label = static_cast<int>(v.first_label);
-  if (takes_general_kernels(v)) return count_general(v, tile, exponentials, counts);
+  if (takes_general_kernels(v)) return count_general(v, tile, exponentials, counts, bad);
   switch (v.activation) {
     case Activation::kSoftmax:
       return with_softmax_options(v, tile, [&](auto labels, auto cross_entropy, auto squared) {
@@ -512,7 +554,7 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
   int since_flush = 0;
   for (int64_t at = begin; at < end;) {
     const int voxels = buffers.take(end - at);
-    count_tile(v, load_tile<T>(v, sample, at, voxels, buffers, true, *bad), present, block, sums);
+    count_tile(v, load_tile<T>(v, sample, at, voxels, buffers, true, *bad), present, block, sums, *bad);
     at += voxels;
     since_flush += voxels;
     if (since_flush >= kTileVoxels || at >= end) {

@@ -1,6 +1,8 @@
 // Memory for fresh gradients on the CPU. A page that the system hands out costs more than the arithmetic on it, and a
-// C library asks the system for every large block anew. So the memory of large gradients stays here when they die, for
-// the next step's; meanwhile the system may take it (MADV_FREE), as soon as anything else needs it.
+// C library asks the system for every large block anew. So it is touched in huge pages; and where the user asks for it
+// (TVERSKY_KERNELS_KEEP_GRADIENT=1) the memory of large gradients stays here when they die, for the next step's.
+// Meanwhile the system may take it (MADV_FREE), as soon as anything else needs it. Such a gradient's storage cannot be
+// resized, which is why nobody gets one unasked.
 #include "gradient_memory.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -15,6 +17,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -24,10 +27,11 @@ namespace tversky_kernels {
 namespace cpu {
 namespace {
 
-bool wanted([[maybe_unused]] const char* variable) {
+// Whether this system has what is needed, and a variable of the environment does not have a value.
+bool can_unless([[maybe_unused]] const char* variable, [[maybe_unused]] const char* value) {
 #if defined(__linux__) && defined(MADV_FREE) && defined(MADV_HUGEPAGE)
   const char* const asked = std::getenv(variable);
-  return asked == nullptr || std::string(asked) != "0";
+  return asked == nullptr || std::string(asked) != value;
 #else
   return false;
 #endif
@@ -42,7 +46,7 @@ void touch_in_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t b
   constexpr int64_t kPage = int64_t{2} << 20;
   constexpr int kCallsToSkip = 64;
   constexpr auto kSlow = std::chrono::microseconds(1000);  // small pages cost about 700
-  static const bool is_wanted = wanted("TVERSKY_KERNELS_HUGE_PAGES");
+  static const bool is_wanted = can_unless("TVERSKY_KERNELS_HUGE_PAGES", "0");
   static std::atomic<int> calls_to_skip{0};
   const int64_t before_first = -reinterpret_cast<intptr_t>(data) & (kPage - 1);
   const int64_t pages = (bytes - before_first) / kPage;
@@ -97,7 +101,7 @@ class GradientMemory {
  public:
   // Never destroyed: gradients may die after everything else.
   static GradientMemory& instance() {
-    static GradientMemory* const memory = new GradientMemory;
+    static GradientMemory* const memory = make();
     return *memory;
   }
 
@@ -148,6 +152,15 @@ class GradientMemory {
   }
 
  private:
+  // A process that forks while another thread is in here would leave the child a mutex that nobody unlocks.
+  static GradientMemory* make() {
+    static GradientMemory* const memory = new GradientMemory;
+#if defined(__linux__)
+    pthread_atfork([] { memory->mutex_.lock(); }, [] { memory->mutex_.unlock(); }, [] { memory->mutex_.unlock(); });
+#endif
+    return memory;
+  }
+
   static int64_t total(const std::vector<Block>& blocks) {
     int64_t bytes = 0;
     for (const Block& block : blocks) bytes += block.bytes;
@@ -167,24 +180,10 @@ class GradientMemory {
   std::mutex mutex_;
   std::vector<Block> used_, waiting_;  // waiting: the longest first
   int64_t most_used_ = 0;
-  const bool can_keep_ = wanted("TVERSKY_KERNELS_KEEP_GRADIENT");
-  bool keeps_ = can_keep_;
+  static constexpr const char* kVariable = "TVERSKY_KERNELS_KEEP_GRADIENT";
+  const bool can_keep_ = can_unless(kVariable, "0");
+  bool keeps_ = can_keep_ && std::getenv(kVariable) != nullptr && std::string(std::getenv(kVariable)) == "1";
 };
-
-// Whether the elements fill a block of memory, each one place of its own.
-bool is_dense(const Tensor& x) {
-  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) != 1) dimensions.emplace_back(x.stride(d), x.size(d));
-  }
-  std::sort(dimensions.begin(), dimensions.end());
-  int64_t elements = 1;
-  for (const auto& [stride, size] : dimensions) {
-    if (stride != elements) return false;
-    elements *= size;
-  }
-  return true;
-}
 
 }  // namespace
 

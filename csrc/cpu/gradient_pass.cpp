@@ -150,7 +150,8 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
     gradient[k] = softmax_gradient(sums[k], weighted_others[k], u_target[k], inverse[k], weight[k]);
     if constexpr (kFocal) {
       const Probability<V> p{sums[k].target * inverse[k], sums[k].others * inverse[k]};
-      const V minus_log_p = log1p<A>(sums[k].others * reciprocal<A>(sums[k].target));  // see focal_slope
+      const V safe_target = exponential_for_focal_slope(sums[k].target);
+      const V minus_log_p = log1p<A>(sums[k].others * reciprocal<A>(safe_target));  // see focal_slope
       k_target[k] *= focal_slope(p, minus_log_p, tile.focal_gamma, FocalPower{});
     }
     if constexpr (kSmoothed) {

@@ -13,6 +13,9 @@ struct BadInput {
   bool label = false;   // one that is neither a class nor ignore_index
   int64_t value = 0;    // that label
   bool weight = false;  // a voxel weight that is negative or NaN
+  double weight_value = 0;
+  bool target = false;  // a value of a dense target outside [0, 1]
+  double target_value = 0;
 };
 
 // Adds the counts of voxels [begin, end) of one sample to counts[C][3 or 6], see enum Count.

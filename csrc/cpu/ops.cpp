@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -63,7 +63,8 @@ void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes
   const auto release = [](char* p) { std::free(p); };
   const std::unique_ptr<char, decltype(release)> scratch(
       static_cast<char*>(std::aligned_alloc(64, std::max<int64_t>(64, workers * padded_scratch))), release);
-  if (scratch == nullptr) throw std::bad_alloc();
+  STD_TORCH_CHECK(scratch != nullptr, "can't allocate memory: you tried to allocate ", workers * padded_scratch,
+                  " bytes for working memory");
   const auto run = [&](int64_t i, int64_t worker) {
     const int64_t sample = i / chunks.per_sample, begin = i % chunks.per_sample * chunks.voxels_each;
     body(sample, i, begin, std::min(v.voxels, begin + chunks.voxels_each), scratch.get() + worker * padded_scratch,
@@ -87,9 +88,32 @@ void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes
   });
 }
 
+bool is_bad(const BadInput& bad) {
+  return bad.label || bad.weight || bad.target;
+}
+
+// What a pass found, in the words of the error. The first line is all that Python shows of it.
+void raise_bad_input(const Volume& v, const BadInput& bad) {
+  STD_TORCH_CHECK(!bad.label, "target: expected labels in [0, ", v.classes + v.first_label, ")",
+                  v.has_ignore_index ? " or the ignore_index " + std::to_string(v.ignore_index) : std::string(),
+                  ", got ", bad.value, "\n");
+  STD_TORCH_CHECK(!bad.weight, "voxel_weight: expected values >= 0, got ", bad.weight_value, "\n");
+  STD_TORCH_CHECK(!bad.target, "target: expected values of a dense target in [0, 1], got ", bad.target_value,
+                  "; check_target=False takes any\n");
+}
+
+// NaN in one of a class's overlap counts is NaN in all: a voxel of another class adds nothing to its tp.
+void spread_nan(const Volume& v, double* counts) {
+  for (int64_t i = 0; i < v.samples * v.classes; ++i) {
+    double* q = counts + i * v.count_columns();
+    if (!std::isnan(q[kTp] + q[kFp] + q[kFn])) continue;
+    q[kTp] = q[kFp] = q[kFn] = std::numeric_limits<double>::quiet_NaN();
+  }
+}
+
 // counts[N][C][columns], in a fixed order whatever the number of threads. NaN where the data are bad and that is not
 // raised.
-void count(const Volume& v, bool raise, double* counts) {
+void count(const Volume& v, Check check, double* counts) {
   const int64_t row = v.classes * v.count_columns();
   std::fill(counts, counts + v.samples * row, 0.0);
   if (v.samples * v.voxels == 0) return;
@@ -106,14 +130,12 @@ void count(const Volume& v, bool raise, double* counts) {
                  [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end, void* scratch, int64_t worker) {
                    BadInput bad;
                    k.count_pass(v, sample, begin, end, &partial[chunk * row], scratch, &bad);
-                   if ((bad.label || bad.weight) && chunk < found[worker].chunk) found[worker] = {bad, chunk};
+                   if (is_bad(bad) && chunk < found[worker].chunk) found[worker] = {bad, chunk};
                  });
   const First& first =
       *std::min_element(found.begin(), found.end(), [](const First& a, const First& b) { return a.chunk < b.chunk; });
-  if (first.bad.label || first.bad.weight) {
-    STD_TORCH_CHECK(!raise || !first.bad.label, "target: label ", first.bad.value, " is outside [0, ",
-                    v.classes + v.first_label, ")", v.has_ignore_index ? " and is not ignore_index" : "");
-    STD_TORCH_CHECK(!raise, "voxel_weight: expected values >= 0, got a negative one or NaN");
+  if (is_bad(first.bad)) {
+    if (check == Check::kRaise) raise_bad_input(v, first.bad);
     std::fill(counts, counts + v.samples * row, std::numeric_limits<double>::quiet_NaN());
     return;
   }
@@ -121,6 +143,7 @@ void count(const Volume& v, bool raise, double* counts) {
     double* out = counts + i / chunks.per_sample * row;
     for (int64_t q = 0; q < row; ++q) out[q] += partial[i * row + q];
   }
+  spread_nan(v, counts);
 }
 
 // The whole loss from counts[N][C][columns]: writes loss (one value, or one a row and class) and coefficients.
@@ -174,13 +197,13 @@ void evaluate_table(const Table& t, const double* counts, double* loss, double* 
   if (!none) *loss = sum * scale + t.ce.ce_weight * ce_sum * ce_scale;
   for (int64_t i = 0; i < t.rows * t.classes; ++i) {
     double* u = coefficients + i * width;
-    u[kBackground] *= scale;
-    u[kForeground] *= scale;
+    u[kBackground] = bounded_coefficient(u[kBackground] * scale, t.most_coefficient);
+    u[kForeground] = bounded_coefficient(u[kForeground] * scale, t.most_coefficient);
     if (t.has_cross_entropy) {
       const double per = none ? u[kCeCoefficient] : ce_scale;
       const CeCoefficients k = ce_coefficients(t.ce_class_weight(i % t.classes), t.classes, t.ce);
-      u[kCeCoefficient] = k.ce * per;
-      u[kSmoothingCoefficient] = k.smoothing * per;
+      u[kCeCoefficient] = bounded_coefficient(k.ce * per, t.most_coefficient);
+      u[kSmoothingCoefficient] = bounded_coefficient(k.smoothing * per, t.most_coefficient);
     }
   }
 }
@@ -204,17 +227,17 @@ std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coeffi
       const double g = grad_loss.dim() == 0 ? of_row : of_class < 0 ? 0.0 : upstream(r * kept + of_class);
       const int64_t at = (r * classes + c) * columns;
       const double* u = all + at;
-      scaled[at + kBackground] = finite_coefficient<A>(g * u[kBackground]);
-      scaled[at + kForeground] = finite_coefficient<A>(g * foreground_coefficient(u, form));
-      for (int64_t q = kOverlapCoefficients; q < columns; ++q) scaled[at + q] = finite_coefficient<A>(of_row * u[q]);
+      scaled[at + kBackground] = static_cast<A>(g * u[kBackground]);
+      scaled[at + kForeground] = static_cast<A>(g * foreground_coefficient(u, form));
+      for (int64_t q = kOverlapCoefficients; q < columns; ++q) scaled[at + q] = static_cast<A>(of_row * u[q]);
     }
   }
   return scaled;
 }
 
 struct Cpu {
-  static void count(const Tensor&, const Volume& v, bool raise, const Tensor& counts) {
-    tversky_kernels::cpu::count(v, raise, counts.mutable_data_ptr<double>());
+  static void count(const Tensor&, const Volume& v, Check check, const Tensor& counts) {
+    tversky_kernels::cpu::count(v, check, counts.mutable_data_ptr<double>());
   }
 
   static void evaluate(const Table& t, const double* counts, const Tensor& loss, const Tensor& coefficients) {
@@ -232,10 +255,10 @@ struct Cpu {
     evaluate(t, counts.const_data_ptr<double>(), loss, coefficients);
   }
 
-  static void forward(const Tensor&, const Volume& v, bool raise, const Table& t, const Tensor& loss,
+  static void forward(const Tensor&, const Volume& v, Check check, const Table& t, const Tensor& loss,
                       const Tensor& coefficients) {
     std::vector<double> counts(v.samples * v.classes * v.count_columns());
-    tversky_kernels::cpu::count(v, raise, counts.data());
+    tversky_kernels::cpu::count(v, check, counts.data());
     evaluate(t, counts.data(), loss, coefficients);
   }
 
@@ -262,7 +285,10 @@ struct Cpu {
 };
 
 int64_t cpu_capability(std::optional<int64_t> force) {
-  if (force.has_value()) set_capability(static_cast<Capability>(*force));
+  if (force.has_value()) {
+    check_range("force", *force, static_cast<int64_t>(Capability::kLast));
+    set_capability(static_cast<Capability>(*force));
+  }
   return static_cast<int64_t>(current_capability());
 }
 

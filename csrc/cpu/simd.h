@@ -50,7 +50,7 @@ struct Lanes<float> {
   static constexpr float ln2_high = 0.693359375f;  // 10 bits, so that n * ln2_high is exact
   static constexpr float ln2_low = -2.12194440e-4f;
   static constexpr float round_magic = 12582912.0f + 127.0f;  // 1.5 * 2^23: rounds to an integer; 127: exponent bias
-  static constexpr float smallest = -88.02969f;               // -127 ln 2: the scale becomes 2^-127 -> 0
+  static constexpr float smallest = -87.33654f;               // -126 ln 2
   // e^r = 1 + r + r^2 q(r) on |r| <= ln2 / 2, minimax in relative error: 3.1e-9.
   static constexpr int degree = 5;
   static constexpr float q[degree] = {0.4999999345f, 0.1666652063f, 0.04166838805f, 0.00836871688f, 0.001381459865f};
@@ -69,7 +69,7 @@ struct Lanes<double> {
   static constexpr double ln2_high = 0.6931471803691238;  // 32 bits
   static constexpr double ln2_low = 1.9082149292705877e-10;
   static constexpr double round_magic = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52
-  static constexpr double smallest = -709.0895657128241;              // -1023 ln 2
+  static constexpr double smallest = -708.3964185322641;              // -1022 ln 2
   // As above: 3.6e-18.
   static constexpr int degree = 10;
   static constexpr double q[degree] = {0.5000000000000010627,     0.1666666666666641252,   0.04166666666653015859,
@@ -235,18 +235,18 @@ TK_INLINE FloatVector exp_by_table(FloatVector x) {
   const Int32Vector power = (Int32Vector)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)shifted,
                                                                         (__m512i)load<Int32Vector>(kSixteenthPowers));
   const FloatVector scale = (FloatVector)(((Int32Vector)shifted << (L::mantissa_bits - 4)) + power);  // 2^(n / 16)
-  return exponential_minus_1 * scale + scale;
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(L::smallest), _CMP_NLT_UQ);
+  return (FloatVector)_mm512_maskz_fmadd_ps(normal, (__m512)exponential_minus_1, (__m512)scale, (__m512)scale);
 }
 #endif
 
-// e^x for x <= 0 (and for small positive x), error about 1 ulp; below 2^-126 it is some number below that, or 0. NaN
-// stays NaN.
+// e^x for x <= 0 (and for small positive x), error about 1 ulp; what would be below the smallest normal number is 0.
+// NaN stays NaN.
 template <typename A>
 TK_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
   using L = Lanes<A>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  x = maximum(broadcast<A>(L::smallest), x);  // in this order NaN passes
 #if defined(__AVX512F__)
   if constexpr (sizeof(A) == 4) return exp_by_table(x);
 #endif
@@ -256,7 +256,12 @@ TK_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
   const V r2 = r * r;
   const V exponential_minus_1 = r2 * polynomial(L::q, r, r2) + r;
   const V scale = (V)((I)shifted << L::mantissa_bits);  // 2^n
-  return exponential_minus_1 * scale + scale;
+#if defined(__AVX512F__)
+  const __mmask8 normal = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(L::smallest), _CMP_NLT_UQ);
+  return (V)_mm512_maskz_fmadd_pd(normal, (__m512d)exponential_minus_1, (__m512d)scale, (__m512d)scale);
+#else
+  return x < L::smallest ? V{} : exponential_minus_1 * scale + scale;
+#endif
 }
 
 // log(x) + log(1 + f), where x is a power of two times 1 + f in [sqrt(1/2), sqrt(2)).

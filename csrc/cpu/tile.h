@@ -268,11 +268,15 @@ TK_INLINE void load_weights_of(const Volume& v, int64_t sample, int64_t begin, i
   for (int i = 0; i < count; ++i) {
     const A w = to_accumulation<T, A>(p[i * stride]);
     weights[i] = w;
-    if (w == 0) {  // so that not even a NaN logit of this voxel counts
+    if (!(w >= 0) && !bad.weight) {
+      bad.weight = true;
+      bad.weight_value = static_cast<double>(w);
+    }
+    if (w < kSmallestNormal<A> && w > -kSmallestNormal<A>) {  // so that not even a NaN logit of this voxel counts
+      weights[i] = 0;
       labels[i] = kUncounted;
       masked = true;
     }
-    bad.weight |= !(w >= 0);
   }
 }
 
@@ -694,8 +698,9 @@ struct TileBuffers {
   }
   static int voxels_per_tile(const Volume& v) {
     if (is_direct(v)) return kTileVoxels;
-    // Halved, so that partial sums end at the same voxels in every layout.
-    int voxels = v.logits.voxel_stride == 1 ? kTileVoxels : kCopiedVoxels;
+    // Halved, so that partial sums end at the same voxels in every layout. Kernels that know the number of classes have
+    // sums of each tile.
+    int voxels = v.logits.voxel_stride == 1 || v.classes <= kFewClasses ? kTileVoxels : kCopiedVoxels;
     while (voxels > kBlock<A> && voxels * bytes_per_voxel(v) > kRowBytes) voxels /= 2;
     return voxels;
   }

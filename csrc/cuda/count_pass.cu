@@ -363,6 +363,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
 #pragma unroll
       for (int j = 0; j < kClasses; ++j) {
         if (!lane.has<kClasses>(j)) continue;
+        bad |= is_bad_target(v, g[j][k]);
         const Probability<A> p = dense_probability(below_top[j][k], beyond_one[k], inverse);
         counts[j].template add<kCrossEntropy>(v, p, below_top[j][k] + log_sum, g[j][k], weights[k]);
       }
@@ -402,6 +403,11 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, false>)
     Logits<T, kVoxels> z[kClasses];
     A g[kClasses][kVoxels], weights[kVoxels];
     pack.load(v, rows, targets, lane, share.sample, at, next, z, g, weights, bad);
+#pragma unroll
+    for (int j = 0; j < kClasses; ++j) {
+#pragma unroll
+      for (int k = 0; k < kVoxels; ++k) bad |= is_bad_target(v, g[j][k]);  // those that do not count are 0
+    }
     if constexpr (kClasses == 2) {
 #pragma unroll
       for (int k = 0; k < kVoxels; ++k) {
@@ -591,12 +597,14 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       }
       __syncthreads();
     }
+    bool bad = false;
     for (int i = thread; i < classes * layout.halves; i += Plan::kThreads) {
       const int c = i % classes, half = i / classes;
       GeneralSums<A> of_class;
       for (int k = half; k < count; k += layout.halves) {
         if (labels[k] == kUncounted) continue;
         const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k];
+        bad |= is_bad_target(v, g);
         if constexpr (kActivation == Activation::kSoftmax) {
           const Probability<A> p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
           if (cross_entropy) {
@@ -616,6 +624,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       if (cross_entropy) mine[kSmoothing * classes] += of_class.smoothing;
       if (cross_entropy) mine[kVoxels * classes] += of_class.voxels;
     }
+    if (bad) *any_bad = 1;
   });
   A* out = partial + (share.sample * blocks.programs + share.program) * columns * classes;
   store_tile_sums(sums, layout.halves, columns * classes, *any_bad, out);
@@ -646,6 +655,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
     A g[kVoxels], weights[kVoxels];
     int labels[kVoxels];
     const bool all_count = load_channel(v, share.sample, channel, at, g, labels, weights, bad);
+#pragma unroll
+    for (int k = 0; k < kVoxels; ++k) bad |= labels[k] != kUncounted && is_bad_target(v, g[k]);
     if constexpr (kMayBePlain<kActivation, A>) {
       if (plain && all_count && are_plain(z, g, v.focal_gamma != 0)) {
         add_plain_channel(v, z, g, sums);

@@ -34,7 +34,7 @@ template <typename A>
 __device__ __forceinline__ A with_focal_slope(const Volume& v, const SoftmaxSums<A>& sums, A inverse, A k_target) {
   if (v.focal_gamma == 0) return k_target;
   const Probability<A> p{sums.target * inverse, sums.others * inverse};
-  const A minus_log_p = log_one_plus(sums.others * reciprocal(sums.target));
+  const A minus_log_p = log_one_plus(sums.others * reciprocal(exponential_for_focal_slope(sums.target)));
   return k_target * focal_slope(p, minus_log_p, static_cast<A>(v.focal_gamma), FocalPower{});
 }
 
@@ -64,6 +64,12 @@ __device__ __forceinline__ Probability<A> channel_probability(A x) {
   static_assert(kActivation != Activation::kSoftmax, "its channels depend on each other");
   if (kActivation == Activation::kSigmoid) return sigmoid(x);
   return {x, A(1) - x};
+}
+
+// Whether a value of a dense target is none between 0 and 1, and that is asked.
+template <typename A>
+__device__ __forceinline__ bool is_bad_target(const Volume& v, A g) {
+  return v.checks_targets && !(g >= A(0) && g <= A(1));
 }
 
 // The counts of one class.

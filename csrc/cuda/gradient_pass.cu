@@ -21,14 +21,14 @@ __device__ Coefficients<A> coefficients_of(const Volume& v, const GradientArgume
   Coefficients<A> result{A(0), A(0), A(0), A(0)};
   if (a.grad_classes == 0 || c >= dropped) {
     const double upstream = upstream_gradient(a, a.grad_classes > 0 ? row * a.grad_classes + c - dropped : 0);
-    result.background = finite_coefficient<A>(u[kBackground] * upstream);
-    result.foreground = finite_coefficient<A>(foreground_coefficient(u, v.overlap) * upstream);
+    result.background = static_cast<A>(u[kBackground] * upstream);
+    result.foreground = static_cast<A>(foreground_coefficient(u, v.overlap) * upstream);
   }
   if (kCrossEntropy) {  // every value of the row contains the cross-entropy
     double of_row = a.grad_classes == 0 ? upstream_gradient(a, 0) : 0.0;
     for (int64_t i = 0; i < a.grad_classes; ++i) of_row += upstream_gradient(a, row * a.grad_classes + i);
-    result.ce = finite_coefficient<A>(u[kCeCoefficient] * of_row);
-    result.smoothing = finite_coefficient<A>(u[kSmoothingCoefficient] * of_row);
+    result.ce = static_cast<A>(u[kCeCoefficient] * of_row);
+    result.smoothing = static_cast<A>(u[kSmoothingCoefficient] * of_row);
   }
   return result;
 }

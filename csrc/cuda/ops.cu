@@ -95,7 +95,7 @@ void set_results(TableArguments& a, const Tensor& loss, const Tensor& coefficien
 }
 
 struct Cuda {
-  static void count(const Tensor& logits, const Volume& v, bool, const Tensor& counts) {
+  static void count(const Tensor& logits, const Volume& v, Check, const Tensor& counts) {
     TableArguments a{};
     a.table.samples = v.samples;
     a.table.classes = v.classes;
@@ -114,7 +114,7 @@ struct Cuda {
     device.check_launch();
   }
 
-  static void forward(const Tensor& logits, const Volume& v, bool, const Table& t, const Tensor& loss,
+  static void forward(const Tensor& logits, const Volume& v, Check, const Table& t, const Tensor& loss,
                       const Tensor& coefficients) {
     TableArguments a{};
     a.table = t;

@@ -48,7 +48,8 @@ using Compute = typename Accumulation<T>::Type;
 constexpr float kLog2E = 1.4426950408889634f;
 __device__ __forceinline__ float power_of_two(float x) {
 #if defined(TK_CUDA_ON_HOST)
-  return std::exp2(x);
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
 #else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -59,7 +60,7 @@ __device__ __forceinline__ float exponential(float x) {
   return power_of_two(x * kLog2E);
 }
 __device__ __forceinline__ double exponential(double x) {
-  return exp(x);
+  return x < -708.3964185322641 ? 0.0 : exp(x);
 }
 
 // e^(x - top) by one instruction less, times a factor near 1 that is the same for all x of one top, which a softmax
@@ -74,7 +75,7 @@ __device__ __forceinline__ float exponential_below(float x, float scaled_top) {
   return power_of_two(fmaf(x, kLog2E, -scaled_top));
 }
 __device__ __forceinline__ double exponential_below(double x, double scaled_top) {
-  return exp(x - scaled_top);
+  return exponential(x - scaled_top);
 }
 
 // One instruction, unlike a comparison and a selection; not NaN where only one is, but then the exponentials are.

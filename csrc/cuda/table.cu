@@ -171,6 +171,20 @@ __device__ void row_counts(const TableArguments& a, const double* counts, int r,
   }
 }
 
+// NaN in one of a class's overlap counts is NaN in all: a voxel of another class adds nothing to its tp. counts: as
+// row_counts takes them.
+__device__ void spread_nan(const TableArguments& a, const double* counts) {
+  const int columns = a.table.columns(), items = static_cast<int>(a.table.samples * a.table.classes);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < items; i += kTableThreads) {
+    const int64_t at = int64_t{i} * columns;
+    double sum = 0;
+    for (int q = 0; q < kOverlapCounts; ++q) sum += counts != nullptr ? counts[at + q] : __ldcg(a.counts + at + q);
+    if (sum == sum) continue;
+    for (int q = 0; q < kOverlapCounts; ++q) a.counts[at + q] = sum;
+  }
+}
+
 __device__ double inverse_or_zero(double x) {
   return x == 0.0 ? 0.0 : 1.0 / x;
 }
@@ -254,7 +268,9 @@ __device__ void make_table(const TableArguments& a, const double* counts, bool s
 #pragma unroll
     for (int k = 0; k < kAllCoefficients; ++k) {
       const double factor = k < kOverlapCoefficients ? scale : ce_scale;
-      if (k < width) of_item[k] = (i < kTableThreads ? first[k] : of_item[k]) * factor;
+      if (k < width) {
+        of_item[k] = bounded_coefficient((i < kTableThreads ? first[k] : of_item[k]) * factor, t.most_coefficient);
+      }
     }
   }
 }
@@ -285,8 +301,10 @@ __global__ void __launch_bounds__(kTableThreads, 2) table_kernel(const TableArgu
         alone.vector == 1 ? sum_all<float, 1>(a, alone, programs, sums) : sum_all<float, 4>(a, alone, programs, sums);
       }
       if (a.loss == nullptr) {
-        if (stores) return;
-        continue;
+        if (!stores) continue;
+        if (alone.threads == 0 && !is_last_block(a, sums)) return;
+        spread_nan(a, counts);
+        return;
       }
       if (alone.threads == 0 && stores && !is_last_block(a, sums)) return;
     }

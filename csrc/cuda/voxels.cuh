@@ -476,7 +476,7 @@ __device__ __forceinline__ bool weigh(const Volume& v, int64_t sample, int64_t v
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
       bad |= !(weights[k] >= A(0));
-      if (weights[k] == A(0)) labels[k] = kUncounted;
+      if (magnitude(weights[k]) < kSmallestNormal<A>) labels[k] = kUncounted;
       all_count &= labels[k] != kUncounted;
     }
   }

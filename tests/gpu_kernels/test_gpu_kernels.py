@@ -34,7 +34,7 @@ BACKEND = {"cuda": "cuda", "triton": "triton", "interpreter": "triton"}.get(WHER
 DEVICE = "cuda" if WHERE in ("cuda", "triton") else "cpu"
 OPERATORS = _ops.OPERATORS[BACKEND]
 #: voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma
-PLAIN = (None, 0, None, 0, 0, 0.0)
+PLAIN = (None, 0, None, 0, 0, 0.0, False)
 
 
 def kernel_loss(logits, target, voxel_weight=None, **options):
@@ -205,11 +205,12 @@ def test_nothing_beyond_the_tensors_is_touched(classes, spatial):
     wide, labels = wide.to(DEVICE), labels.to(DEVICE)
     inside = wide[pad:-pad].view(logits.shape).copy_(logits)
     inside_labels = labels[pad:-pad].view(target.shape).copy_(target)
-    inside.requires_grad_()
+    leaf = torch.ones((), device=DEVICE, requires_grad=True)
+    inside *= leaf
     loss = kernel_loss(inside, inside_labels, inplace_backward=True)
-    loss.backward()
+    (gradient,) = torch.autograd.grad(loss, inside)
     torch.testing.assert_close(loss.detach().cpu(), expected[0])
-    torch.testing.assert_close(inside.grad.cpu(), expected[1], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(gradient.cpu(), expected[1], rtol=1e-4, atol=1e-8)
     assert torch.isnan(wide[:pad]).all()
     assert torch.isnan(wide[-pad:]).all()
 
@@ -221,7 +222,7 @@ def test_a_bad_label_gives_nan(classes, bad):
     target[1, 17] = classes if bad == "C" else bad
     logits, target = logits.to(DEVICE), target.to(DEVICE)
     loss, coefficients = OPERATORS.tversky_loss(
-        logits, target, *PLAIN, False, None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 0, 1.0, 0.0, 0.0, 0
+        logits, target, *PLAIN, 1, None, 0.3, 0.7, 1.0, 1e-5, 1e-5, True, False, 0, 0, 1.0, 0.0, 0.0, 0
     )
     assert torch.isnan(loss[1]).all()
     assert torch.isfinite(loss[0]).all()
@@ -263,6 +264,142 @@ def test_small_coefficients_beside_large_ones(form, activation, dense):
 @pytest.mark.parametrize("overlap", [0, 1, 2])
 def test_immense_coefficients(overlap):
     check_immense_coefficients(OPERATORS.gradient_pass, overlap, DEVICE)
+
+
+#: Each family of kernels: options, classes and whether the target is dense.
+KINDS = [
+    ({}, 2, False),
+    ({}, 4, False),
+    ({}, 9, False),
+    ({}, 130, False),
+    ({"focal_gamma": 2.0}, 5, False),
+    ({"focal_gamma": 0.5}, 3, False),
+    ({"label_smoothing": 0.1}, 9, False),
+    ({"squared": True, "alpha": 0.5, "beta": 0.5}, 5, False),
+    ({"activation": "sigmoid"}, 3, False),
+    ({"activation": "sigmoid", "focal_gamma": 2.0}, 3, True),
+    ({}, 2, True),
+    ({}, 7, True),
+    ({"soft_label": True}, 3, True),
+    ({"focal_gamma": 2.0}, 7, True),
+    ({}, 130, True),
+]
+KINDS = pytest.mark.parametrize(("options", "classes", "dense"), KINDS)
+#: Sizes of which whole loads are made, and of none.
+TWO_SIZES = pytest.mark.parametrize("voxels", [96, 93])
+
+
+def volumes_of_kind(classes, dense, voxels, dtype=torch.float32):
+    logits, target = inputs(2, classes, (voxels,), dtype)
+    if dense:
+        target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).float() * 0.6 + 0.2
+    return logits, target
+
+
+@KINDS
+@TWO_SIZES
+def test_upstream_gradients_beyond_the_type(options, classes, dense, voxels):
+    """Up to there the gradient times the factor; then infinite or NaN, never another number."""
+    logits, target = volumes_of_kind(classes, dense, voxels)
+    one = loss_and_gradient(kernel_ce_loss, logits, target, **options)[1]
+    for exponent in (40, 100, 118):
+        upstream = torch.tensor(2.0**exponent)
+        scaled = loss_and_gradient(kernel_ce_loss, logits, target, upstream=upstream, **options)[1]
+        assert relative(scaled.double() * 2.0**-exponent, one) <= 1e-6
+    for upstream in (float("inf"), float("-inf"), float("nan")):
+        scaled = loss_and_gradient(kernel_ce_loss, logits, target, upstream=torch.tensor(upstream), **options)[1]
+        assert not torch.isfinite(scaled).all(1).any()
+
+
+@KINDS
+@TWO_SIZES
+def test_nan_is_nowhere_swallowed(options, classes, dense, voxels):
+    logits, target = volumes_of_kind(classes, dense, voxels)
+    logits[1, -1, 17] = torch.nan
+    channels = slice(-1, None) if options.get("activation") == "sigmoid" else slice(None)
+    assert torch.isnan(kernel_ce_loss(logits, target, reduction="none", **options)[1]).all()
+    overlap = {name: x for name, x in options.items() if name not in ("focal_gamma", "label_smoothing")}
+    losses = kernel_loss(logits, target, reduction="none", **overlap)
+    assert torch.isnan(losses[1, channels]).all()
+    assert torch.isfinite(losses[0]).all()
+    if "squared" in options:
+        return
+    for counts in tk.overlap_counts(logits.to(DEVICE), target.to(DEVICE), backend=BACKEND, **overlap):
+        assert torch.isnan(counts[1, channels]).all()
+        assert torch.isfinite(counts[0]).all()
+
+
+@KINDS
+@TWO_SIZES
+@pytest.mark.parametrize("bad", [255.0, -0.01, 1.001, float("nan")])
+def test_a_dense_target_outside_of_0_and_1_gives_nan(options, classes, dense, voxels, bad):
+    if not dense:
+        return
+    logits, target = volumes_of_kind(classes, dense, voxels)
+    expected = tk.reference.tversky_ce_loss(logits, target, **options)
+    target[1, classes // 2, 50] = bad
+    how = (*_passes(options, 2), False)
+    for check in (0, 1):
+        counts = OPERATORS.count_pass(logits.to(DEVICE), target.to(DEVICE), *how, check).cpu()
+        poisoned = torch.isnan(counts[1, classes // 2, :3]).any()
+        assert torch.isfinite(counts[0]).all()
+        assert poisoned == (check == 1 or bad != bad)
+    if bad == bad:
+        found = kernel_ce_loss(logits, target, check_target=False, **options)
+        truth = tk.reference.tversky_ce_loss(logits.double(), target.double(), check_target=False, **options)
+        assert relative(found, truth) <= 2e-6
+    weight = torch.ones(2, voxels)
+    weight[1, 50] = 0
+    assert torch.isfinite(kernel_ce_loss(logits, target, weight, **options))
+    target[1, :, 50] = 255.0
+    torch.testing.assert_close(
+        kernel_ce_loss(logits, target, ignore_index=255, **options),
+        tk.reference.tversky_ce_loss(logits, target, ignore_index=255, **options),
+    )
+    assert torch.isfinite(expected)
+
+
+def _passes(options, cross_entropy):
+    # voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma
+    overlap = 1 if options.get("soft_label") else 0
+    activation = 1 if options.get("activation") == "sigmoid" else 0
+    return None, activation, None, overlap, cross_entropy, options.get("focal_gamma", 0.0)
+
+
+@KINDS
+def test_a_scan_of_gaps_between_logits(options, classes, dense):
+    """The largest logit above the label's, to where nothing of the exponential is left."""
+    gaps = torch.arange(0, 110, 0.5 if WHERE == "interpreter" else 0.1, dtype=torch.float64)
+    gaps = gaps if classes < 100 else gaps[::8]
+    logits = torch.zeros(1, classes, 2 * len(gaps), dtype=torch.float64)
+    logits[:, -1, : len(gaps)], logits[:, 0, len(gaps) :] = gaps, gaps
+    target = torch.zeros(1, 2 * len(gaps), dtype=torch.int64)
+    if dense:
+        target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).float()
+    loss, found = loss_and_gradient(kernel_ce_loss, logits.float(), target, **options)
+    true, expected = loss_and_gradient(tk.reference.tversky_ce_loss, logits, target, **options)
+    assert relative(loss, true) <= 3e-6
+    assert torch.isfinite(found).all()
+    assert (found.double() - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 9])
+def test_exponentials_and_weights_below_the_smallest_normal_number(classes):
+    logits = torch.zeros(1, classes, 64)
+    target = torch.zeros(1, 64, dtype=torch.uint8)
+    for gap in (80.0, 86.0, 88.0, 95.0):
+        logits[:, -1] = -gap
+        options = {"smooth_nr": 0.0, "smooth_dr": 0.0, "reduction": "none"}
+        found = kernel_loss(logits, target, **options)
+        torch.testing.assert_close(found, tk.reference.tversky_loss(logits, target, **options))
+        assert found[0, -1] == (1.0 if gap < 87 else 0.0)
+    logits, target = inputs(1, classes, (64,))
+    logits[..., 5] = torch.nan
+    weight = torch.ones(1, 64)
+    weight[:, 5] = 1e-42
+    check_finite = loss_and_gradient(kernel_loss, logits, target, voxel_weight=weight)
+    assert torch.isfinite(check_finite[0])
+    assert check_finite[1][..., 5].eq(0).all()
 
 
 @pytest.mark.parametrize("size", [1e4, 1e10, 3e38])
@@ -375,22 +512,24 @@ def test_targets_of_another_size(spatial, dense, activation, classes):
     if dense:
         target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).float() * 0.8 + 0.1
     options = {"loss": "tversky_ce", "activation": activation}
-    nearest = [
-        torch.nn.functional.interpolate(x.double(), spatial)
-        for x in (target if dense else target[:, None], weight[:, None])
-    ]
-    truth = logits.double().requires_grad_()
-    expected = tk.reference.tversky_ce_loss(
-        truth, nearest[0] if dense else nearest[0][:, 0].long(), voxel_weight=nearest[1][:, 0], activation=activation
-    )
-    there = logits.to(DEVICE).requires_grad_()
-    loss = tk.deep_supervision_loss(
-        [there], target.to(DEVICE), voxel_weight=weight.to(DEVICE), backend=BACKEND, **options
-    )
-    assert relative(loss.cpu(), expected) <= 1e-6
-    loss.backward()
-    expected.backward()
-    assert relative(there.grad.cpu(), truth.grad) <= 1e-6
+    for mode in ("nearest", "nearest-exact"):
+        nearest = [
+            torch.nn.functional.interpolate(x.float(), spatial, mode=mode).double()
+            for x in (target if dense else target[:, None], weight[:, None])
+        ]
+        found_target = nearest[0] if dense else nearest[0][:, 0].long()
+        truth = logits.detach().double().requires_grad_()
+        expected = tk.reference.tversky_ce_loss(
+            truth, found_target, voxel_weight=nearest[1][:, 0], activation=activation
+        )
+        there = logits.detach().to(DEVICE).requires_grad_()
+        loss = tk.deep_supervision_loss(
+            [there], target.to(DEVICE), voxel_weight=weight.to(DEVICE), backend=BACKEND, resample=mode, **options
+        )
+        assert relative(loss.cpu(), expected) <= 1e-6
+        loss.backward()
+        expected.backward()
+        assert relative(there.grad.cpu(), truth.grad) <= 1e-6
 
 
 # On a card every new combination is a compilation of Triton's, and in its interpreter a second or more.

@@ -1,4 +1,5 @@
-"""MONAI's `TverskyLoss`, `DiceLoss`, `DiceCELoss` and `DiceFocalLoss` (1.6): their arguments, their numbers.
+"""MONAI's `TverskyLoss`, `DiceLoss`, `DiceCELoss`, `DiceFocalLoss` and `DeepSupervisionLoss` (1.6): their arguments,
+their numbers.
 
 What the kernels do not compute raises: the reduction "none" of the last two (a value a voxel), and the alpha of
 DiceFocalLoss.
@@ -14,9 +15,10 @@ import torch
 
 from .. import functional
 from .._arguments import number, one_of
+from ..reference import nearest_voxels
 from ._targets import as_dense, as_indices
 
-__all__ = ["DiceCELoss", "DiceFocalLoss", "DiceLoss", "TverskyLoss"]
+__all__ = ["DeepSupervisionLoss", "DiceCELoss", "DiceFocalLoss", "DiceLoss", "TverskyLoss"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -50,7 +52,12 @@ class _Loss(torch.nn.Module):
         self.reduction = one_of("reduction", getattr(reduction, "value", reduction), REDUCTIONS)
         self.smooth_nr, self.smooth_dr = number("smooth_nr", smooth_nr), number("smooth_dr", smooth_dr)
         self.batch, self.soft_label, self.ignore_index = batch, soft_label, ignore_index
-        self.run = {"inplace_backward": inplace_backward, "backend": backend}
+        self.inplace_backward, self.backend = inplace_backward, backend
+
+    @property
+    def run(self) -> dict:
+        """How the loss is run."""
+        return {"inplace_backward": self.inplace_backward, "backend": self.backend}
 
     def _activation(self, input: torch.Tensor) -> tuple[torch.Tensor, str]:
         if self.softmax and input.size(1) == 1:
@@ -75,13 +82,14 @@ class _Loss(torch.nn.Module):
                 "indices set to_onehot_y=True"
             )
         target, ignored = as_dense(target), self.ignore_index
-        if ignored is None:
-            return {"target": target}
-        if target.size(1) == 1:  # a label a voxel
-            return {"target": target, "voxel_weight": target[:, 0] != ignored}
-        if 0 <= ignored < target.size(1):
-            return {"target": target, "voxel_weight": (target[:, ignored] == 0)}
-        return {"target": target, "voxel_weight": target.sum(1) > 0}
+        found = {"target": target, "check_target": False}  # as there, it may hold anything
+        if ignored is not None and target.size(1) == 1:  # a label a voxel
+            found["voxel_weight"] = target[:, 0] != ignored
+        elif ignored is not None and 0 <= ignored < target.size(1):
+            found["voxel_weight"] = target[:, ignored] == 0
+        elif ignored is not None:
+            found["voxel_weight"] = target.sum(1) > 0
+        return found
 
     def _options(self) -> dict:
         return {
@@ -217,6 +225,23 @@ class DiceLoss(_Loss):
         return loss
 
 
+def _of_dice(*names: str):
+    # Gives a compound loss the options of its Dice loss as its own attributes.
+    def decorate(cls):
+        for name in names:
+            setattr(cls, name, property(lambda self, n=name: getattr(self.dice, n),
+                                        lambda self, value, n=name: setattr(self.dice, n, value)))  # fmt: skip
+        return cls
+
+    return decorate
+
+
+_DICE_OPTIONS = (
+    *("include_background", "to_onehot_y", "sigmoid", "softmax", "other_act", "squared_pred", "jaccard", "reduction"),
+    *("smooth_nr", "smooth_dr", "batch", "inplace_backward", "backend"),
+)
+
+
 def _check_not_voxelwise(reduction: str) -> None:
     if reduction == "none":
         raise ValueError("reduction: expected 'mean' or 'sum'; 'none' would be a value a voxel")
@@ -231,6 +256,7 @@ def _check_channels(input: torch.Tensor, target: torch.Tensor) -> None:
         )
 
 
+@_of_dice(*_DICE_OPTIONS)
 class DiceCELoss(torch.nn.Module):
     """`monai.losses.DiceCELoss`: arguments as there, but for reduction "none", which raises.
 
@@ -297,11 +323,12 @@ class DiceCELoss(torch.nn.Module):
         else:
             entropy = functional.tversky_ce_loss(
                 input, ce_target, activation=wanted, tversky_weight=0.0, reduction=dice.reduction, **ce,
-                backend=dice.run["backend"],
+                check_target=False if target.size(1) == classes else None, backend=dice.backend,
             )  # fmt: skip
         return self.lambda_dice * overlap + entropy
 
 
+@_of_dice(*_DICE_OPTIONS)
 class DiceFocalLoss(torch.nn.Module):
     """`monai.losses.DiceFocalLoss`: arguments as there, but for ``alpha`` and reduction "none", which raise.
 
@@ -373,5 +400,51 @@ class DiceFocalLoss(torch.nn.Module):
         overlap = functional.tversky_loss(activated, **dice_target, activation=activation, **first)
         return self.lambda_dice * overlap + functional.tversky_ce_loss(
             input, **dice_target, activation="sigmoid", tversky_weight=0.0, reduction=dice.reduction, **focal,
-            backend=dice.run["backend"],
+            backend=dice.backend,
         )  # fmt: skip
+
+
+#: `interp_mode` of MONAI's `DeepSupervisionLoss` that these kernels know: those that take a voxel's value from another.
+INTERP_MODES = ("nearest-exact", "nearest")
+
+
+class DeepSupervisionLoss(torch.nn.Module):
+    """`monai.losses.DeepSupervisionLoss`: the weighted sum of a loss over the outputs of several resolutions.
+
+    Args:
+        loss: Of one output and a target, one of this module or any other.
+        weight_mode: "same": 1 a level, "exp": 1, 1/2, 1/4, ... but 1/16 at least, "two": 1, and 1/2 for all others.
+        weights: One a level in the place of weight_mode's.
+
+    Its attribute ``interp_mode`` says where a coarser voxel reads the target: "nearest-exact", as there, or "nearest".
+    """
+
+    def __init__(
+        self,
+        loss: torch.nn.Module,
+        weight_mode: str = "exp",
+        weights: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.loss, self.weights = loss, weights
+        self.weight_mode = one_of("weight_mode", weight_mode, ("same", "exp", "two"))
+        self.interp_mode = "nearest-exact"
+
+    def get_weights(self, levels: int = 1) -> list[float]:
+        """The weights of so many levels."""
+        if self.weights is not None and len(self.weights) >= levels:
+            return list(self.weights[:levels])
+        of_mode = {"same": lambda _: 1.0, "exp": lambda i: max(0.5**i, 0.0625), "two": lambda i: 0.5 if i else 1.0}
+        return [of_mode[one_of("weight_mode", self.weight_mode, of_mode)](i) for i in range(levels)]
+
+    def get_loss(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of one output; the target is read, in its own type, at the voxels that interpolate would take."""
+        mode = one_of("interp_mode", self.interp_mode, INTERP_MODES)
+        return self.loss(input, nearest_voxels(target, 2, input.shape[2:], mode))
+
+    def forward(self, input: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+        """The loss of outputs (B, C, *spatial), the finest first, and a target (B, C or 1, *spatial)."""
+        if not isinstance(input, (list, tuple)):
+            return self.loss(input.float(), target)
+        weights = self.get_weights(levels=len(input))
+        return sum(w * self.get_loss(x.float(), target) for w, x in zip(weights, input, strict=True))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from .. import functional
-from .._arguments import number
+from .._arguments import compute_dtype, number
 from ._targets import as_dense, as_indices
 
 __all__ = ["DC_and_BCE_loss", "DC_and_CE_loss", "MemoryEfficientSoftDiceLoss"]
@@ -79,17 +79,22 @@ class MemoryEfficientSoftDiceLoss(torch.nn.Module):
         super().__init__()
         self.apply_nonlin, self.batch_dice, self.do_bg, self.ddp = apply_nonlin, batch_dice, do_bg, ddp
         self.smooth = number("smooth", smooth)
-        self.run = {"inplace_backward": inplace_backward, "backend": backend}
+        self.inplace_backward, self.backend = inplace_backward, backend
+
+    @property
+    def run(self) -> dict:
+        """How the loss is run."""
+        return {"inplace_backward": self.inplace_backward, "backend": self.backend}
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, loss_mask: torch.Tensor | None = None) -> torch.Tensor:
         """-Dice of (B, C, *spatial) and labels (B, *spatial), (B, 1, *spatial), or a one-hot target."""
         activation = _activation(self.apply_nonlin)
         if activation is None:
             x, activation = self.apply_nonlin(x), "none"
-        counts = functional.overlap_counts(
-            x, _target(x, y), activation=activation, voxel_weight=_mask(loss_mask), **self.run
-        )
-        return self.of_counts(torch.stack(counts))
+        target, options = _target(x, y), {"activation": activation}
+        how = (_check_of(x, target), self.inplace_backward, None, self.backend)
+        counts = functional.exact_counts(x, target, _mask(loss_mask), options, *how)
+        return self.of_counts(counts.movedim(-1, 0)).to(compute_dtype(x))
 
     def of_counts(self, counts: torch.Tensor) -> torch.Tensor:
         """-Dice from (3, B, C) tp, fp and fn."""
@@ -107,6 +112,11 @@ def _target(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return as_dense(y) if y.shape == x.shape else as_indices(y)
 
 
+def _check_of(x: torch.Tensor, target: torch.Tensor) -> bool | None:
+    # check_target: as there, a dense target may hold anything.
+    return False if target.shape == x.shape else None
+
+
 def _mask(loss_mask: torch.Tensor | None) -> torch.Tensor | None:
     if loss_mask is None or loss_mask.dtype == torch.bool or loss_mask.is_floating_point():
         return loss_mask
@@ -118,32 +128,36 @@ class _Compound(torch.nn.Module):
 
     def __init__(self, activation, dice_kwargs, weight_ce, weight_dice, run):
         super().__init__()
-        self.activation, self.run = activation, run
+        self.activation = activation
         self.weight_ce, self.weight_dice = number("weight_ce", weight_ce), number("weight_dice", weight_dice)
         nonlinearity = torch.nn.Softmax(1) if activation == "softmax" else torch.sigmoid
         self.dc = MemoryEfficientSoftDiceLoss(nonlinearity, **dice_kwargs, **run)
 
+    inplace_backward = property(
+        lambda self: self.dc.inplace_backward, lambda self, value: setattr(self.dc, "inplace_backward", value)
+    )
+    backend = property(lambda self: self.dc.backend, lambda self, value: setattr(self.dc, "backend", value))
+
     def _loss(self, net_output, target, options, ce_factor=1.0):
         dc = self.dc
         options = {**options, "activation": self.activation, "ce_weight": ce_factor * self.weight_ce}
+        options["check_target"] = _check_of(net_output, target)
         fused = dc.smooth >= LEAST_DENOMINATOR and not (dc.batch_dice and dc.ddp and _is_distributed())
         if fused:
             # 1 - Dice as a Tversky loss, with half of nnU-Net's smoothing.
             loss = functional.tversky_ce_loss(
                 net_output, target, alpha=0.5, beta=0.5, smooth_nr=dc.smooth / 2, smooth_dr=dc.smooth / 2,
                 include_background=dc.do_bg, batch=dc.batch_dice, tversky_weight=self.weight_dice, **options,
-                **self.run,
+                **dc.run,
             )  # fmt: skip
             return loss - self.weight_dice
         # The first of two losses must not overwrite what the second reads.
         mask = {name: options.pop(name) for name in ("ignore_index", "voxel_weight") if name in options}
-        ce = functional.tversky_ce_loss(
-            net_output, target, tversky_weight=0.0, **mask, **options, backend=self.run["backend"]
-        )
-        counts = functional.overlap_counts(
-            net_output, target, activation=self.activation, **mask, backend=self.run["backend"]
-        )
-        return ce + self.weight_dice * dc.of_counts(torch.stack(counts))
+        ce = functional.tversky_ce_loss(net_output, target, tversky_weight=0.0, **mask, **options, backend=dc.backend)
+        voxel_weight, of_counts = mask.pop("voxel_weight", None), {"activation": self.activation, **mask}
+        how = (options["check_target"], False, None, dc.backend)
+        counts = functional.exact_counts(net_output, target, voxel_weight, of_counts, *how)
+        return ce + self.weight_dice * dc.of_counts(counts.movedim(-1, 0)).to(ce.dtype)
 
 
 class DC_and_CE_loss(_Compound):
@@ -177,7 +191,7 @@ class DC_and_CE_loss(_Compound):
         ce_kwargs = dict(ce_kwargs)
         ce_kwargs.pop("ignore_index", None)  # nnU-Net replaces it by ignore_label
         weight = ce_kwargs.pop("weight", None)
-        self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight), persistent=False)
+        self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
         self.label_smoothing = number("label_smoothing", ce_kwargs.pop("label_smoothing", 0.0), most=1.0)
         if ce_kwargs:
             raise TypeError(f"ce_kwargs: expected weight and label_smoothing, got {', '.join(map(repr, ce_kwargs))}")

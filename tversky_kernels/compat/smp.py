@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import functional
-from .._arguments import number, one_of
+from .._arguments import compute_dtype, number, one_of
 from ._targets import as_dense
 
 __all__ = ["DiceLoss", "JaccardLoss", "TverskyLoss"]
@@ -63,16 +63,17 @@ class TverskyLoss(torch.nn.Module):
         self.smooth, self.eps = number("smooth", smooth), number("eps", eps)
         self.alpha, self.beta = number("alpha", alpha), number("beta", beta)
         self.gamma = number("gamma", gamma, positive=True)
-        self.run = {"inplace_backward": inplace_backward, "backend": backend}
+        self.inplace_backward, self.backend = inplace_backward, backend
         for name, value, dtype in (("classes", classes, torch.long), ("class_weights", class_weights, torch.float)):
             value = None if value is None else torch.as_tensor(value, dtype=dtype)
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, value)
 
     def _counts(self, y_pred: torch.Tensor, y_true: torch.Tensor):
         # tp, fp, fn of each channel, over the batch.
         activation = "softmax" if self.mode == "multiclass" else "sigmoid"
-        options = {"activation": activation if self.from_logits else "none", "soft_label": True, **self.run}
+        options = {"activation": activation if self.from_logits else "none", "soft_label": True}
         options["ignore_index"] = self.ignore_index
+        check_target = None
         channels = y_pred.size(1)
         if self.mode == "multiclass":
             y_true = y_true.view(y_pred.size(0), *y_pred.shape[2:])
@@ -82,13 +83,16 @@ class TverskyLoss(torch.nn.Module):
             y_true = y_true.reshape(y_pred.shape)
             if self.ignore_index is not None:  # it is ignored channel by channel
                 y_pred, y_true = (x.reshape(-1, 1, x.size(-1)) for x in (y_pred, y_true))
-            y_true = as_dense(y_true)
-        counts = functional.overlap_counts(y_pred, y_true, **options)
-        return (x.view(-1, channels).sum(0) for x in counts)
+            y_true, check_target = as_dense(y_true), False  # as there, a dense target may hold anything
+        how = (check_target, self.inplace_backward, None, self.backend)
+        counts = functional.exact_counts(y_pred, y_true, None, options, *how)
+        return (x.reshape(-1, channels).sum(0) for x in counts.unbind(-1))
 
     def forward(self, y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
         """The loss of (N, C, *spatial) and a target."""
         tp, fp, fn = self._counts(y_pred, y_true)
+        for name in ("alpha", "beta", "smooth", "eps"):
+            number(name, getattr(self, name))
         error = self.alpha * fp + self.beta * fn
         denominator = tp + error + self.smooth
         # 1 - index without cancellation, where the denominator is not the least one.
@@ -104,7 +108,8 @@ class TverskyLoss(torch.nn.Module):
             loss = loss[self.classes]
             weights = None if weights is None else weights[self.classes]
         mean = loss.mean() if weights is None else (loss * weights).sum() / weights.sum()
-        return mean if self.gamma == 1 else mean**self.gamma
+        mean = mean.to(compute_dtype(y_pred))
+        return mean if self.gamma == 1 else mean ** number("gamma", self.gamma, positive=True)
 
 
 class _EqualWeights(TverskyLoss):

@@ -27,8 +27,14 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # libdevice is
 
 @triton.jit
 def _exp(x):
-    # tl.exp takes three instructions more for results that are no normal numbers; these become 0 here.
-    return tl.exp(x) if INTERPRETED or x.dtype == tl.float64 else libdevice.exp2(x * 1.4426950408889634)
+    # What would be below the smallest normal number is 0: tl.exp takes three instructions more for such results.
+    if x.dtype == tl.float64:
+        e = tl.where(x < -708.3964185322641, 0.0, tl.exp(x))
+    elif INTERPRETED:
+        e = tl.where(x < -87.33654, 0.0, tl.exp(x))
+    else:
+        e = libdevice.exp2(x * 1.4426950408889634)
+    return e
 
 
 @triton.jit
@@ -45,14 +51,21 @@ def _offsets(start, BLOCK: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
+def _place(x, scale, RESAMPLED: tl.constexpr):
+    # Rounded as torch rounds: once after the product and the first shift.
+    return ((x + 0.5).to(tl.float64) * scale - 0.5).to(tl.float32) + 0.5 if RESAMPLED == 2 else x * scale
+
+
+@triton.jit
 def _source(offsets, stride, sy, sx, n0, n1, n2, s0, s1, s2, f0, f1, f2, RESAMPLED: tl.constexpr):
-    # Where the voxels are found: one stride apart, or where torch's interpolate(mode="nearest") takes them from.
+    # Where the voxels are found: one stride apart, or where torch's interpolate takes them from, with the mode
+    # "nearest" (1) or "nearest-exact" (2).
     if RESAMPLED:
         row = offsets // sx
         z, y, x = row // sy, row % sy, offsets % sx
-        z = tl.minimum((z.to(tl.float32) * f0).to(tl.int64), n0 - 1)
-        y = tl.minimum((y.to(tl.float32) * f1).to(tl.int64), n1 - 1)
-        x = tl.minimum((x.to(tl.float32) * f2).to(tl.int64), n2 - 1)
+        z = tl.minimum(_place(z.to(tl.float32), f0, RESAMPLED).to(tl.int64), n0 - 1)
+        y = tl.minimum(_place(y.to(tl.float32), f1, RESAMPLED).to(tl.int64), n1 - 1)
+        x = tl.minimum(_place(x.to(tl.float32), f2, RESAMPLED).to(tl.int64), n2 - 1)
         at = z * s0 + y * s1 + x * s2
     else:
         at = offsets * stride
@@ -86,7 +99,7 @@ def _voxels(target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t
         w_at = _source(offsets, ws_v, sy, sx, n0, n1, n2, w0, w1, w2, f0, f1, f2, RESAMPLED)
         w = tl.load(weight + w_at, mask=inside, other=0).to(REAL)
         good = good & (w >= 0)
-        counts = counts & (w != 0)
+        counts = counts & (tl.abs(w) >= (2.2250738585072014e-308 if tl.float64 == REAL else 1.17549435e-38))
     return label, tl.where(good, tl.where(counts, w, 0.0), float("nan")), counts, at
 
 
@@ -94,6 +107,14 @@ def _voxels(target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t
 def _differs(g, c, ignore_index, C: tl.constexpr):
     # How many classes of a voxel hold something else than ignore_index
     return tl.sum(((g != ignore_index) & (c < C)[:, None]).to(tl.int32), 0)
+
+
+@triton.jit
+def _without_bad_targets(g, w, counts, REAL: tl.constexpr):
+    # The weight of a voxel is NaN where a class of its dense target has a value outside [0, 1].
+    g = g.to(REAL)
+    bad = tl.sum(((g >= 0) & (g <= 1)).to(tl.int32), 0) < g.shape[0]
+    return tl.where(counts & bad, float("nan"), w)
 
 
 @triton.jit
@@ -201,6 +222,9 @@ def _all_classes(rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws
         for i in tl.static_range(TILES):
             differ += _differs(dense[i], _classes(i * MAIN, MAIN if i == 0 else TAIL), ignore_index, C)
         w, counts = _without_ignored(differ, w, counts, HAS_WEIGHT)
+    if DENSE == 2:
+        for i in tl.static_range(TILES):
+            w = _without_bad_targets(dense[i], w, counts, REAL)
     zs = ()
     top = tl.full([BLOCK], float("-inf"), REAL)
     for i in tl.static_range(TILES):
@@ -305,10 +329,11 @@ def _difference(p, complement, g):
 def _overlap(p, complement, g, OVERLAP: tl.constexpr):
     if OVERLAP == 1:
         d = _difference(p, complement, g)
-        tp, fp, fn = tl.where(p < g, p, g), tl.where(d > 0, d, 0.0), tl.where(d < 0, -d, 0.0)
+        # Every comparison is false of NaN, and then takes what is NaN.
+        tp, fp, fn = tl.where(g < p, g, p), tl.where(d < 0, 0.0, d), tl.where(d > 0, 0.0, -d)
     elif OVERLAP == 2:
         d = _difference(p, complement, g)
-        tp, fp, fn = p * g, tl.where(d > 0, d * d, 0.0), tl.where(d < 0, d * d, 0.0)
+        tp, fp, fn = p * g, tl.where(d < 0, 0.0, d * d), tl.where(d > 0, 0.0, d * d)
     else:
         tp, fp, fn = p * g, p * (1.0 - g), complement * g
     return tp, fp, fn
@@ -418,7 +443,8 @@ def _label_cross_entropy(below_top, sum_target, sum_others, w, focal_gamma, FOCA
 def _label_focal_slope(target, others, focal_gamma, FOCAL: tl.constexpr, REAL: tl.constexpr):
     # What a focal exponent makes of dL/dCE of the label: see focal_slope in csrc/tversky_math.h
     inverse = _divide(1.0, target + others)
-    minus_log_p = _log1p(_divide(others, target), REAL)
+    # Where the target's is so small that the quotient would overflow, p (-log p) is as good as 0.
+    minus_log_p = _log1p(_divide(others, tl.where(target < 1e-30, 1e-30, target)), REAL)
     return _focal_slope(target * inverse, others * inverse, minus_log_p, focal_gamma, FOCAL, REAL)
 
 
@@ -738,6 +764,8 @@ def _count_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c, at, label
         dense = label
         if DENSE:
             dense = _dense_targets(target, at, ts_c, first, start, voxels, C, CLASSES, WHOLE, BLOCK)
+        if DENSE == 2:
+            w = _without_bad_targets(dense, w, counts, REAL)
         g = _target_of(dense, c, label, counts, FIRST_LABEL, DENSE, CLEAR, REAL)
         beyond_one = sum_others + (sum_target - 1.0)
         tps, fps, fns, ces, smoothings = _general_counts(
@@ -875,6 +903,13 @@ def _column(counts, first, together, c, there, q, C: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
+def _bounded(x, loss):
+    # A coefficient of at most what bounded_coefficient in csrc/tversky_math.h says
+    most = 1e290 if loss.dtype.element_ty == tl.float64 else 1e30
+    return tl.where(x > most, most, tl.where(x < -most, -most, x))
+
+
+@triton.jit
 def _ratio(numerator, denominator):
     some = denominator != 0
     return tl.where(some, numerator / tl.where(some, denominator, 1.0), 0.0)
@@ -944,9 +979,9 @@ def table_kernel(
         used = kept & ~empty
         if ABSENT != 0:
             used = used & ~is_absent
-        common = tl.where(used, cw * slope / (denominator * denominator), 0.0)
-        u_background = common * a * numerator * tversky_weight
-        u_foreground = (-common * error - common * b * numerator) * tversky_weight
+        common = tl.where(used, cw * slope / denominator, 0.0)
+        u_background = common * a * (numerator / denominator) * tversky_weight
+        u_foreground = (-common * (error / denominator) - common * b * (numerator / denominator)) * tversky_weight
         value = tl.where(used, cw * x, 0.0) * tversky_weight
         at = coefficients + (r * C + c) * WIDTH
         tl.store(at, u_background, mask=there)
@@ -969,9 +1004,11 @@ def table_kernel(
                 row_divisor = tl.sum(divisor, 0)
                 value += ce_weight * _ratio(tl.sum(tl.where(there, ce_cw * terms, 0.0), 0), row_divisor)
                 per = ce_weight * ce_cw * _ratio(1.0, row_divisor)
-                tl.store(at + 2, per * (1.0 - smooth), mask=there)
-                tl.store(at + 3, per * smooth / options, mask=there)
+                tl.store(at + 2, _bounded(per * (1.0 - smooth), loss), mask=there)
+                tl.store(at + 3, _bounded(per * smooth / options, loss), mask=there)
         if REDUCTION == 0:
+            tl.store(at, _bounded(u_background, loss), mask=there)
+            tl.store(at + 1, _bounded(u_foreground, loss), mask=there)
             tl.store(loss + r * (C - FIRST_CLASS) + c - FIRST_CLASS, value.to(loss.dtype.element_ty), mask=kept)
         total += value
         counted = kept
@@ -989,22 +1026,15 @@ def table_kernel(
         tl.debug_barrier()  # the coefficients' stores before they are scaled
         for r in tl.range(0, rows):
             at = coefficients + (r * C + c) * WIDTH
-            tl.store(at, tl.load(at, mask=there, other=0.0) * scale, mask=there)
-            tl.store(at + 1, tl.load(at + 1, mask=there, other=0.0) * scale, mask=there)
+            tl.store(at, _bounded(tl.load(at, mask=there, other=0.0) * scale, loss), mask=there)
+            tl.store(at + 1, _bounded(tl.load(at + 1, mask=there, other=0.0) * scale, loss), mask=there)
             if CE:
                 per = ce_weight * ce_cw * ce_scale
-                tl.store(at + 2, per * (1.0 - smooth), mask=there)
-                tl.store(at + 3, per * smooth / options, mask=there)
+                tl.store(at + 2, _bounded(per * (1.0 - smooth), loss), mask=there)
+                tl.store(at + 3, _bounded(per * smooth / options, loss), mask=there)
 
 
 # ---- Gradient pass ---------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _finite(x, REAL: tl.constexpr):
-    # In the type in which is computed, and a number of it where x is one, sums over classes included
-    most = 1e304 if tl.float64 == REAL else 1e35
-    return tl.where(x > most, most, tl.where(x < -most, -most, x)).to(REAL)
 
 
 @triton.jit
@@ -1035,10 +1065,10 @@ def _coefficients(coefficients, grad_loss, c, row, C: tl.constexpr, GRAD_CLASSES
         ce = tl.load(at + 2, mask=there, other=0.0) * of_row
         smoothing = tl.load(at + 3, mask=there, other=0.0) * of_row
     return (
-        _finite(background, REAL)[:, None],
-        _finite(foreground, REAL)[:, None],
-        _finite(ce, REAL)[:, None],
-        _finite(smoothing, REAL)[:, None],
+        background.to(REAL)[:, None],
+        foreground.to(REAL)[:, None],
+        ce.to(REAL)[:, None],
+        smoothing.to(REAL)[:, None],
     )
 
 

@@ -108,7 +108,10 @@ def _real(logits: torch.Tensor):
 class _Volume:
     """The arguments that the count and the gradient kernels have in common."""
 
-    def __init__(self, logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma):
+    def __init__(
+        self, logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma,
+        nearest_exact, check=0,
+    ):  # fmt: skip
         self.logits, self.ls_v = _walkable(logits, 2)
         self.samples, self.classes = logits.shape[:2]
         self.voxels = logits[0, 0].numel() if self.samples else 0
@@ -164,8 +167,8 @@ class _Volume:
         self.flags = {
             "BLOCK": self.plan.block,
             "PACK": self.plan.pack,
-            "DENSE": dense,
-            "RESAMPLED": resampled,
+            "DENSE": 0 if not dense else 2 if check else 1,
+            "RESAMPLED": 0 if not resampled else 2 if nearest_exact else 1,
             "OVERLAP": overlap,
             "CE": cross_entropy,
             "FOCAL": focal,
@@ -212,7 +215,7 @@ def _bits(x: float) -> int:
 
 def count_pass(logits, target, voxel_weight, *arguments):
     """The counts (N, C, 3 or 6) in float64; NaN in a sample with a label or weight out of range."""
-    v = _Volume(logits, target, voxel_weight, *arguments[:-1])
+    v = _Volume(logits, target, voxel_weight, *arguments)
     counts = torch.zeros(v.samples, v.classes, v.columns, dtype=torch.float64, device=logits.device)
     if v.samples == 0 or v.voxels == 0:
         return counts
@@ -255,13 +258,14 @@ def table(
 
 
 def tversky_loss(
-    logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, raise_bad_input,
+    logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact, check,
     *arguments,
 ):  # fmt: skip
     """Count pass and table."""
     counts = count_pass(
-        logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, raise_bad_input
-    )
+        logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact,
+        check,
+    )  # fmt: skip
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return table(counts, *arguments, dtype=dtype)
 
