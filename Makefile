@@ -19,7 +19,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f) setup.py
 OUT ?= benchmarks/results
 
-.PHONY: demo test lint format bench bench-peers bench-all bench-report gpu gpu-build wheel clean
+.PHONY: demo test test-hostile lint format bench bench-peers bench-all bench-report gpu gpu-build wheel clean
 # What has been compiled is there for a test that builds a wheel, and for the next change of one source.
 export TVERSKY_KERNELS_OBJECTS ?= $(CURDIR)/$(VENV)/objects
 SHELL := /bin/bash -o pipefail
@@ -65,6 +65,13 @@ DEMO := --steps 400 --batch-size 2 --features 8 --norm instance --lr 2e-3 --deca
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 test: $(TEST_READY)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 $(TESTS)
+
+# The operators called wrongly, under sanitizers: some minutes.
+SANITIZED := $(VENV)/sanitized
+HOSTILE := --calls 2500
+test-hostile: $(TEST_READY)
+	rm -rf $(SANITIZED)
+	$(PY) tests/sanitized.py $(SANITIZED) tests/hostile.py $(HOSTILE)
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import math
 
 import hypothesis.strategies as st
 import torch
@@ -27,6 +30,9 @@ class Combination:
     excluded: bool  # the last class has logits of -inf, and no voxel's target
     cross_entropy: bool
     options: dict
+    how: str  # the loss is called, one of HOW
+    upstream: float  # the gradient of the loss
+    resample: str  # of a target of another resolution
 
     def make(self):
         """Logits, target and options, voxel_weight among them."""
@@ -63,6 +69,11 @@ def _laid_out(x, layout):
     if layout == "sliced":
         return torch.cat((x, x), -1)[..., : x.size(-1)]
     return x.contiguous()
+
+
+#: How a loss is called: as a function or module; in place, on something computed, also under saved-tensor hooks or as a
+#: part of a larger tensor; as a module whose options are set after another call; with its numbers as tensors.
+HOW = ("function", "module", "changed module", "in place", "in place under hooks", "in place of a part", "tensors")
 
 
 @st.composite
@@ -124,39 +135,108 @@ def cases(draw, tiny=False, most_classes=9, largest=19):
         excluded=excludable and draw(st.integers(0, 3)) == 0,
         cross_entropy=cross_entropy,
         options=options,
+        how="function" if tiny else draw(st.sampled_from(HOW)),
+        upstream=1.0 if tiny else draw(st.sampled_from(UPSTREAM)),
+        resample=draw(st.sampled_from(["nearest", "nearest-exact"])),
     )
 
 
-def _loss(case, backend):
+#: Gradients of the loss: nearly all of them 1, some that a GradScaler makes, and what follows from a loss that is none.
+UPSTREAM = [1.0, 1.0, 1.0, -3.0, 2.0**16, 2.0**90, math.inf, math.nan]
+
+
+def _loss(case, backend, how="function"):
+    run = {"backend": backend}
+    if how.startswith("in place"):
+        run["inplace_backward"] = True
     if case.target_space is not None:  # one level, whose target has another resolution
-        run = {} if backend == "reference" else {"backend": backend}
-        kind = "tversky_ce" if case.cross_entropy else "tversky"
-        return lambda z, g, **o: tk.deep_supervision_loss([z], g, loss=kind, **({"backend": "reference"} | run), **o)
-    if backend == "reference":
-        return tk.reference.tversky_ce_loss if case.cross_entropy else tk.reference.tversky_loss
-    function = tk.tversky_ce_loss if case.cross_entropy else tk.tversky_loss
-    return lambda z, g, **o: function(z, g, backend=backend, **o)
+        run.update(loss="tversky_ce" if case.cross_entropy else "tversky", resample=case.resample)
+        function, module = tk.deep_supervision_loss, tk.DeepSupervisionLoss
+    else:
+        function = tk.tversky_ce_loss if case.cross_entropy else tk.tversky_loss
+        module = tk.TverskyCELoss if case.cross_entropy else tk.TverskyLoss
+    levels = (lambda z: [z]) if case.target_space is not None else (lambda z: z)
+    if how == "module":
+        return lambda z, g, voxel_weight=None, **o: module(**run, **o)(levels(z), g, voxel_weight)
+    if how == "changed module":
+        return lambda z, g, voxel_weight=None, **o: _changed(module, levels(z), g, run, o)(levels(z), g, voxel_weight)
+    if how == "tensors":
+        numbers = ("gamma", "smooth_nr", "smooth_dr", "tversky_weight", "ce_weight", "label_smoothing")
+        as_tensor = functools.partial(torch.tensor, dtype=torch.float64, requires_grad=True)
+
+        def with_tensors(z, g, **o):
+            o.update({name: as_tensor(o[name]).to(z.device) for name in numbers if name in o})
+            return function(levels(z), g, **run, **o)
+
+        return with_tensors
+    return lambda z, g, **o: function(levels(z), g, **run, **o)
+
+
+def _changed(module, z, g, run, options):
+    # A module that has been called with other options, and is then given these.
+    criterion = module(**run, activation=options["activation"], ignore_index=options["ignore_index"], smooth_nr=0.25)
+    criterion(z, g)
+    for name, value in {"smooth_nr": 1e-5, **options}.items():
+        setattr(criterion, name, value)
+    return criterion
+
+
+def _loss_and_gradient(case, backend, logits, target, options, upstream):
+    loss = _loss(case, backend, case.how)
+    if not case.how.startswith("in place"):
+        return loss_and_gradient(loss, logits, target, upstream=upstream, **options)
+    leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with hooks if case.how.endswith("hooks") else contextlib.nullcontext():
+        if case.how.endswith("part"):
+            z = torch.stack((leaf, leaf)).unbind(0)[1]
+        else:
+            z = torch.nn.functional.leaky_relu(leaf, 1.0) if case.how.endswith("hooks") else leaf * 1
+        value = loss(z, target, **options)
+    (gradient,) = torch.autograd.grad(value, leaf, torch.full_like(value, upstream))
+    return value.detach(), gradient
 
 
 def check_case(case, backend, device="cpu", rounding=1.0):
-    """Loss and gradient, to what the type of the logits allows."""
+    """Loss and gradient, scaled back, to what the type of the logits allows."""
     logits, target, options = case.make()
     in_double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     exact = target.double() if target.is_floating_point() else target
     true_loss, true_gradient = loss_and_gradient(_loss(case, "reference"), logits.double(), exact, **in_double)
     there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    loss, gradient = loss_and_gradient(_loss(case, backend), logits.to(device), target.to(device), **there)
+    upstream = torch.full_like(true_loss, case.upstream).to(device)
+    if case.how.startswith("in place"):
+        upstream = case.upstream
+    loss, gradient = _loss_and_gradient(case, backend, logits.to(device), target.to(device), there, upstream)
     loss, gradient = loss.cpu(), gradient.cpu()
     assert loss.shape == true_loss.shape
     assert gradient.dtype == logits.dtype
+    assert gradient.shape == logits.shape
     scale = max(1.0, true_loss.abs().max().item()) if true_loss.numel() else 1.0
     assert (loss.double() - true_loss).abs().max().item() <= 2e-6 * scale
+    if true_gradient.numel() == 0:
+        return
+    most = torch.finfo(logits.dtype).max / 2**12  # coefficients are larger than what p (1 - p) makes of them
+    if not math.isfinite(case.upstream) or true_gradient.abs().max().item() * abs(case.upstream) > most:
+        # Infinite or NaN, where there is a gradient at all; and if numbers, then the right ones.
+        if not math.isfinite(case.upstream) and true_gradient.abs().max().item() > 0:
+            assert not torch.isfinite(gradient).all()
+        return
+    if abs(case.upstream) > 2.0**28 and not torch.isfinite(gradient).all():
+        # gamma < 1 makes coefficients of up to 1e30, beside which there is room for such a factor, and no more.
+        assert options["gamma"] < 1
+        return
+    limits = torch.finfo(logits.dtype)
+    smallest = limits.smallest_normal * limits.eps / abs(case.upstream) + 1e-9
+    error = (gradient.double() / case.upstream - true_gradient).abs().max().item()
     # Against the largest gradient there is, for one that ought to be 0 has no relative error.
     largest = true_gradient.abs().max().item()
-    eps = max(torch.finfo(logits.dtype).eps, 2e-6 if logits.dtype != torch.float64 else 1e-11)
-    smallest = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
-    error = (gradient.double() - true_gradient).abs().max().item()
-    assert error <= 2 * rounding * eps * largest + smallest + 1e-9
+    eps = max(limits.eps, 2e-6 if logits.dtype != torch.float64 else 1e-11)
+    if error <= 2 * rounding * eps * largest + smallest:
+        return
+    # Or no further from it than twice the plain formula in the same type: some differences have no more digits.
+    _, plain = loss_and_gradient(_loss(case, "reference"), logits, target, **options)
+    assert error <= 2 * (plain.double() - true_gradient).abs().max().item() + smallest
 
 
 def check_second_derivatives(case, backend):

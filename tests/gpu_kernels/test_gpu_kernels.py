@@ -284,9 +284,12 @@ KINDS = [
     ({"focal_gamma": 2.0}, 7, True),
     ({}, 130, True),
 ]
-KINDS = pytest.mark.parametrize(("options", "classes", "dense"), KINDS)
+DENSE_KINDS = [kind for kind in KINDS if kind[2]]
+if WHERE == "interpreter":  # to which a size is nothing new, and which takes seconds for many classes
+    KINDS, DENSE_KINDS = ([kind for kind in kinds if kind[1] < 100] for kinds in (KINDS, DENSE_KINDS))
+KINDS, DENSE_KINDS = (pytest.mark.parametrize(("options", "classes", "dense"), x) for x in (KINDS, DENSE_KINDS))
 #: Sizes of which whole loads are made, and of none.
-TWO_SIZES = pytest.mark.parametrize("voxels", [96, 93])
+TWO_SIZES = pytest.mark.parametrize("voxels", [93] if WHERE == "interpreter" else [96, 93])
 
 
 def volumes_of_kind(classes, dense, voxels, dtype=torch.float32):
@@ -302,7 +305,7 @@ def test_upstream_gradients_beyond_the_type(options, classes, dense, voxels):
     """Up to there the gradient times the factor; then infinite or NaN, never another number."""
     logits, target = volumes_of_kind(classes, dense, voxels)
     one = loss_and_gradient(kernel_ce_loss, logits, target, **options)[1]
-    for exponent in (40, 100, 118):
+    for exponent in (118,) if WHERE == "interpreter" else (40, 100, 118):
         upstream = torch.tensor(2.0**exponent)
         scaled = loss_and_gradient(kernel_ce_loss, logits, target, upstream=upstream, **options)[1]
         assert relative(scaled.double() * 2.0**-exponent, one) <= 1e-6
@@ -329,12 +332,12 @@ def test_nan_is_nowhere_swallowed(options, classes, dense, voxels):
         assert torch.isfinite(counts[0]).all()
 
 
-@KINDS
+@DENSE_KINDS
 @TWO_SIZES
-@pytest.mark.parametrize("bad", [255.0, -0.01, 1.001, float("nan")])
+@pytest.mark.parametrize(
+    "bad", [255.0, float("nan")] if WHERE == "interpreter" else [255.0, -0.01, 1.001, float("nan")]
+)
 def test_a_dense_target_outside_of_0_and_1_gives_nan(options, classes, dense, voxels, bad):
-    if not dense:
-        return
     logits, target = volumes_of_kind(classes, dense, voxels)
     expected = tk.reference.tversky_ce_loss(logits, target, **options)
     target[1, classes // 2, 50] = bad
@@ -369,7 +372,9 @@ def _passes(options, cross_entropy):
 @KINDS
 def test_a_scan_of_gaps_between_logits(options, classes, dense):
     """The largest logit above the label's, to where nothing of the exponential is left."""
-    gaps = torch.arange(0, 110, 0.5 if WHERE == "interpreter" else 0.1, dtype=torch.float64)
+    gaps = torch.arange(0, 110, 0.1, dtype=torch.float64)
+    if WHERE == "interpreter" or "TK_EMULATION_PTX" in os.environ:  # most of them where p is subnormal
+        gaps = torch.cat((torch.arange(0, 110, 10.0), torch.arange(82, 106, 0.5))).double()
     gaps = gaps if classes < 100 else gaps[::8]
     logits = torch.zeros(1, classes, 2 * len(gaps), dtype=torch.float64)
     logits[:, -1, : len(gaps)], logits[:, 0, len(gaps) :] = gaps, gaps
