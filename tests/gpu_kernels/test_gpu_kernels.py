@@ -301,7 +301,7 @@ def volumes_of_kind(classes, dense, voxels, dtype=torch.float32):
 
 @KINDS
 @TWO_SIZES
-def test_upstream_gradients_beyond_the_type(options, classes, dense, voxels):
+def test_upstream_gradients_up_to_infinity(options, classes, dense, voxels):
     """Up to there the gradient times the factor; then infinite or NaN, never another number."""
     logits, target = volumes_of_kind(classes, dense, voxels)
     one = loss_and_gradient(kernel_ce_loss, logits, target, **options)[1]
@@ -337,7 +337,7 @@ def test_nan_is_nowhere_swallowed(options, classes, dense, voxels):
 @pytest.mark.parametrize(
     "bad", [255.0, float("nan")] if WHERE == "interpreter" else [255.0, -0.01, 1.001, float("nan")]
 )
-def test_a_dense_target_outside_of_0_and_1_gives_nan(options, classes, dense, voxels, bad):
+def test_targets_outside_of_0_and_1_give_nan(options, classes, dense, voxels, bad):
     logits, target = volumes_of_kind(classes, dense, voxels)
     expected = tk.reference.tversky_ce_loss(logits, target, **options)
     target[1, classes // 2, 50] = bad
