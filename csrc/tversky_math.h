@@ -287,8 +287,8 @@ TK_MATH double bounded_coefficient(double x, double most) {
   return x > most ? most : x < -most ? -most : x;  // NaN stays
 }
 
-// -log p of a softmax's label for focal_slope, from log(1 + others / target): the label's exponential, but for so small
-// ones that the quotient would overflow. p (-log p) is as good as 0 then.
+// focal_slope takes -log p = log(1 + others / target) of a softmax's label. This is the target exponential to divide
+// by. It is not below 1e-30, where the quotient would overflow; p (-log p) is as good as 0 there.
 template <typename V>
 TK_MATH V exponential_for_focal_slope(V target) {
   const V least = V{} + 1e-30f;

@@ -33,8 +33,8 @@ inline std::optional<int64_t> single_stride(const Tensor& x, int64_t first) {
 
 // Whether the elements fill a block of memory, each one place of its own.
 inline bool is_dense(const Tensor& x) {
-  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
   if (x.numel() == 0) return true;
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
   for (int64_t d = 0; d < x.dim(); ++d) {
     if (x.size(d) != 1) dimensions.emplace_back(x.stride(d), x.size(d));
   }

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from common import inputs, loss_and_gradient
@@ -362,3 +366,21 @@ def test_what_cannot_be_walked_is_copied_once():
     assert copies == [logits.shape]
     assert torch.equal(loss.detach(), expected[0])
     assert torch.equal(gradient, expected[1])
+
+
+def test_unasked_a_gradients_storage_can_be_resized():
+    """As FSDP and others free storages."""
+    script = """
+import torch, tversky_kernels as tk
+logits = torch.randn(1, 4, 48, 224, 224, requires_grad=True)
+tk.tversky_loss(logits, torch.zeros(1, 48, 224, 224, dtype=torch.uint8)).backward()
+assert logits.grad.nbytes > 32 << 20
+assert torch.ops.tversky_kernels.cpu_gradient_memory(None) == (False, 0, 0)
+storage = logits.grad.untyped_storage()
+assert storage.resizable()
+storage.resize_(0)
+storage.resize_(logits.nbytes)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TVERSKY_KERNELS_KEEP_GRADIENT"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -29,8 +29,7 @@ CE_MEANS = {"class weights": 0, "voxels": 1, "channels": 2, "labels": 3}
 # by their corners or (nearest_exact) their centres.
 # cross_entropy: 0 none, 1 its sums too, 2 and those for label smoothing.
 _TARGET = "Tensor target, Tensor? voxel_weight"
-_PASS = "int activation, int? ignore_index, int overlap, int cross_entropy, float focal_gamma, "
-_PASS += "bool nearest_exact"
+_PASS = "int activation, int? ignore_index, int overlap, int cross_entropy, float focal_gamma, bool nearest_exact"
 _TABLE = (
     "Tensor? class_parameters, float alpha, float beta, float gamma, float smooth_nr, float smooth_dr, "
     "bool include_background, bool batch, int absent, int reduction, float tversky_weight, float ce_weight, "

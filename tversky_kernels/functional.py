@@ -10,6 +10,7 @@ import torch
 
 from . import _arguments, _backends, autograd, reference
 from ._layout import walkable
+from ._transforms import JVP, VMAP, active_transforms
 from .distributed import sum_over_group
 
 __all__ = [
@@ -50,13 +51,11 @@ def _only_by_reference(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
-        kinds = {x.key() for x in torch._C._functorch.get_interpreter_stack() or ()}
-        return not kinds.isdisjoint(_FORWARD_TRANSFORMS)
+        return not active_transforms().isdisjoint((VMAP, JVP))
     return any(x is not None and _forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 _forward_ad = torch.autograd.forward_ad
-_FORWARD_TRANSFORMS = {torch._C._functorch.TransformType.Jvp, torch._C._functorch.TransformType.Vmap}
 
 
 def _on_backend(logits, checked, function, how, check_target, backend):

@@ -65,8 +65,7 @@ class _Loss(torch.nn.Module):
 
     def forward(self, logits, target: torch.Tensor, voxel_weight: torch.Tensor | None = None):
         """The loss of logits and a target, as the function takes them; voxel_weight as in `tversky_loss`."""
-        options = {name: getattr(self, name) for name in self._given}
-        return self._function(logits, target, voxel_weight=voxel_weight, **options)
+        return self._function(logits, target, voxel_weight=voxel_weight, **self._given_options())
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._given_options().items())

@@ -37,6 +37,7 @@ import torch
 
 from . import _arguments
 from ._arguments import Checked, Options, Volumes
+from ._transforms import VMAP, active_transforms
 from .distributed import sum_over_group
 
 __all__ = ["linear_tversky_loss", "tversky_ce_loss", "tversky_loss"]
@@ -123,17 +124,10 @@ def checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | 
 def _checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | None) -> Counts:
     volumes, options = checked.volumes, checked.plan.options
     check = logits.device.type == "cpu" if check_target is None else check_target
-    if check and not torch.compiler.is_compiling() and not _maps():
+    # Under torch.func.vmap, as in a compiled graph, no value can be read.
+    if check and not torch.compiler.is_compiling() and VMAP not in active_transforms():
         _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
     return _counts(logits, volumes, options, checks_targets=check_target is not False)
-
-
-def _maps() -> bool:
-    # Whether torch.func.vmap is active, under which no value can be read.
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    interpreters = torch._C._functorch.get_interpreter_stack() or ()
-    return any(x.key() == torch._C._functorch.TransformType.Vmap for x in interpreters)
 
 
 def nearest_voxels(x: torch.Tensor, first: int, spatial, resample: str | None) -> torch.Tensor:

@@ -357,6 +357,25 @@ TK_INLINE void add_overlap(Probability<Vector<A>> p, Vector<A> g, bool weighted,
   fn += overlap.fn;
 }
 
+// The sums of one class. They go on from what there is, so that a sum does not depend on how many voxels a tile has.
+template <typename A, bool kCrossEntropy>
+struct GeneralSums {
+  Vector<A> tp, fp, fn, ce{}, smoothing{};
+  TK_INLINE explicit GeneralSums(const Vector<A>* counts) : tp(counts[kTp]), fp(counts[kFp]), fn(counts[kFn]) {
+    if (!kCrossEntropy) return;
+    ce = counts[kCe];
+    smoothing = counts[kSmoothing];
+  }
+  TK_INLINE void store(Vector<A>* counts) const {
+    counts[kTp] = tp;
+    counts[kFp] = fp;
+    counts[kFn] = fn;
+    if (!kCrossEntropy) return;
+    counts[kCe] = ce;
+    counts[kSmoothing] = smoothing;
+  }
+};
+
 // Whether the values of a dense target are in [0, 1]: their bits, as unsigned integers, are then not above those of 1.
 // (Those of -0 are, which find_bad_target knows.)
 template <typename A>
@@ -392,8 +411,7 @@ bool count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
       if (kCrossEntropy && !label_weights) counts[0][kVoxels] += softmax.weight[k];
     }
     for (int c = 0; c < classes; ++c) {
-      V tp = counts[c][kTp], fp = counts[c][kFp], fn = counts[c][kFn];
-      V ce = counts[c][kCe], smoothing = counts[c][kSmoothing];
+      GeneralSums<A, kCrossEntropy> sums(counts[c]);
 #pragma GCC unroll 2
       for (int k = 0; k < kGeneralVectors; ++k) {
         const V below_top = scratch[c * kGeneralVectors + k];
@@ -401,22 +419,18 @@ bool count_general_softmax(const Volume& v, const Tile<T>& tile, LogitsVector<T>
         const V g = general_target(tile, c, at + k * kLanes);
         check.see(g);
         const V weight = softmax.weight[k];
-        add_overlap<A, kForm>(p, g, softmax.weighted, weight, tp, fp, fn);
+        add_overlap<A, kForm>(p, g, softmax.weighted, weight, sums.tp, sums.fp, sums.fn);
         if (label_weights) counts[c][kVoxels] += g * weight;
         if constexpr (kCrossEntropy) {
           V term = below_top + log_sum[k];
           if (v.focal_gamma != 0) term *= focal_factor(p.complement, static_cast<A>(v.focal_gamma), FocalPower{});
           term *= weight;
           const I wanted = g != 0;  // without it the term may be infinite
-          ce += wanted ? g * term : V{};
-          if (smoothed) smoothing += term;
+          sums.ce += wanted ? g * term : V{};
+          if (smoothed) sums.smoothing += term;
         }
       }
-      counts[c][kTp] = tp;
-      counts[c][kFp] = fp;
-      counts[c][kFn] = fn;
-      if (kCrossEntropy) counts[c][kCe] = ce;
-      if (kCrossEntropy) counts[c][kSmoothing] = smoothing;
+      sums.store(counts[c]);
     }
   }
   return check.failed(v);
@@ -430,10 +444,7 @@ bool count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
   const bool smoothed = v.cross_entropy == CrossEntropy::kSmoothed, weighted = is_weighted(tile);
   TargetCheck<A> check;
   for (int c = 0; c < v.classes; ++c) {
-    // Added to what there is, so that a sum does not depend on how many voxels a tile has.
-    V tp = counts[c][kTp], fp = counts[c][kFp], fn = counts[c][kFn], ce{}, smoothing{};
-    if (kCrossEntropy) ce = counts[c][kCe];
-    if (kCrossEntropy) smoothing = counts[c][kSmoothing];
+    GeneralSums<A, kCrossEntropy> sums(counts[c]);
     const T* next = next_channel(tile, c, static_cast<int>(v.classes));
     for (int i = 0; i < tile.padded_voxels(); i += Lanes<A>::count) {
       prefetch(next + i);
@@ -446,7 +457,7 @@ bool count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
         e = exp_nonpositive<A>(negative_magnitude<A>(z));
         p = logistic(negative, e, reciprocal<A>(1 + e));
       }
-      add_overlap<A, kForm>(p, g, weighted, weight, tp, fp, fn);
+      add_overlap<A, kForm>(p, g, weighted, weight, sums.tp, sums.fp, sums.fn);
       if constexpr (kCrossEntropy) {
         if (c == 0) counts[0][kVoxels] += weight;
         const V common = log1p_of_fraction<A>(e);
@@ -456,7 +467,7 @@ bool count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
           if (v.focal_gamma != 0) {
             term *= focal_factor(of_outcome(is_one, p).complement, static_cast<A>(v.focal_gamma), FocalPower{});
           }
-          ce += term * weight;
+          sums.ce += term * weight;
           continue;
         }
         V of_one = common + (z < 0 ? -z : V{}), of_zero = common + (z > 0 ? z : V{});
@@ -467,15 +478,11 @@ bool count_general_channels(const Volume& v, const Tile<T>& tile, CountVectors<T
         of_one *= weight;
         of_zero *= weight;
         const I some = g != 0, not_all = ~is_one;
-        ce += (some ? g * of_one : V{}) + (not_all ? (1 - g) * of_zero : V{});
-        if (smoothed) smoothing += of_one + of_zero;
+        sums.ce += (some ? g * of_one : V{}) + (not_all ? (1 - g) * of_zero : V{});
+        if (smoothed) sums.smoothing += of_one + of_zero;
       }
     }
-    counts[c][kTp] = tp;
-    counts[c][kFp] = fp;
-    counts[c][kFn] = fn;
-    if (kCrossEntropy) counts[c][kCe] = ce;
-    if (kCrossEntropy) counts[c][kSmoothing] = smoothing;
+    sums.store(counts[c]);
   }
   return check.failed(v);
 }

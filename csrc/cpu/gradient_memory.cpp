@@ -27,14 +27,15 @@ namespace tversky_kernels {
 namespace cpu {
 namespace {
 
-// Whether this system has what is needed, and a variable of the environment does not have a value.
-bool can_unless([[maybe_unused]] const char* variable, [[maybe_unused]] const char* value) {
 #if defined(__linux__) && defined(MADV_FREE) && defined(MADV_HUGEPAGE)
-  const char* const asked = std::getenv(variable);
-  return asked == nullptr || std::string(asked) != value;
+constexpr bool kSystemCan = true;
 #else
-  return false;
+constexpr bool kSystemCan = false;
 #endif
+
+bool is_set_to(const char* variable, const char* value) {
+  const char* const found = std::getenv(variable);
+  return found != nullptr && std::string(found) == value;
 }
 
 // First touches fresh memory in pages of 2 MB, where the system leaves that to its programs (madvise): each costs about
@@ -46,7 +47,7 @@ void touch_in_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t b
   constexpr int64_t kPage = int64_t{2} << 20;
   constexpr int kCallsToSkip = 64;
   constexpr auto kSlow = std::chrono::microseconds(1000);  // small pages cost about 700
-  static const bool is_wanted = can_unless("TVERSKY_KERNELS_HUGE_PAGES", "0");
+  static const bool is_wanted = kSystemCan && !is_set_to("TVERSKY_KERNELS_HUGE_PAGES", "0");
   static std::atomic<int> calls_to_skip{0};
   const int64_t before_first = -reinterpret_cast<intptr_t>(data) & (kPage - 1);
   const int64_t pages = (bytes - before_first) / kPage;
@@ -101,7 +102,7 @@ class GradientMemory {
  public:
   // Never destroyed: gradients may die after everything else.
   static GradientMemory& instance() {
-    static GradientMemory* const memory = make();
+    static GradientMemory* const memory = new GradientMemory;
     return *memory;
   }
 
@@ -153,12 +154,11 @@ class GradientMemory {
 
  private:
   // A process that forks while another thread is in here would leave the child a mutex that nobody unlocks.
-  static GradientMemory* make() {
-    static GradientMemory* const memory = new GradientMemory;
+  GradientMemory() {
 #if defined(__linux__)
-    pthread_atfork([] { memory->mutex_.lock(); }, [] { memory->mutex_.unlock(); }, [] { memory->mutex_.unlock(); });
+    const auto unlock = [] { instance().mutex_.unlock(); };
+    pthread_atfork([] { instance().mutex_.lock(); }, unlock, unlock);
 #endif
-    return memory;
   }
 
   static int64_t total(const std::vector<Block>& blocks) {
@@ -181,8 +181,8 @@ class GradientMemory {
   std::vector<Block> used_, waiting_;  // waiting: the longest first
   int64_t most_used_ = 0;
   static constexpr const char* kVariable = "TVERSKY_KERNELS_KEEP_GRADIENT";
-  const bool can_keep_ = can_unless(kVariable, "0");
-  bool keeps_ = can_keep_ && std::getenv(kVariable) != nullptr && std::string(std::getenv(kVariable)) == "1";
+  const bool can_keep_ = kSystemCan && !is_set_to(kVariable, "0");
+  bool keeps_ = can_keep_ && is_set_to(kVariable, "1");
 };
 
 }  // namespace

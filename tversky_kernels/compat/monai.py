@@ -16,6 +16,7 @@ import torch
 from .. import functional
 from .._arguments import number, one_of
 from ..reference import nearest_voxels
+from ._attributes import attributes_of
 from ._targets import as_dense, as_indices
 
 __all__ = ["DeepSupervisionLoss", "DiceCELoss", "DiceFocalLoss", "DiceLoss", "TverskyLoss"]
@@ -53,11 +54,6 @@ class _Loss(torch.nn.Module):
         self.smooth_nr, self.smooth_dr = number("smooth_nr", smooth_nr), number("smooth_dr", smooth_dr)
         self.batch, self.soft_label, self.ignore_index = batch, soft_label, ignore_index
         self.inplace_backward, self.backend = inplace_backward, backend
-
-    @property
-    def run(self) -> dict:
-        """How the loss is run."""
-        return {"inplace_backward": self.inplace_backward, "backend": self.backend}
 
     def _activation(self, input: torch.Tensor) -> tuple[torch.Tensor, str]:
         if self.softmax and input.size(1) == 1:
@@ -97,7 +93,8 @@ class _Loss(torch.nn.Module):
             "batch": self.batch,
             "soft_label": self.soft_label,
             "reduction": self.reduction,
-            **self.run,
+            "inplace_backward": self.inplace_backward,
+            "backend": self.backend,
         }
 
 
@@ -225,17 +222,6 @@ class DiceLoss(_Loss):
         return loss
 
 
-def _of_dice(*names: str):
-    # Gives a compound loss the options of its Dice loss as its own attributes.
-    def decorate(cls):
-        for name in names:
-            setattr(cls, name, property(lambda self, n=name: getattr(self.dice, n),
-                                        lambda self, value, n=name: setattr(self.dice, n, value)))  # fmt: skip
-        return cls
-
-    return decorate
-
-
 _DICE_OPTIONS = (
     *("include_background", "to_onehot_y", "sigmoid", "softmax", "other_act", "squared_pred", "jaccard", "reduction"),
     *("smooth_nr", "smooth_dr", "batch", "inplace_backward", "backend"),
@@ -256,7 +242,7 @@ def _check_channels(input: torch.Tensor, target: torch.Tensor) -> None:
         )
 
 
-@_of_dice(*_DICE_OPTIONS)
+@attributes_of("dice", *_DICE_OPTIONS)
 class DiceCELoss(torch.nn.Module):
     """`monai.losses.DiceCELoss`: arguments as there, but for reduction "none", which raises.
 
@@ -328,7 +314,7 @@ class DiceCELoss(torch.nn.Module):
         return self.lambda_dice * overlap + entropy
 
 
-@_of_dice(*_DICE_OPTIONS)
+@attributes_of("dice", *_DICE_OPTIONS)
 class DiceFocalLoss(torch.nn.Module):
     """`monai.losses.DiceFocalLoss`: arguments as there, but for ``alpha`` and reduction "none", which raise.
 

@@ -13,6 +13,7 @@ import torch
 
 from .. import functional
 from .._arguments import compute_dtype, number
+from ._attributes import attributes_of
 from ._targets import as_dense, as_indices
 
 __all__ = ["DC_and_BCE_loss", "DC_and_CE_loss", "MemoryEfficientSoftDiceLoss"]
@@ -81,11 +82,6 @@ class MemoryEfficientSoftDiceLoss(torch.nn.Module):
         self.smooth = number("smooth", smooth)
         self.inplace_backward, self.backend = inplace_backward, backend
 
-    @property
-    def run(self) -> dict:
-        """How the loss is run."""
-        return {"inplace_backward": self.inplace_backward, "backend": self.backend}
-
     def forward(self, x: torch.Tensor, y: torch.Tensor, loss_mask: torch.Tensor | None = None) -> torch.Tensor:
         """-Dice of (B, C, *spatial) and labels (B, *spatial), (B, 1, *spatial), or a one-hot target."""
         activation = _activation(self.apply_nonlin)
@@ -123,6 +119,7 @@ def _mask(loss_mask: torch.Tensor | None) -> torch.Tensor | None:
     return loss_mask.bool()
 
 
+@attributes_of("dc", "inplace_backward", "backend")
 class _Compound(torch.nn.Module):
     """Dice and a cross-entropy of the same activation: one loss where their sums are this rank's alone."""
 
@@ -132,11 +129,6 @@ class _Compound(torch.nn.Module):
         self.weight_ce, self.weight_dice = number("weight_ce", weight_ce), number("weight_dice", weight_dice)
         nonlinearity = torch.nn.Softmax(1) if activation == "softmax" else torch.sigmoid
         self.dc = MemoryEfficientSoftDiceLoss(nonlinearity, **dice_kwargs, **run)
-
-    inplace_backward = property(
-        lambda self: self.dc.inplace_backward, lambda self, value: setattr(self.dc, "inplace_backward", value)
-    )
-    backend = property(lambda self: self.dc.backend, lambda self, value: setattr(self.dc, "backend", value))
 
     def _loss(self, net_output, target, options, ce_factor=1.0):
         dc = self.dc
@@ -148,7 +140,7 @@ class _Compound(torch.nn.Module):
             loss = functional.tversky_ce_loss(
                 net_output, target, alpha=0.5, beta=0.5, smooth_nr=dc.smooth / 2, smooth_dr=dc.smooth / 2,
                 include_background=dc.do_bg, batch=dc.batch_dice, tversky_weight=self.weight_dice, **options,
-                **dc.run,
+                inplace_backward=self.inplace_backward, backend=self.backend,
             )  # fmt: skip
             return loss - self.weight_dice
         # The first of two losses must not overwrite what the second reads.
