@@ -232,9 +232,11 @@ TK_INLINE FloatVector exp_by_table(FloatVector x) {
   const FloatVector n = shifted - kMagic;
   const FloatVector r = x - n * kStep;
   const FloatVector exponential_minus_1 = (r * r) * (r * 0.16666667f + 0.5f) + r;  // off by r^4 / 24: 9e-9
-  const Int32Vector power = (Int32Vector)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)shifted,
-                                                                        (__m512i)load<Int32Vector>(kSixteenthPowers));
-  const FloatVector scale = (FloatVector)(((Int32Vector)shifted << (L::mantissa_bits - 4)) + power);  // 2^(n / 16)
+  const __m512i n_bits = _mm512_slli_epi32((__m512i)shifted, L::mantissa_bits - 4);
+  const __m512i power =
+      _mm512_maskz_permutexvar_epi32(0xffff, (__m512i)shifted, (__m512i)load<Int32Vector>(kSixteenthPowers));
+  // 2^(n / 16), by the instruction's addition that wraps around: of an x that underflows it is any number.
+  const FloatVector scale = (FloatVector)_mm512_add_epi32(n_bits, power);
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(L::smallest), _CMP_NLT_UQ);
   return (FloatVector)_mm512_maskz_fmadd_ps(normal, (__m512)exponential_minus_1, (__m512)scale, (__m512)scale);
 }

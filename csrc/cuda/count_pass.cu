@@ -645,7 +645,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
   const T* row =
       static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride + channel * v.logits.class_stride;
   GeneralSums<A> sums;
-  bool bad = false;
+  bool bad = false, outside = false;  // outside: asked for once at the end, or ptxas spills a register
   const bool plain = has_plain_channels(v);
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
     Logits<T, kPack<T>> packs[kPacks];
@@ -656,7 +656,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
     int labels[kVoxels];
     const bool all_count = load_channel(v, share.sample, channel, at, g, labels, weights, bad);
 #pragma unroll
-    for (int k = 0; k < kVoxels; ++k) bad |= labels[k] != kUncounted && is_bad_target(v, g[k]);
+    for (int k = 0; k < kVoxels; ++k) outside |= labels[k] != kUncounted && is_outside(g[k]);
     if constexpr (kMayBePlain<kActivation, A>) {
       if (plain && all_count && are_plain(z, g, v.focal_gamma != 0)) {
         add_plain_channel(v, z, g, sums);
@@ -669,6 +669,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
       sums.template add_channel<kActivation>(v, z(k), g[k], weights[k]);
     }
   });
+  bad |= outside && v.checks_targets;
   A values[kAllCounts] = {sums.tp, sums.fp, sums.fn, sums.ce, sums.smoothing, sums.voxels};
   A* out = partial + (share.sample * blocks.programs + share.program) * columns * classes + channel;
   block_sums(values, bad, [&](int i, A total) {

@@ -66,10 +66,14 @@ __device__ __forceinline__ Probability<A> channel_probability(A x) {
   return {x, A(1) - x};
 }
 
-// Whether a value of a dense target is none between 0 and 1, and that is asked.
+// Whether a value of a dense target is outside [0, 1] (NaN is), and the same where targets are checked.
+template <typename A>
+__device__ __forceinline__ bool is_outside(A g) {
+  return !(g >= A(0) && g <= A(1));
+}
 template <typename A>
 __device__ __forceinline__ bool is_bad_target(const Volume& v, A g) {
-  return v.checks_targets && !(g >= A(0) && g <= A(1));
+  return v.checks_targets && is_outside(g);
 }
 
 // The counts of one class.

@@ -586,7 +586,6 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + channel * a.out.class_stride;
   const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(v, a, share.sample, channel);
   bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
-  const bool plain = has_plain_channels(v);
   for_each_own<kOrder, kVoxels>(share, [&](int64_t at) {
     Logits<T, kPack<T>> packs[kPacks];
     Packed<T, kPack<T>> slopes[kPacks];
@@ -599,7 +598,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
     const bool all_count = load_channel(v, share.sample, channel, at, g, labels, weights, bad);
     bool done = false;
     if constexpr (kMayBePlain<kActivation, A>) {
-      done = plain && all_count && are_plain(z, g, kCrossEntropy && v.focal_gamma != 0);
+      // Asked for here: a register that holds the answer from before the loop is one too many.
+      done = all_count && has_plain_channels(v) && are_plain(z, g, kCrossEntropy && v.focal_gamma != 0);
       if (done) plain_channel_gradient<kCrossEntropy>(v, u, z, g, store);
     }
     if (!done) {
