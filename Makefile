@@ -1,4 +1,5 @@
 # make demo   trains the paper's network on real CT with our loss (sets everything up; about 10 minutes on 2 cores)
+# make study  losses and samplings side by side on real images, a small setting of docs/study.md (within 40 minutes)
 # make test   all tests (sets everything up)
 # make lint   ruff and clang-format        make bench  the benchmarks of this machine
 # make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own
@@ -19,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f) setup.py
 OUT ?= benchmarks/results
 
-.PHONY: demo test test-hostile lint format bench bench-peers bench-all bench-report gpu gpu-build wheel clean
+.PHONY: demo study test test-hostile lint format bench bench-peers bench-all bench-report gpu gpu-build wheel clean
 # What has been compiled is there for a test that builds a wheel, and for the next change of one source.
 export TVERSKY_KERNELS_OBJECTS ?= $(CURDIR)/$(VENV)/objects
 SHELL := /bin/bash -o pipefail
@@ -60,6 +61,14 @@ demo: $(DEMO_READY) .data/lung
 	$(PY) examples/train_fcn.py --data .data/lung --out runs/demo $(DEMO)
 
 DEMO := --steps 400 --batch-size 2 --features 8 --norm instance --lr 2e-3 --decay-every 40
+
+# One seed and the recipes that the paper's claim is about, on lung CT and, with DATA=DIR, on what MS images are there.
+STUDY := --seeds 1 $(foreach r,tversky-.5 tversky-.7 tversky-.9 dice-ce ce,--only '*/$(r)/*')
+study: $(DEMO_READY) .data/lung
+	$(PY) examples/study.py --jobs $(JOBS) $(addprefix --data ,$(DATA)) $(STUDY)
+	$(PY) examples/study_report.py runs/study
+	@echo "All recipes and seeds: make study STUDY=  The paper's sizes, for a card or a patient person:"
+	@echo "  $(PY) examples/study.py --setting full --out runs/study-full --jobs 1 --data DIR"
 
 # A file of tests to each process: the compilers and emulators that some of them run take one core.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import subprocess
-import sys
-import tempfile
-import zipfile
+
+import wheels
 
 PACKAGE = "pycerr==2.5.1"
 SHA256 = "5c3e82cc387538c5c38143827314fc2aa743ef886e8518f7f52beff6805c635d"  # of its wheel
 FOLDER = "cerr/datasets/radiomics_phantom_dicom/"
-FILES = 207  # in FOLDER: 203 slices, four contour sets
+FILES = 207  # DICOM files in FOLDER: 203 slices, four contour sets
+OTHERS = 1  # its licence
 
 
 def fetch(directory: pathlib.Path) -> None:
@@ -27,29 +26,7 @@ def fetch(directory: pathlib.Path) -> None:
     """
     if directory.is_dir() and sum(1 for p in directory.rglob("*.dcm")) == FILES:
         return
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise SystemExit(
-            f"fetch_lung_ct: {directory} is there and does not hold the images (or not all of them); expected a new or "
-            "an empty folder. Name another one, or remove it yourself"
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-        requirement = pathlib.Path(temporary) / "requirements.txt"
-        requirement.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        command += ["--require-hashes", "--dest", temporary, "--requirement", str(requirement)]
-        if subprocess.run(command).returncode:
-            raise SystemExit(f"fetch_lung_ct: pip could not download {PACKAGE}; is a package index reachable?")
-        (wheel,) = pathlib.Path(temporary).glob("*.whl")
-        unpacked = pathlib.Path(temporary) / "unpacked"
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if name.startswith(FOLDER) and not name.endswith("/"):
-                    archive.extract(name, unpacked)
-        found = sum(1 for p in unpacked.rglob("*.dcm"))
-        if found != FILES:
-            raise SystemExit(f"fetch_lung_ct: expected {FILES} DICOM files in {PACKAGE}, found {found}")
-        (unpacked / FOLDER).rename(directory)  # at once, and over nothing but an empty folder
+    wheels.unpack(PACKAGE, SHA256, lambda name: True, FILES + OTHERS, FOLDER, directory)
 
 
 def main() -> None:

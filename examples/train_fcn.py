@@ -8,51 +8,40 @@ paper's where it gives them (Adam, learning rate 1e-4, times 0.9 every 1000 step
   log.csv                     loss and learning rate of every step
   fold_*.pt                   checkpoints; --resume goes on from them and ends at the same weights
   *.png                       precision-recall curves, and slices with truth and prediction
+
+Own data: --data DIR --modalities flair t1 t2 --label lesions --z-score --crop; volumes.py says how files are named.
+--sweep beta trains once for each beta of the paper's Table 1 and prints the table of them all.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import pathlib
 import platform
 import sys
-import time
+from typing import get_args
 
 import monai
 import numpy as np
 import pandas as pd
 import torch
-from evaluate import NAMES, scores
-from fcn import FCN
+from evaluate import LESION_NAMES, NAMES, lesion_scores, scores
 from loss_cost import loss_cost
-from monai.inferers import sliding_window_inference
 from pictures import precision_recall, slices
+from recipes import BETAS, RECIPES, Loss, Sampling, cross_entropy
 from sklearn.model_selection import KFold
 from tqdm import tqdm
+from training import Settings, Trainer
 from volumes import DataError, Volume, prepare, read_folder
 
 import tversky_kernels as tk
 
-CHECKPOINT_FORMAT = 1
-#: What must be the same for a run to be continued.
-IDENTITY = [
-    *(
-        "data",
-        "structure",
-        "spacing",
-        "window",
-        "folds",
-        "features",
-        "levels",
-        "norm",
-        "patch_size",
-        "batch_size",
-        "lr",
-    ),
-    *("decay_every", "seed", "amp", "loss", "alpha", "beta", "gamma", "class_weights", "backend"),
-]
+#: What may differ where a run is continued.
+NOT_IDENTITY = {"fold", "steps", "out", "resume", "checkpoint_every", "no_loss_cost", "threads", "device", "workers"}
+NOT_IDENTITY |= {"overlap", "sweep"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +55,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="a sub-folder of DICOM files a patient, or NAME_image.nii.gz and NAME_label.nii.gz (%(default)s)",
     )
     data.add_argument("--structure", default="GTV-1", help="the RTSTRUCT contour to learn (%(default)s)")
-    data.add_argument("--spacing", type=float, default=3.0, metavar="MM", help="isotropic voxel size (%(default)s)")
+    data.add_argument(
+        "--modalities", nargs="+", default=["image"], metavar="NAME", help="NIfTI: one file of each a patient (image)"
+    )
+    data.add_argument("--label", default="label", metavar="NAME", help="NIfTI: the mask's file (%(default)s)")
+    data.add_argument(
+        "--lesion-values", type=int, nargs="+", default=[1], metavar="N", help="NIfTI: what in it is a lesion (1)"
+    )
+    data.add_argument(
+        "--spacing",
+        type=float,
+        nargs="+",
+        default=[3.0],
+        metavar="MM",
+        help="voxel size: one number, or three as z y x (3.0)",
+    )
+    data.add_argument("--crop", action="store_true", help="cut away what is dark in every modality, as around a head")
     data.add_argument(
         "--window",
         type=float,
@@ -75,7 +79,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=("LOW", "HIGH"),
         help="CT numbers that become -1 and 1 (-1000 400)",
     )
-    data.add_argument("--z-score", action="store_true", help="scale to zero mean and unit variance instead, as for MR")
+    data.add_argument(
+        "--z-score",
+        action="store_true",
+        help="zero mean and unit variance of each modality instead, over voxels that are not 0, as for MR",
+    )
     data.add_argument("--folds", type=int, default=0, help="cross-validation folds; 0: leave one patient out")
     data.add_argument("--fold", type=int, action="append", help="run only this fold, from 0; may be repeated")
 
@@ -95,6 +103,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=("D", "H", "W"),
         help="of training and sliding window, multiples of 2^(levels-1) (48 48 48)",
     )
+    training.add_argument(
+        "--overlap", type=float, default=0.5, metavar="SHARE", help="of the sliding windows (%(default)s)"
+    )
+    training.add_argument(
+        "--sampling",
+        choices=get_args(Sampling),
+        default="balanced",
+        help="where patches come from, as recipes.py says (%(default)s)",
+    )
+    training.add_argument(
+        "--lesion-share", type=float, default=0.5, metavar="SHARE", help="of balanced patches (%(default)s)"
+    )
     training.add_argument("--lr", type=float, default=1e-4, help="Adam's learning rate (%(default)s)")
     training.add_argument(
         "--decay-every",
@@ -106,9 +126,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--seed", type=int, default=0, help="of weights, patches and flips (%(default)s)")
     training.add_argument("--amp", action="store_true", help="bfloat16 autocast (float16 with loss scaling on CUDA)")
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    training.add_argument("--workers", type=int, default=2, help="processes that load patches (%(default)s)")
     training.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice (%(default)s)")
 
     loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="a loss and a sampling of recipes.py; --loss and what belongs to it are not read",
+    )
+    loss.add_argument(
+        "--sweep", choices=("beta",), help="train with every alpha / beta of the paper's Table 1 and compare"
+    )
     loss.add_argument("--loss", choices=("tversky", "dice", "focal-tversky", "cross-entropy"), default="tversky")
     loss.add_argument("--alpha", type=float, default=0.3, help="weight of false positives (%(default)s)")
     loss.add_argument("--beta", type=float, default=0.7, help="weight of false negatives (%(default)s)")
@@ -143,16 +172,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
     if arguments.backend == "monai" and arguments.loss not in ("tversky", "dice"):
         parser.error(f"--backend monai: expected --loss tversky or dice, got {arguments.loss}")
+    if len(arguments.spacing) not in (1, 3):
+        parser.error(f"--spacing: expected one number or three, got {len(arguments.spacing)}")
+    for name in ("lesion_share", "overlap"):
+        if not 0 <= getattr(arguments, name) < (1 if name == "overlap" else 1 + 1e-9):
+            parser.error(f"--{name.replace('_', '-')}: expected 0 to 1, got {getattr(arguments, name)}")
+    if arguments.recipe and arguments.sweep:
+        parser.error("--sweep: expected no --recipe beside it")
+    arguments.spacing = arguments.spacing[0] if len(arguments.spacing) == 1 else tuple(arguments.spacing)
     arguments.window = None if arguments.z_score else tuple(arguments.window)
     arguments.patch_size = tuple(arguments.patch_size)
     return arguments
 
 
-def make_loss(arguments: argparse.Namespace, backend: str | None = None, inplace: bool = False):
+def make_loss(arguments: argparse.Namespace, backend: str | None = None, inplace: bool = False) -> Loss:
     backend = backend or arguments.backend
+    if arguments.recipe:
+        return RECIPES[arguments.recipe].loss()
     if arguments.loss == "cross-entropy":
-        weights = torch.tensor(arguments.class_weights, device=arguments.device)
-        return lambda z, t: torch.nn.functional.cross_entropy(z.float(), t[:, 0].long(), weights)
+        return cross_entropy(tuple(arguments.class_weights))()
     alpha, beta = (0.5, 0.5) if arguments.loss == "dice" else (arguments.alpha, arguments.beta)
     if backend == "monai":
         # Our smoothing is MONAI's default too.
@@ -171,144 +209,23 @@ def make_loss(arguments: argparse.Namespace, backend: str | None = None, inplace
     )
 
 
-class Patches:
-    """Training patches. Step s of a fold gives the same patches whatever came before, so a run can be resumed."""
-
-    def __init__(self, volumes: list[Volume], arguments: argparse.Namespace, fold: int):
-        self.items = [
-            {
-                "image": pad(v.image, arguments.patch_size, v.image.min().item()),
-                "label": pad(v.label, arguments.patch_size),
-            }
-            for v in volumes
-        ]
-        self.key = (arguments.seed, fold)
-        self.batch_size = arguments.batch_size
-        keys = ["image", "label"]
-        self.transform = monai.transforms.Compose(
-            [
-                monai.transforms.RandCropByPosNegLabeld(
-                    keys, label_key="label", spatial_size=arguments.patch_size, pos=1, neg=1, num_samples=1
-                ),
-                *(monai.transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)),
-                monai.transforms.RandScaleIntensityd("image", factors=0.1, prob=0.5),
-                monai.transforms.RandShiftIntensityd("image", offsets=0.1, prob=0.5),
-            ]
-        )
-
-    def batch(self, step: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-        random = np.random.RandomState(np.random.SeedSequence((*self.key, step)).generate_state(4))
-        self.transform.set_random_state(state=random)
-        chosen = [self.transform(self.items[random.randint(len(self.items))])[0] for _ in range(self.batch_size)]
-        image, label = (torch.stack([torch.as_tensor(c[k]) for c in chosen]) for k in ("image", "label"))
-        return image.to(device), label.to(device)
+def make_trainer(arguments: argparse.Namespace, fold: int, volumes: list[Volume]) -> Trainer:
+    settings = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Settings)}
+    if arguments.recipe:
+        settings["sampling"] = RECIPES[arguments.recipe].sampling or arguments.sampling
+    identity = {name: value for name, value in vars(arguments).items() if name not in NOT_IDENTITY}
+    if "two-step" in settings["sampling"]:
+        identity["steps"] = arguments.steps  # the second step begins in the middle
+    identity = json.loads(json.dumps(identity, default=str))
+    path = arguments.out / f"fold_{fold}.pt"
+    return Trainer(
+        Settings(**settings), make_loss(arguments), volumes, fold, path, identity, arguments.checkpoint_every
+    )
 
 
-def pad(x: torch.Tensor, size: tuple[int, ...], value: float = 0) -> torch.Tensor:
-    return torch.as_tensor(monai.transforms.SpatialPad(size, value=value)(x))
-
-
-class Trainer:
-    def __init__(self, arguments: argparse.Namespace, fold: int, volumes: list[Volume]):
-        torch.manual_seed(arguments.seed * 1000 + fold)
-        self.arguments, self.fold = arguments, fold
-        self.network = FCN(1, 2, arguments.features, arguments.levels, arguments.norm).to(arguments.device)
-        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=arguments.lr)
-        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimiser, arguments.decay_every, 0.9)
-        self.half = torch.float16 if arguments.device.startswith("cuda") else torch.bfloat16
-        self.scaler = torch.amp.GradScaler(enabled=arguments.amp and self.half == torch.float16)
-        self.loss = make_loss(arguments)
-        self.patches = Patches(volumes, arguments, fold)
-        self.step, self.log, self.seconds = 0, [], 0.0
-
-    @property
-    def path(self) -> pathlib.Path:
-        return self.arguments.out / f"fold_{self.fold}.pt"
-
-    def logits(self, image: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(image.device.type, self.half, enabled=self.arguments.amp):
-            return self.network(image)
-
-    def train(self) -> None:
-        started = time.perf_counter()
-        with tqdm(total=self.arguments.steps, initial=self.step, desc=f"fold {self.fold}", unit="step") as bar:
-            while self.step < self.arguments.steps:
-                image, label = self.patches.batch(self.step, self.arguments.device)
-                self.optimiser.zero_grad(set_to_none=True)
-                loss = self.loss(self.logits(image), label)
-                if not torch.isfinite(loss):
-                    raise SystemExit(f"fold {self.fold}, step {self.step}: the loss is {loss.item()}; stopped")
-                self.scaler.scale(loss).backward()
-                self.scaler.step(self.optimiser)
-                self.scaler.update()
-                rate = self.schedule.get_last_lr()[0]
-                self.schedule.step()
-                self.step += 1
-                self.log.append((self.fold, self.step, loss.item(), rate))
-                bar.update()
-                bar.set_postfix(loss=f"{np.mean([row[2] for row in self.log[-20:]]):.3f}")
-                if self.step % self.arguments.checkpoint_every == 0:
-                    self.save()
-        self.seconds += time.perf_counter() - started
-        self.save()
-
-    def save(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(
-            {
-                "format": CHECKPOINT_FORMAT,
-                "arguments": identity(self.arguments),
-                "step": self.step,
-                "log": self.log,
-                "seconds": self.seconds,
-                "network": self.network.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": self.scaler.state_dict(),
-            },
-            temporary,
-        )
-        temporary.replace(self.path)  # never half a checkpoint under the real name
-
-    def resume(self) -> None:
-        if not self.path.exists():
-            return
-        try:
-            state = torch.load(self.path, map_location=self.arguments.device, weights_only=True)
-            differing = {k for k, v in identity(self.arguments).items() if state["arguments"].get(k) != v}
-        except Exception as error:  # whatever unpickling stumbles over
-            raise SystemExit(f"{self.path}: not a readable checkpoint: {error}") from error
-        if differing or state["format"] != CHECKPOINT_FORMAT:
-            raise SystemExit(f"{self.path}: it is of a run with other settings ({', '.join(sorted(differing))})")
-        self.step, self.log, self.seconds = state["step"], [tuple(row) for row in state["log"]], state["seconds"]
-        for name in ("network", "optimiser", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
-
-    @torch.no_grad()
-    def predict(self, volume: Volume) -> np.ndarray:
-        """The lesion's probability in every voxel of a whole volume, by overlapping windows."""
-        self.network.eval()
-        image = volume.image[None].to(self.arguments.device)
-        probability = sliding_window_inference(
-            image,
-            self.arguments.patch_size,
-            1,
-            lambda x: self.logits(x).float().softmax(1)[:, 1:],
-            overlap=0.5,
-            mode="gaussian",
-        )
-        self.network.train()
-        return probability[0, 0].cpu().numpy()
-
-
-def identity(arguments: argparse.Namespace) -> dict:
-    return json.loads(json.dumps({name: getattr(arguments, name) for name in IDENTITY}, default=str))
-
-
-def compare_costs(trainer: Trainer, repeats: int = 15) -> dict[str, dict[str, float]]:
+def compare_costs(arguments: argparse.Namespace, trainer: Trainer, repeats: int = 15) -> dict[str, dict[str, float]]:
     """Our loss against the naive ones in this run's own training step, on one batch."""
-    arguments = trainer.arguments
-    image, label = trainer.patches.batch(0, arguments.device)
+    image, label = trainer.first_batch()
     losses = {
         "tversky_kernels": make_loss(arguments, backend="auto"),
         "tversky_kernels, in place": make_loss(arguments, backend="auto", inplace=True),
@@ -318,37 +235,35 @@ def compare_costs(trainer: Trainer, repeats: int = 15) -> dict[str, dict[str, fl
     return loss_cost(losses, lambda: trainer.logits(image), label, repeats)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        volumes = [
-            prepare(v, arguments.spacing, arguments.window)
-            for v in tqdm(read_folder(arguments.data, arguments.structure), desc="reading", unit="patient")
-        ]
-    except DataError as error:
-        print(f"train_fcn: {error}", file=sys.stderr)
-        return 2
-    for v in volumes:
+def read_volumes(arguments: argparse.Namespace) -> list[Volume]:
+    volumes = read_folder(
+        arguments.data, arguments.structure, arguments.modalities, arguments.label, arguments.lesion_values
+    )
+    prepared = [
+        prepare(v, arguments.spacing, arguments.window, arguments.crop)
+        for v in tqdm(volumes, desc="reading", unit="patient")
+    ]
+    for v in prepared:
         print(
-            f"  {v.patient}: {tuple(v.image.shape[1:])} voxels of {arguments.spacing:g} mm, "
+            f"  {v.patient}: {tuple(v.image.shape[1:])} voxels of {' x '.join(f'{mm:g}' for mm in v.spacing)} mm, "
             f"{100 * v.label.float().mean():.2f} % lesion"
         )
-    if len(volumes) < 2:
-        print(f"train_fcn: {arguments.data}: cross-validation expects at least two patients, got one", file=sys.stderr)
-        return 2
+    if len(prepared) < 2:
+        raise DataError(f"{arguments.data}: cross-validation expects at least two patients, got one")
+    return prepared
+
+
+def cross_validate(arguments: argparse.Namespace, volumes: list[Volume]) -> pd.DataFrame:
+    """Trains and tests every fold that is wanted, writes all results to --out, and returns their table."""
     folds = list(KFold(arguments.folds or len(volumes)).split(volumes))
     wanted = arguments.fold if arguments.fold is not None else range(len(folds))
     if any(not 0 <= f < len(folds) for f in wanted):
-        print(f"train_fcn: --fold: expected 0 to {len(folds) - 1}, got {arguments.fold}", file=sys.stderr)
-        return 2
+        raise DataError(f"--fold: expected 0 to {len(folds) - 1}, got {arguments.fold}")
     arguments.out.mkdir(parents=True, exist_ok=True)
-
     rows, cases, pictures, log, seconds = [], [], [], [], 0.0
     for fold in wanted:
         training, held_out = folds[fold]
-        trainer = Trainer(arguments, fold, [volumes[i] for i in training])
+        trainer = make_trainer(arguments, fold, [volumes[i] for i in training])
         if arguments.resume:
             trainer.resume()
         trainer.train()
@@ -358,14 +273,14 @@ def main(argv: list[str] | None = None) -> int:
             v = volumes[i]
             probability, truth = trainer.predict(v), v.label[0].numpy()
             figures = scores(truth, probability)
-            rows.append({"patient": v.patient, "fold": fold, **figures})
+            rows.append({"patient": v.patient, "fold": fold, **figures, **lesion_scores(truth, probability)})
             cases.append((v.patient, truth, probability))
             path = arguments.out / f"slices_{v.patient}.png"
             pictures.append(slices(v.patient, v.image[0].numpy(), truth, probability, figures["DSC"], path))
     pictures.insert(0, precision_recall(cases, arguments.out / "precision_recall.png"))
 
     table = pd.DataFrame(rows)
-    mean = {"patient": "mean", "fold": "", **table[list(NAMES)].mean().to_dict()}
+    mean = {"patient": "mean", "fold": "", **table[[*NAMES, *LESION_NAMES]].mean().to_dict()}
     pooled_scores = scores(
         np.concatenate([t.ravel() for _, t, _ in cases]), np.concatenate([p.ravel() for *_, p in cases])
     )
@@ -377,8 +292,8 @@ def main(argv: list[str] | None = None) -> int:
         writer.writerows(log)
 
     costs = {}
-    if not arguments.no_loss_cost and arguments.loss != "cross-entropy":
-        costs = compare_costs(trainer)
+    if not arguments.no_loss_cost and arguments.loss != "cross-entropy" and not arguments.recipe:
+        costs = compare_costs(arguments, trainer)
     report = {
         "settings": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(arguments).items()},
         "versions": {
@@ -395,17 +310,22 @@ def main(argv: list[str] | None = None) -> int:
     }
     (arguments.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     print_report(arguments, table, costs, seconds, pictures)
-    return 0
+    return table
+
+
+def in_percent(table: pd.DataFrame) -> pd.DataFrame:
+    percent = table.copy()
+    fractions = [name for name in (*NAMES, "lesion_sensitivity") if name in percent]
+    percent[fractions] = (100 * percent[fractions]).round(1)
+    return percent.rename(columns={"lesion_sensitivity": "lesions found", "false_lesions": "false lesions"}).round(1)
 
 
 def print_report(arguments, table, costs, seconds, pictures) -> None:
-    name = arguments.loss + (
-        f" (alpha {arguments.alpha:g}, beta {arguments.beta:g})" if "tversky" in arguments.loss else ""
-    )
+    name = arguments.recipe or arguments.loss
+    if "tversky" in arguments.loss and not arguments.recipe:
+        name += f" (alpha {arguments.alpha:g}, beta {arguments.beta:g})"
     print(f"\nHeld-out patients, {name}, {arguments.steps} steps a fold, {seconds:.0f} s of training; percent:\n")
-    percent = table.drop(columns="fold").copy()
-    percent[list(NAMES)] = (100 * percent[list(NAMES)]).round(1)
-    print(percent.to_string(index=False))
+    print(in_percent(table.drop(columns="fold")).to_string(index=False, na_rep=""))
     if costs:
         print(
             f"\nThe loss inside this training step ({arguments.batch_size} x "
@@ -426,6 +346,39 @@ def print_report(arguments, table, costs, seconds, pictures) -> None:
     for path in pictures:
         print(f"  {path}")
     print(f"Results: {arguments.out / 'results.json'}, {arguments.out / 'results.csv'}, {arguments.out / 'log.csv'}")
+
+
+def sweep_beta(arguments: argparse.Namespace, volumes: list[Volume]) -> None:
+    """The paper's Table 1 on these data."""
+    rows = []
+    for beta in BETAS:
+        own = argparse.Namespace(**vars(arguments))
+        own.loss, own.alpha, own.beta, own.out = "tversky", round(1 - beta, 1), beta, arguments.out / f"beta_{beta:g}"
+        own.no_loss_cost = True
+        table = cross_validate(own, volumes)
+        mean = table[table.patient == "mean"].iloc[0]
+        rows.append({"alpha / beta": f"{own.alpha:g} / {beta:g}"} | {n: mean[n] for n in (*NAMES, *LESION_NAMES)})
+    table = pd.DataFrame(rows)
+    table.to_csv(arguments.out / "sweep.csv", index=False)
+    print(f"\nMeans over the held-out patients, percent ({arguments.out / 'sweep.csv'}):\n")
+    print(in_percent(table).to_string(index=False))
+    print("\nOne seed a setting: differences of a few percent may be chance. Repeat with other --seed.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        volumes = read_volumes(arguments)
+        if arguments.sweep:
+            sweep_beta(arguments, volumes)
+        else:
+            cross_validate(arguments, volumes)
+    except DataError as error:
+        print(f"train_fcn: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

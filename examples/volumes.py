@@ -1,9 +1,25 @@
-"""Reads labelled volumes: DICOM CT with an RTSTRUCT contour set, or NIfTI pairs, and brings them to one spacing."""
+"""Reads labelled volumes, DICOM CT with an RTSTRUCT contour set or NIfTI with one file a modality, at one spacing.
+
+NIfTI files are found by name, anywhere below the folder. The part before the last ``_`` is the patient; a file without
+that part belongs to the patient that its folder is named for. So all of these are read by
+``--modalities flair t1 t2 --label lesions``::
+
+    DIR/patient01/flair.nii.gz, t1.nii.gz, t2.nii.gz, lesions.nii.gz
+    DIR/patient01_flair.nii.gz, patient01_t1.nii.gz, patient01_t2.nii.gz, patient01_lesions.nii.gz
+    DIR/images/patient01_flair.nii.gz ..., DIR/masks/patient01_lesions.nii.gz
+
+All files of a patient must be on one grid: the same shape and affine.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import io
 import pathlib
+import warnings
+from collections.abc import Sequence
 
 import monai.transforms as mt
 import nibabel
@@ -11,8 +27,9 @@ import numpy as np
 import pydicom
 import skimage.draw
 import torch
+from monai.data import MetaTensor
 
-#: How far apart the elements of an image's affine and its label's may be.
+#: How far apart, in mm, the elements of two files' affines may be.
 AFFINE_TOLERANCE = 1e-3
 
 
@@ -22,7 +39,7 @@ class DataError(Exception):
 
 @dataclasses.dataclass
 class Volume:
-    """One patient: image (1, D, H, W) float32, label (1, D, H, W) uint8, the voxel's size in mm as (z, y, x)."""
+    """One patient: image (M, D, H, W) float32, label (1, D, H, W) uint8, the voxel's size in mm as (z, y, x)."""
 
     patient: str
     image: torch.Tensor
@@ -30,16 +47,116 @@ class Volume:
     spacing: tuple[float, float, float]
 
 
-def read_folder(folder: pathlib.Path, structure: str = "GTV-1") -> list[Volume]:
-    """Every patient in a folder: sub-folders of DICOM files, or pairs NAME_image.nii.gz and NAME_label.nii.gz."""
+def read_folder(
+    folder: pathlib.Path,
+    structure: str = "GTV-1",
+    modalities: Sequence[str] = ("image",),
+    label: str = "label",
+    lesion_values: Sequence[int] = (1,),
+) -> list[Volume]:
+    """Every patient in a folder: sub-folders of DICOM files, or NIfTI files (see above)."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (make demo fetches the lung CT; or give --data)")
     volumes = [read_dicom(p, structure) for p in sorted(folder.iterdir()) if p.is_dir() and any(p.glob("*.dcm"))]
-    for image in sorted(folder.glob("*_image.nii*")):
-        volumes.append(read_nifti(image, image.with_name(image.name.replace("_image.nii", "_label.nii"))))
+    for patient, files in sorted(find_nifti(folder, (*modalities, label)).items()):
+        if files.keys() == {label}:
+            continue  # a mask alone, of a patient whose images are not here
+        for part in (*modalities, label):
+            if part not in files:
+                where = next(iter(files.values())).parent
+                raise DataError(f"{where}: patient {patient} has no {part}.nii.gz and no {patient}_{part}.nii.gz")
+        volumes.append(read_nifti(patient, [files[m] for m in modalities], files[label], lesion_values))
     if not volumes:
-        raise DataError(f"{folder}: neither sub-folders with DICOM files nor NAME_image.nii.gz in it")
+        raise DataError(
+            f"{folder}: neither sub-folders with DICOM files nor NIfTI files named for {', '.join(modalities)} in it"
+        )
     return volumes
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """Without what MONAI's transforms note down with a tensor, which every later operation would carry along."""
+    return x.as_tensor() if isinstance(x, MetaTensor) else torch.as_tensor(x)
+
+
+def find_nifti(folder: pathlib.Path, parts: Sequence[str]) -> dict[str, dict[str, pathlib.Path]]:
+    """For each patient the files of the parts (modalities, label) that it has."""
+    found: dict[str, dict[str, pathlib.Path]] = {}
+    for path in sorted(folder.rglob("*.nii*")):
+        stem = path.name.removesuffix(".gz").removesuffix(".nii")
+        for part in parts:
+            if stem == part:
+                patient = path.parent.name
+            elif stem.endswith(f"_{part}"):
+                patient = stem[: -len(part) - 1]
+            else:
+                continue
+            other = found.setdefault(patient, {}).setdefault(part, path)
+            if other != path:
+                raise DataError(f"{path}: patient {patient} has the {part} twice, also as {other}")
+    return found
+
+
+@functools.cache
+def _loader() -> mt.Compose:
+    # MONAI makes a reader of every format that it knows, and those whose packages are missing say so.
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        load = mt.LoadImage(reader="NibabelReader", ensure_channel_first=True, dtype=np.float32)
+    return mt.Compose([load, mt.Orientation(axcodes="SAR", labels=None)])
+
+
+def load_nifti(path: pathlib.Path) -> tuple[torch.Tensor, np.ndarray]:
+    """The volume (1, D, H, W), its axes towards the head, the front and the right, and its affine."""
+    try:
+        header = nibabel.load(path).header
+    except Exception as error:  # nibabel raises whatever its parser stumbles over
+        raise DataError(f"{path}: not a readable NIfTI file: {error}") from error
+    if len(header.get_data_shape()) != 3:
+        raise DataError(f"{path}: expected a volume of three dimensions, got the shape {header.get_data_shape()}")
+    try:
+        volume = _loader()(path)
+    except Exception as error:
+        raise DataError(f"{path}: not a readable NIfTI file: {error}") from error
+    if not torch.isfinite(volume).all():
+        raise DataError(f"{path}: it has values that are not finite")
+    return volume.as_tensor(), np.asarray(volume.affine)
+
+
+def read_nifti(
+    patient: str, images: Sequence[pathlib.Path], label_path: pathlib.Path, lesion_values: Sequence[int] = (1,)
+) -> Volume:
+    """A patient's modalities and the mask of the lesions. lesion_values: what in it is a lesion; the rest must be 0."""
+    arrays = []
+    first, affine = load_nifti(images[0])
+    for path in (*images[1:], label_path):
+        x, other = load_nifti(path)
+        if x.shape != first.shape:
+            raise DataError(
+                f"{path}: expected the shape of {images[0].name}, {tuple(first.shape[1:])}, got {tuple(x.shape[1:])}"
+            )
+        apart = np.abs(affine - other).max()  # headers round
+        if apart > AFFINE_TOLERANCE:
+            raise DataError(
+                f"{path}: expected the affine of {images[0].name}, so that a voxel of one is the voxel of the other; "
+                f"they are up to {apart:.3g} apart; bring the files to one grid first"
+            )
+        arrays.append(x)
+    *others, label = arrays
+    values = [int(v) if v == int(v) else v for v in label.unique().tolist()]
+    unknown = [v for v in values if v != 0 and v not in lesion_values]
+    if unknown:
+        raise DataError(
+            f"{label_path}: expected a mask of 0 and {', '.join(map(str, lesion_values))} (see --lesion-values), got "
+            f"{', '.join(map(str, unknown[:5]))}{' ...' if len(unknown) > 5 else ''}"
+        )
+    if not label.any():
+        raise DataError(f"{label_path}: the mask is empty; a patient without a lesion cannot be scored")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return Volume(patient, torch.cat([first, *others]), (label > 0).to(torch.uint8), tuple(float(mm) for mm in spacing))
 
 
 def read_dicom(folder: pathlib.Path, structure: str) -> Volume:
@@ -91,51 +208,35 @@ def read_dicom(folder: pathlib.Path, structure: str) -> Volume:
     )
 
 
-def read_nifti(image_path: pathlib.Path, label_path: pathlib.Path) -> Volume:
-    """A NIfTI image and its label, any label above 0 being the lesion."""
-    arrays = []
-    for path in (image_path, label_path):
-        if not path.exists():
-            raise DataError(f"{path}: no such file")
-        try:
-            file = nibabel.as_closest_canonical(nibabel.load(path))
-            arrays.append((np.asarray(file.dataobj, dtype=np.float32), file.header.get_zooms()[:3], file.affine))
-        except Exception as error:  # nibabel raises whatever its parser stumbles over
-            raise DataError(f"{path}: not a readable NIfTI file: {error}") from error
-    (image, zooms, affine), (label, _, label_affine) = arrays
-    if image.ndim != 3 or image.shape != label.shape:
-        raise DataError(f"{label_path}: expected a label of the image's shape {image.shape}, got {label.shape}")
-    # Where a voxel lies, in mm: headers round.
-    apart = np.abs(affine - label_affine).max()
-    if apart > AFFINE_TOLERANCE:
-        raise DataError(
-            f"{label_path}: expected the image's affine, so that a voxel of one is the voxel of the other; they are up "
-            f"to {apart:.3g} apart; bring the label to the image's grid first"
-        )
-    image, label = image.transpose(2, 1, 0), label.transpose(2, 1, 0)
-    if not np.isfinite(image).all():
-        raise DataError(f"{image_path}: it has values that are not finite")
-    if not np.isfinite(label).all():
-        raise DataError(f"{label_path}: it has values that are not finite, which are neither lesion nor background")
-    return Volume(
-        image_path.name.split("_image.nii")[0],
-        torch.from_numpy(image.copy())[None],
-        torch.from_numpy((label > 0).astype(np.uint8))[None],
-        tuple(float(z) for z in zooms[::-1]),
-    )
+def prepare(
+    volume: Volume, spacing: float | Sequence[float], window: tuple[float, float] | None, crop: bool = False
+) -> Volume:
+    """Crops to the head, resamples to ``spacing`` mm by area and scales the intensities.
 
-
-def prepare(volume: Volume, spacing: float, window: tuple[float, float] | None) -> Volume:
-    """Resamples to isotropic ``spacing`` mm by area and scales the intensities.
-
-    ``window``: the range that becomes [-1, 1], clipped, as for CT; None: zero mean and unit variance, as for MR.
+    spacing: one number, or three as (z, y, x).
+    window: the range that becomes [-1, 1], clipped, as for CT; None: zero mean and unit variance of each modality over
+    the voxels that are not 0, as for MR.
+    crop: cut away what is dark in every modality (less than a tenth of its 99th percentile), as around a head.
     """
-    size = [max(1, round(n * mm / spacing)) for n, mm in zip(volume.image.shape[1:], volume.spacing, strict=True)]
+    image, label = volume.image, volume.label
+    if crop:
+        bright = [0.1 * torch.quantile(x[x > 0][::16], 0.99) if (x > 0).any() else 0.0 for x in image.double()]
+        head = torch.stack([x > level for x, level in zip(image, bright, strict=True)]).any(0, keepdim=True)
+        both = mt.CropForegroundd(["image", "label"], source_key="head", margin=2, allow_smaller=True)(
+            {"image": image, "label": label, "head": head.to(torch.uint8)}
+        )
+        image, label = plain(both["image"]), plain(both["label"])
+    target = (float(spacing),) * 3 if isinstance(spacing, (int, float)) else tuple(map(float, spacing))
+    size = [max(1, round(n * mm / t)) for n, mm, t in zip(image.shape[1:], volume.spacing, target, strict=True)]
     resize = mt.Resize(size, mode="area")
-    image = torch.as_tensor(resize(volume.image)).contiguous()
-    label = (torch.as_tensor(resize(volume.label.float())) >= 0.5).to(torch.uint8)
+    image = plain(resize(image))
+    label = (plain(resize(label.float())) >= 0.5).to(torch.uint8)
     if window is None:
-        image = (image - image.mean()) / image.std().clamp(min=1e-6)
+        image = plain(mt.NormalizeIntensity(nonzero=True, channel_wise=True)(image))
     else:
-        image = torch.as_tensor(mt.ScaleIntensityRange(*window, -1.0, 1.0, clip=True)(image))
-    return Volume(volume.patient, image.contiguous(), label.contiguous(), (spacing,) * 3)
+        image = plain(mt.ScaleIntensityRange(*window, -1.0, 1.0, clip=True)(image))
+    if not label.any():
+        raise DataError(
+            f"{volume.patient}: no lesion is left at {', '.join(f'{t:g}' for t in target)} mm; give a finer --spacing"
+        )
+    return Volume(volume.patient, image.contiguous(), label.contiguous(), target)

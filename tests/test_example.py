@@ -58,7 +58,7 @@ def train(*arguments):
 
 SMALL = [
     *("--features", 2, "--levels", 2, "--patch-size", 16, 16, 16, "--spacing", 2, "--lr", 1e-3, "--z-score"),
-    *("--checkpoint-every", 2, "--threads", 1),
+    *("--checkpoint-every", 2, "--threads", 1, "--workers", 0),
 ]
 
 
@@ -204,11 +204,11 @@ def test_missing_data(tmp_path):
 
 def test_bad_nifti(data, tmp_path):
     for name, message in (
-        ("missing", "no such file"),
+        ("missing", "patient a has no label.nii.gz and no a_label.nii.gz"),
         ("corrupt", "not a readable NIfTI"),
-        ("shape", "of the image's shape"),
-        ("flipped", "a_label.nii.gz: expected the image's affine"),
-        ("shifted", "a_label.nii.gz: expected the image's affine"),
+        ("shape", "a_label.nii.gz: expected the shape of a_image.nii.gz"),
+        ("flipped", "a_label.nii.gz: expected the affine of a_image.nii.gz"),
+        ("shifted", "a_label.nii.gz: expected the affine of a_image.nii.gz"),
         ("nan", "a_label.nii.gz: it has values that are not finite"),
         ("nan_image", "a_image.nii.gz: it has values that are not finite"),
     ):
@@ -363,12 +363,14 @@ def test_fetch_is_not_repeated(tmp_path, monkeypatch):
     (tmp_path / "pat_1").mkdir()
     for i in range(fetch_lung_ct.FILES):
         (tmp_path / "pat_1" / f"{i}.dcm").touch()
-    monkeypatch.setattr(fetch_lung_ct.subprocess, "run", lambda *_: pytest.fail("it has all files already"))
+    monkeypatch.setattr(fetch_lung_ct.wheels.subprocess, "run", lambda *_: pytest.fail("it has all files already"))
     fetch_lung_ct.fetch(tmp_path)
 
 
 def test_fetch_removes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch_lung_ct.subprocess, "run", lambda *_: pytest.fail("it refuses before it downloads"))
+    monkeypatch.setattr(
+        fetch_lung_ct.wheels.subprocess, "run", lambda *_: pytest.fail("it refuses before it downloads")
+    )
     precious = tmp_path / "home" / "thesis.txt"
     precious.parent.mkdir()
     precious.write_text("three years")
@@ -385,7 +387,7 @@ def test_fetch_takes_a_wheel_of_a_known_hash_alone(tmp_path, monkeypatch):
         asked.append((command, pathlib.Path(command[-1]).read_text()))
         return subprocess.CompletedProcess(command, 1)
 
-    monkeypatch.setattr(fetch_lung_ct.subprocess, "run", run)
+    monkeypatch.setattr(fetch_lung_ct.wheels.subprocess, "run", run)
     with pytest.raises(SystemExit, match="could not download"):
         fetch_lung_ct.fetch(tmp_path / "new")
     ((command, requirement),) = asked
