@@ -85,11 +85,17 @@ class PatchDataset(Dataset):
         patch = patch[0] if isinstance(patch, list) else patch
         return {key: plain(patch[key]).contiguous() for key in KEYS}
 
-    def batches(self, first_step: int, workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(image, label) of every step from ``first_step`` on."""
-        left = torch.utils.data.Subset(self, range(first_step * self.batch_size, len(self)))
+    def batches(
+        self, first_step: int, workers: int = 0, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(image, label) of every step from ``first_step`` on; of several ranks, this one's share of each batch."""
+        own = [i for i in range(first_step * self.batch_size, len(self)) if i % self.batch_size % ranks == rank]
         loader = DataLoader(
-            left, self.batch_size, num_workers=workers, pin_memory=torch.cuda.is_available(), drop_last=True
+            torch.utils.data.Subset(self, own),
+            self.batch_size // ranks,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=True,
         )
         for batch in loader:
             yield batch["image"], batch["label"]

@@ -11,17 +11,26 @@ paper's where it gives them (Adam, learning rate 1e-4, times 0.9 every 1000 step
 
 Own data: --data DIR --modalities flair t1 t2 --label lesions --z-score --crop; volumes.py says how files are named.
 --sweep beta trains once for each beta of the paper's Table 1 and prints the table of them all.
+
+Many GPUs: torchrun --nproc-per-node 4 examples/train_fcn.py --batch-size 4 ...; a batch is shared by the ranks, and the
+weights are those of one process with that batch, but for rounding (cross-entropy with class weights apart: torch's is
+normalised by each rank's own labels).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import datetime
+import io
 import json
+import os
 import pathlib
 import platform
 import sys
+from collections.abc import Iterator
 from typing import get_args
 
 import monai
@@ -34,7 +43,7 @@ from pictures import precision_recall, slices
 from recipes import BETAS, RECIPES, Loss, Sampling, cross_entropy
 from sklearn.model_selection import KFold
 from tqdm import tqdm
-from training import Settings, Trainer
+from training import Settings, Trainer, rank_of_process
 from volumes import DataError, Volume, prepare, read_folder
 
 import tversky_kernels as tk
@@ -241,7 +250,7 @@ def read_volumes(arguments: argparse.Namespace) -> list[Volume]:
     )
     prepared = [
         prepare(v, arguments.spacing, arguments.window, arguments.crop)
-        for v in tqdm(volumes, desc="reading", unit="patient")
+        for v in tqdm(volumes, desc="reading", unit="patient", disable=rank_of_process()[0] > 0)
     ]
     for v in prepared:
         print(
@@ -267,6 +276,8 @@ def cross_validate(arguments: argparse.Namespace, volumes: list[Volume]) -> pd.D
         if arguments.resume:
             trainer.resume()
         trainer.train()
+        if trainer.rank > 0:
+            continue  # the first rank scores and writes; the others wait for it at the next fold's first step
         log += trainer.log
         seconds += trainer.seconds
         for i in held_out:
@@ -277,6 +288,8 @@ def cross_validate(arguments: argparse.Namespace, volumes: list[Volume]) -> pd.D
             cases.append((v.patient, truth, probability))
             path = arguments.out / f"slices_{v.patient}.png"
             pictures.append(slices(v.patient, v.image[0].numpy(), truth, probability, figures["DSC"], path))
+    if rank_of_process()[0] > 0:
+        return pd.DataFrame()
     pictures.insert(0, precision_recall(cases, arguments.out / "precision_recall.png"))
 
     table = pd.DataFrame(rows)
@@ -350,14 +363,18 @@ def print_report(arguments, table, costs, seconds, pictures) -> None:
 
 def sweep_beta(arguments: argparse.Namespace, volumes: list[Volume]) -> None:
     """The paper's Table 1 on these data."""
-    rows = []
+    rows, rank = [], rank_of_process()[0]
     for beta in BETAS:
         own = argparse.Namespace(**vars(arguments))
         own.loss, own.alpha, own.beta, own.out = "tversky", round(1 - beta, 1), beta, arguments.out / f"beta_{beta:g}"
         own.no_loss_cost = True
         table = cross_validate(own, volumes)
+        if rank > 0:
+            continue
         mean = table[table.patient == "mean"].iloc[0]
         rows.append({"alpha / beta": f"{own.alpha:g} / {beta:g}"} | {n: mean[n] for n in (*NAMES, *LESION_NAMES)})
+    if rank > 0:
+        return
     table = pd.DataFrame(rows)
     table.to_csv(arguments.out / "sweep.csv", index=False)
     print(f"\nMeans over the held-out patients, percent ({arguments.out / 'sweep.csv'}):\n")
@@ -369,6 +386,33 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    with contextlib.ExitStack() as stack:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            stack.enter_context(one_of_many_ranks(arguments))
+        return run(arguments)
+
+
+@contextlib.contextmanager
+def one_of_many_ranks(arguments: argparse.Namespace) -> Iterator[None]:
+    """As torchrun starts them: one GPU each, or the CPU; only the first says anything."""
+    if arguments.backend == "monai":
+        raise SystemExit("train_fcn: --backend monai: expected one process, for its loss sees one rank's patches alone")
+    if arguments.device.startswith("cuda"):
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(arguments.device)
+    # Other ranks wait while the first one scores.
+    waits = datetime.timedelta(hours=2)
+    torch.distributed.init_process_group("nccl" if arguments.device.startswith("cuda") else "gloo", timeout=waits)
+    try:
+        with contextlib.ExitStack() as stack:
+            if torch.distributed.get_rank() > 0:
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run(arguments: argparse.Namespace) -> int:
     try:
         volumes = read_volumes(arguments)
         if arguments.sweep:

@@ -14,6 +14,7 @@ from fcn import FCN
 from monai.inferers import sliding_window_inference
 from patches import PatchDataset
 from recipes import Loss, Sampling
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from volumes import Volume
 
@@ -51,8 +52,19 @@ def in_new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     temporary.replace(path)
 
 
+def rank_of_process() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 class Trainer:
-    """One network on one fold. identity: what must be the same for a checkpoint to be continued."""
+    """One network on one fold. identity: what must be the same for a checkpoint to be continued.
+
+    Where torch.distributed is initialised, each rank takes its share of every batch. A loss of this package, with
+    ``batch=True``, is then that of the whole batch, and the weights are those of one process but for rounding.
+    """
 
     def __init__(
         self,
@@ -65,10 +77,16 @@ class Trainer:
         checkpoint_every: int = 50,
     ):
         torch.manual_seed(settings.seed * 1000 + fold)
+        self.rank, self.ranks = rank_of_process()
+        if settings.batch_size % self.ranks:
+            raise SystemExit(f"--batch-size: expected a multiple of the {self.ranks} ranks, got {settings.batch_size}")
+        if self.ranks > 1 and hasattr(loss, "process_group"):
+            loss.process_group = True
         self.settings, self.loss, self.fold = settings, loss, fold
         self.checkpoint, self.identity, self.checkpoint_every = checkpoint, identity or {}, checkpoint_every
         inputs = volumes[0].image.shape[0]
         self.network = FCN(inputs, 2, settings.features, settings.levels, settings.norm).to(settings.device)
+        self.model = self._wrapped()
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimiser, settings.decay_every, 0.9)
         self.half = torch.float16 if settings.device.startswith("cuda") else torch.bfloat16
@@ -84,10 +102,14 @@ class Trainer:
         )
         self.step, self.log, self.seconds = 0, [], 0.0
         self._unread: list[torch.Tensor] = []
+        self._head_alone = False
 
-    def logits(self, image: torch.Tensor) -> torch.Tensor:
+    def _wrapped(self) -> torch.nn.Module:
+        return DistributedDataParallel(self.network) if self.ranks > 1 else self.network
+
+    def logits(self, image: torch.Tensor, network: torch.nn.Module | None = None) -> torch.Tensor:
         with torch.autocast(image.device.type, self.half, enabled=self.settings.amp):
-            return self.network(image)
+            return (network or self.network)(image)
 
     def first_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         image, label = next(self.patches.batches(0))
@@ -96,9 +118,13 @@ class Trainer:
     def train(self, progress: bool = True) -> None:
         started = time.perf_counter()
         with tqdm(
-            total=self.settings.steps, initial=self.step, desc=f"fold {self.fold}", unit="step", disable=not progress
+            total=self.settings.steps,
+            initial=self.step,
+            desc=f"fold {self.fold}",
+            unit="step",
+            disable=not progress or self.rank > 0,
         ) as bar:
-            for image, label in self.patches.batches(self.step, self.settings.workers):
+            for image, label in self.patches.batches(self.step, self.settings.workers, self.rank, self.ranks):
                 self._train_step(image, label)
                 bar.update()
                 if len(self._unread) == READ_EVERY:
@@ -111,13 +137,14 @@ class Trainer:
         self.save()
 
     def _train_step(self, image: torch.Tensor, label: torch.Tensor) -> None:
-        if self.settings.sampling == "two-step" and self.step >= self.settings.steps // 2:
+        if self.settings.sampling == "two-step" and self.step >= self.settings.steps // 2 and not self._head_alone:
             self.network.requires_grad_(False)
             self.network.head.requires_grad_(True)
+            self._head_alone, self.model = True, self._wrapped()  # DDP waits for what required a gradient before
         image = image.to(self.settings.device, non_blocking=True)
         label = label.to(self.settings.device, non_blocking=True)
         self.optimiser.zero_grad(set_to_none=True)
-        loss = self.loss(self.logits(image), label)
+        loss = self.loss(self.logits(image, self.model), label)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimiser)
         self.scaler.update()
@@ -142,6 +169,8 @@ class Trainer:
         if self.checkpoint is None:
             return
         self._read_losses()
+        if self.rank > 0:
+            return
         with in_new_file(self.checkpoint) as path:
             torch.save(
                 {

@@ -163,7 +163,7 @@ def test_unknown_argument(loss):
 
 def test_defaults_are_the_signatures():
     """What the reference and deep_supervision_loss take for granted is what the functions' signatures say."""
-    run = {"process_group", "inplace_backward", "check_target", "backend"}
+    run = {"process_group", "sample_group", "grad_reduction", "inplace_backward", "check_target", "backend"}
     for function, expected in (
         (tk.tversky_loss, _arguments.TVERSKY_DEFAULTS),
         (tk.tversky_ce_loss, _arguments.TVERSKY_DEFAULTS | _arguments.CE_DEFAULTS),

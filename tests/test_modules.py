@@ -56,7 +56,8 @@ OTHER = {
     "ce_class_weight": [1.0, 2.0, 3.0], "label_smoothing": 0.2, "focal_gamma": 2.0, "weight": "simple",
     "weights": [1.0, 0.5], "resample": "nearest-exact", "loss": "tversky_ce",
 }  # fmt: skip
-RUN = {"process_group": None, "inplace_backward": True, "check_target": False, "backend": "reference"}
+RUN = {"process_group": None, "sample_group": None, "grad_reduction": "sum", "inplace_backward": True}
+RUN |= {"check_target": False, "backend": "reference"}
 MODULES = {
     "TverskyLoss": (tk.TverskyLoss, {}),
     "DiceLoss": (tk.DiceLoss, {}),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
 import pathlib
+import socket
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -641,3 +644,57 @@ def test_simulation(tmp_path, monkeypatch, capsys):
     assert not torch.equal(found[0].image, found[1].image)
     assert simulate_ms.main([str(tmp_path / "c"), *command[:-1], "9"]) == 2
     assert "--subjects: expected 1 to 4" in capsys.readouterr().err
+
+
+# ---- Many ranks
+
+
+def torchrun(folder, out, *options, ranks=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", free_port()]
+    command += [ROOT / "examples" / "train_fcn.py", "--data", folder, "--out", out, "--spacing", 2, "--z-score"]
+    command += [
+        "--modalities",
+        *MODALITIES,
+        "--label",
+        "lesions",
+        "--features",
+        2,
+        "--levels",
+        2,
+        "--norm",
+        "none",
+    ]  # behind a norm a bias has no gradient but noise
+    command += ["--patch-size", 16, 16, 16, "--batch-size", 4, "--lr", 1e-2, "--fold", 1, "--workers", 0, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [str(c) for c in (command if ranks > 1 else [sys.executable, *command[7:]])]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    """The weights of one process but for rounding, also where the run is interrupted and goes on."""
+    write_patients(tmp_path / "data")
+    found = {}
+    for name, ranks in (("one", 1), ("two", 2)):
+        result = torchrun(tmp_path / "data", tmp_path / name, "--steps", 6, "--no-loss-cost", ranks=ranks)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("Held-out patients") == 1
+        found[name] = torch.load(tmp_path / name / "fold_1.pt", weights_only=True)
+    first = torchrun(tmp_path / "data", tmp_path / "again", "--steps", 3, "--no-loss-cost")
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = torchrun(tmp_path / "data", tmp_path / "again", "--steps", 6, "--no-loss-cost", "--resume")
+    assert second.returncode == 0, second.stderr[-3000:]
+    found["again"] = torch.load(tmp_path / "again" / "fold_1.pt", weights_only=True)
+    for name, weight in found["one"]["network"].items():
+        torch.testing.assert_close(found["two"]["network"][name], weight, rtol=1e-3, atol=1e-4)
+        assert torch.equal(found["two"]["network"][name], found["again"]["network"][name])
+    losses = {name: [row[2] for row in of["log"]] for name, of in found.items()}
+    np.testing.assert_allclose(losses["two"], losses["one"], rtol=1e-4)
+    uneven = torchrun(tmp_path / "data", tmp_path / "uneven", "--steps", 1, "--batch-size", 3)
+    assert uneven.returncode != 0
+    assert "--batch-size: expected a multiple of the 2 ranks, got 3" in uneven.stderr

@@ -57,6 +57,9 @@ SCALARS = ("gamma", "smooth_nr", "smooth_dr", "tversky_weight", "ce_weight", "la
 class InTensor:
     """Stands for an option whose value only a tensor has."""
 
+    def __repr__(self):
+        return "IN_TENSOR"
+
 
 IN_TENSOR = InTensor()
 _NO_SCALARS: dict = {}
@@ -304,6 +307,9 @@ def check_arguments(
     ):  # one of these raises
         _facts("logits", logits)
         _facts("target", target)
+    if type(logits) is not torch.Tensor or type(target) is not torch.Tensor:
+        _refuse_distributed("logits", logits)
+        _refuse_distributed("target", target)
     what = (
         # Not yet Facts, whose making takes longer than finding them remembered.
         (logits.shape, logits.dtype, logits.device),
@@ -381,6 +387,15 @@ def _facts(name: str, x) -> Facts:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     check_strided(name, x)
     return Facts(x.shape, x.dtype, x.device)
+
+
+def _refuse_distributed(name: str, x: torch.Tensor) -> None:
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; give x.to_local() of logits and target, and the group of "
+            "its mesh as process_group (where it is sharded over voxels, or over a batch with batch=True) or as "
+            "sample_group (where it is sharded over samples)"
+        )
 
 
 def check_strided(name: str, x: torch.Tensor) -> None:
@@ -600,6 +615,7 @@ def _check_volumes(logits: Facts, target: Facts, weight: Facts | None, any_resol
     if target.device != logits.device:
         raise ValueError(f"target: expected it on the logits' device {logits.device}, got {target.device}")
     samples, classes = logits.shape[:2]
+    any_resolution = any_resolution and 0 not in logits.shape[2:]  # of no voxels nothing is read
     spatial = () if any_resolution else logits.shape[2:]
     index_shape, channel_shape = (samples, *spatial), (samples, 1, *spatial)
     dimensions, target_dimensions = len(logits.shape), len(target.shape)

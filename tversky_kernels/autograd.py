@@ -10,7 +10,6 @@ from . import reference
 from ._arguments import Checked, Plan, Volumes
 from ._layout import is_dense
 from ._ops import LINEAR_OPERATORS, OPERATORS
-from .distributed import sum_over_group
 
 #: The largest coefficient that the table gives kernels which compute in float32; see csrc/tversky_math.h. The operator
 #: `table` does not know them.
@@ -41,12 +40,10 @@ def _result_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _loss_of_counts(counts, plan: Plan, class_parameters, process_group, backend, dtype):
-    # The loss and its coefficients, from counts that may be a part of a batch's or of a volume's.
+def _loss_of_counts(counts, plan: Plan, class_parameters, backend, dtype):
+    # The loss and its coefficients.
     if plan.options.batch:
         counts = counts.sum(0, keepdim=True)
-    if process_group is not None:
-        counts = sum_over_group(counts, process_group)
     loss, coefficients = OPERATORS[backend].table(counts, class_parameters, *plan.of_table)
     if dtype != torch.float64:
         coefficients = coefficients.clamp(-MOST_OF_FLOAT, MOST_OF_FLOAT)
@@ -68,7 +65,7 @@ class GradientPass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(upstream, logits, target, voxel_weight, coefficients, class_parameters, plan, process_group, backend):
+    def forward(upstream, logits, target, voxel_weight, coefficients, class_parameters, plan, backend):
         """dL/dlogits in a fresh tensor."""
         if coefficients is None:
             upstream, coefficients = _coefficients_of_counts(upstream)
@@ -77,15 +74,13 @@ class GradientPass(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs: the second derivative starts from them."""
-        upstream, logits, target, voxel_weight, coefficients, class_parameters, plan, process_group, _ = inputs
+        upstream, logits, target, voxel_weight, coefficients, class_parameters, plan, _ = inputs
         ctx.save_for_backward(upstream, logits, target, voxel_weight, class_parameters)
-        ctx.plan, ctx.process_group, ctx.of_counts = plan, process_group, coefficients is None
+        ctx.plan, ctx.of_counts = plan, coefficients is None
 
     @staticmethod
     def backward(ctx, grad_gradient):
         """Differentiates the reference's gradient."""
-        if ctx.process_group is not None:
-            raise NotImplementedError("process_group: second derivatives over several ranks are not implemented")
         upstream, logits, target, voxel_weight, class_parameters = ctx.saved_tensors
         volumes = Volumes(target, voxel_weight, target.dim() == logits.dim())
         checked = Checked(volumes, ctx.plan, class_parameters, {})
@@ -101,13 +96,13 @@ class GradientPass(torch.autograd.Function):
             to_upstream, to_logits = torch.autograd.grad(
                 gradient, (upstream, z), grad_gradient, create_graph=again, allow_unused=True
             )
-        return to_upstream, to_logits, *(None,) * 7
+        return to_upstream, to_logits, *(None,) * 6
 
 
-def _gradient(upstream, volume, coefficients, class_parameters, plan: Plan, inplace, process_group, backend):
+def _gradient(upstream, volume, coefficients, class_parameters, plan: Plan, inplace, backend):
     # Into a fresh tensor or, where asked and possible, over the logits.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return apply(GradientPass, upstream, *volume, coefficients, class_parameters, plan, process_group, backend)
+        return apply(GradientPass, upstream, *volume, coefficients, class_parameters, plan, backend)
     if coefficients is None:
         upstream, coefficients = _coefficients_of_counts(upstream)
     ops = OPERATORS[backend]
@@ -201,35 +196,30 @@ class TverskyLoss(torch.autograd.Function):
         plan,
         check,
         inplace_backward,
-        process_group,
         backend,
     ):
         """The loss, and the coefficients that the gradient pass needs."""
-        ops, volume = OPERATORS[backend], (logits, target, voxel_weight, *plan.of_pass, check)
-        if process_group is None:
-            return ops.tversky_loss(*volume, class_parameters, *plan.of_table)
-        counts = ops.count_pass(*volume)
-        return _loss_of_counts(counts, plan, class_parameters, process_group, backend, _result_dtype(logits))
+        volume = (logits, target, voxel_weight, *plan.of_pass, check)
+        return OPERATORS[backend].tversky_loss(*volume, class_parameters, *plan.of_table)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs and the coefficients."""
-        logits, target, voxel_weight, class_parameters, plan, _, inplace_backward, process_group, backend = inputs
+        logits, target, voxel_weight, class_parameters, plan, _, inplace_backward, backend = inputs
         _, coefficients = output
         ctx.mark_non_differentiable(coefficients)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, voxel_weight, coefficients, class_parameters)
-        ctx.plan, ctx.inplace_backward, ctx.process_group = plan, inplace_backward, process_group
-        ctx.backend = backend
+        ctx.plan, ctx.inplace_backward, ctx.backend = plan, inplace_backward, backend
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         """The gradient pass."""
         if grad_loss is None or not ctx.needs_input_grad[0]:
-            return (None,) * 9
+            return (None,) * 8
         *volume, coefficients, class_parameters = ctx.saved_tensors
-        how = (ctx.plan, ctx.inplace_backward, ctx.process_group, ctx.backend)
-        return _gradient(grad_loss, volume, coefficients, class_parameters, *how), *(None,) * 8
+        how = (ctx.plan, ctx.inplace_backward, ctx.backend)
+        return _gradient(grad_loss, volume, coefficients, class_parameters, *how), *(None,) * 7
 
 
 @_with_eager_form
@@ -250,7 +240,6 @@ class LinearTverskyLoss(torch.autograd.Function):
         plan,
         check,
         inplace_backward,
-        process_group,
         backend,
         of_counts,
     ):
@@ -259,18 +248,18 @@ class LinearTverskyLoss(torch.autograd.Function):
         counts = LINEAR_OPERATORS[backend].count_pass(*volume)
         if of_counts:
             return counts, None
-        return _loss_of_counts(counts, plan, class_parameters, process_group, backend, _result_dtype(features))
+        return _loss_of_counts(counts, plan, class_parameters, backend, _result_dtype(features))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs and the coefficients."""
-        *tensors, plan, _, inplace_backward, process_group, backend, of_counts = inputs
+        *tensors, plan, _, inplace_backward, backend, of_counts = inputs
         _, coefficients = output
         if not of_counts:
             ctx.mark_non_differentiable(coefficients)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, coefficients)
-        ctx.plan, ctx.inplace_backward, ctx.process_group = plan, inplace_backward, process_group
+        ctx.plan, ctx.inplace_backward = plan, inplace_backward
         ctx.backend, ctx.of_counts = backend, of_counts
 
     @staticmethod
@@ -278,9 +267,9 @@ class LinearTverskyLoss(torch.autograd.Function):
         """The gradient pass; where it is to be differentiated again, the reference's gradient."""
         wanted = ctx.needs_input_grad[:3]
         if upstream is None or not any(wanted):
-            return (None,) * 12
+            return (None,) * 11
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_gradients(ctx, upstream, wanted), *(None,) * 9
+            return *_differentiable_gradients(ctx, upstream, wanted), *(None,) * 8
         features, *volume, _, coefficients = ctx.saved_tensors  # volume: weight, bias, target, voxel_weight
         if ctx.of_counts:
             upstream, coefficients = _coefficients_of_counts(upstream)
@@ -296,13 +285,11 @@ class LinearTverskyLoss(torch.autograd.Function):
                 _raise_if_out_of_memory(features)
                 raise
         gradients = (x if is_wanted else None for x, is_wanted in zip((of_features, *of_head), wanted, strict=True))
-        return *gradients, *(None,) * 9
+        return *gradients, *(None,) * 8
 
 
 def _differentiable_gradients(ctx, upstream, wanted):
     # The reference's, of features, weight and bias.
-    if ctx.process_group is not None:
-        raise NotImplementedError("process_group: second derivatives over several ranks are not implemented")
     *head, target, voxel_weight, class_parameters, _ = ctx.saved_tensors
     # Aliases: where one of them depends on another, that way is autograd's and not to be counted here.
     head = [x if x is None else x.view_as(x) for x in head]
@@ -336,5 +323,5 @@ class Counts(torch.autograd.Function):
         """The gradient pass, its coefficients from the upstream gradient of the counts."""
         if not ctx.needs_input_grad[0]:
             return (None,) * 7
-        how = (ctx.plan, ctx.inplace_backward, None, ctx.backend)
+        how = (ctx.plan, ctx.inplace_backward, ctx.backend)
         return _gradient(upstream, ctx.saved_tensors, None, None, *how), *(None,) * 6

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import _arguments, _backends, autograd, reference
+from . import _arguments, _backends, _joint, autograd, reference
 from ._layout import walkable
 from ._transforms import JVP, VMAP, active_transforms
-from .distributed import sum_over_group
+from .distributed import Ranks, attempt, ranks_of
 
 __all__ = [
     "OverlapCounts",
@@ -28,7 +28,14 @@ __all__ = [
 
 
 #: How a loss is run.
-RUN_DEFAULTS = {"check_target": None, "inplace_backward": False, "process_group": None, "backend": "auto"}
+RUN_DEFAULTS = {
+    "check_target": None,
+    "inplace_backward": False,
+    "process_group": None,
+    "sample_group": None,
+    "grad_reduction": "mean",
+    "backend": "auto",
+}
 #: What the overlap counts are.
 COUNTS_DEFAULTS = {"activation": "softmax", "ignore_index": None, "voxel_weight": None, "soft_label": False}
 
@@ -100,33 +107,52 @@ def _on_backend(logits, checked, function, how, check_target, backend):
 _BAD_VALUE = re.compile(r"(target|voxel_weight): expected (labels|values) .*, got .*")
 
 
-def _apply_loss(chosen, check, logits, checked, compiles, inplace, process_group):
+def _apply_loss(chosen, check, logits, checked, compiles, inplace):
     (target, voxel_weight, _), plan, class_parameters, _ = checked
     # Numbers of the operator `tversky_loss` are part of a compiled graph, which would be made again for each new value.
     if compiles or checked.needs_torch_table:
         counts = _apply_counts(chosen, check, logits, checked, compiles, inplace)
-        return _loss_of_counts(counts, checked, compiles, process_group, _arguments.compute_dtype(logits))
+        return _loss_of_counts(counts, checked, compiles, _arguments.compute_dtype(logits))
     volumes = (logits, target, voxel_weight, _constant(class_parameters))
-    return autograd.apply(autograd.TverskyLoss, *volumes, plan, check, inplace, process_group, chosen)[0]
+    return autograd.apply(autograd.TverskyLoss, *volumes, plan, check, inplace, chosen)[0]
 
 
-def _loss(logits, checked, check_target, inplace_backward, process_group, backend):
+def _loss(
+    logits, checked, check_target, inplace_backward, process_group, sample_group, grad_reduction, backend
+) -> torch.Tensor:
+    ranks = ranks_of(process_group, sample_group, grad_reduction)
+    if ranks is not None:
+        part = _part(logits, checked, ranks, check_target, inplace_backward, backend)
+        return _joint.losses([part], ranks, check_target)[0]
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
-    loss = _on_backend(logits, checked, _apply_loss, (inplace, process_group), check_target, backend)
-    return reference.checked_loss(logits, checked, process_group, check_target) if loss is None else loss
+    loss = _on_backend(logits, checked, _apply_loss, (inplace,), check_target, backend)
+    return reference.checked_loss(logits, checked, None, check_target) if loss is None else loss
 
 
-def _apply_linear(chosen, check, logits, checked, compiles, inplace, head, process_group):
+def _part(logits, checked, ranks: Ranks, check_target, inplace_backward, backend) -> _joint.Part:
+    # This rank's part of a loss. All that is not said of this call alone is checked now.
+    _joint.check_ranks(ranks, checked.plan.options)
+    inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
+    return _joint.Part(lambda: _counts(logits, checked, check_target, inplace, backend), checked, logits)
+
+
+def _counts(logits, checked, check_target, inplace: bool, backend: str) -> torch.Tensor:
+    # (N, C, 3 or 6) in float64.
+    counts = _on_backend(logits, checked, _apply_counts, (inplace,), check_target, backend)
+    return reference.checked_counts(logits, checked, check_target).double() if counts is None else counts
+
+
+def _apply_linear(chosen, check, logits, checked, compiles, inplace, head, of_counts):
     features, weight, bias = head
     if not torch.compiler.is_compiling():
         features = walkable(features, 2)
-    of_counts = compiles or checked.needs_torch_table
+    wants_counts, of_counts = of_counts, of_counts or compiles or checked.needs_torch_table
     volumes = (features, weight, bias, *checked.volumes[:2], _constant(checked.class_parameters))
-    how = (checked.plan, check, inplace, process_group, chosen, of_counts)
+    how = (checked.plan, check, inplace, chosen, of_counts)
     result = autograd.apply(autograd.LinearTverskyLoss, *volumes, *how)[0]
-    if not of_counts:
+    if wants_counts or not of_counts:
         return result
-    return _loss_of_counts(result, checked, compiles, process_group, _arguments.compute_dtype(features))
+    return _loss_of_counts(result, checked, compiles, _arguments.compute_dtype(features))
 
 
 def _apply_counts(chosen, check, logits, checked, compiles, inplace):
@@ -141,7 +167,7 @@ def _constant(class_parameters: torch.Tensor | None) -> torch.Tensor | None:
     return class_parameters.detach()
 
 
-def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, process_group, dtype) -> torch.Tensor:
+def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, dtype) -> torch.Tensor:
     # The table by torch's own operators: the arithmetic on (N, C, 3 or 6) counts, in float64.
     options = checked.options
     if compiles:
@@ -153,8 +179,6 @@ def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, process_group
         options = options._replace(**variable)
     if options.batch:
         counts = counts.sum(0, keepdim=True)
-    if process_group is not None:
-        counts = sum_over_group(counts, process_group)
     columns = reference.Counts(*counts.unbind(-1))
     # Below, gamma < 1 would make slopes larger than the kernels' type, which the kernels' own table bounds.
     flat_below = 1e-290 if dtype == torch.float64 else 1e-30
@@ -186,6 +210,8 @@ def tversky_loss(
     squared: bool = False,
     reduction: str = "mean",
     process_group=None,
+    sample_group=None,
+    grad_reduction: str = "mean",
     inplace_backward: bool = False,
     check_target: bool | None = None,
     backend: str = "auto",
@@ -230,8 +256,15 @@ def tversky_loss(
             are then one number.
         reduction: "mean", "sum", or "none": (N, C'), or (C') with ``batch``, where C' is C without the background if
             that is left out.
-        process_group: A `torch.distributed` group whose ranks hold parts of one batch (``batch=True``) or of one
-            volume: the counts are summed over it. The gradient is that of this rank's part.
+        process_group: A `torch.distributed` group whose ranks hold parts of one batch (``batch=True``) or of the same
+            volumes; True: the default group, looked up at each call. The counts are summed over it, and every rank gets
+            the loss of the whole. What fails on one rank, a label out of range among others, raises on all in the same
+            step (on a GPU only with check_target=True; the loss is NaN on all otherwise).
+        sample_group: A group over whose ranks different samples are spread, for ``batch=False``: the mean, or the sum,
+            is over the samples of all its ranks, each of them with the same weight. Together with process_group (ranks
+            that hold parts of the same samples) the two span a mesh.
+        grad_reduction: How the caller joins the gradients of the ranks: "mean", as DDP and FSDP do it, or "sum". Either
+            way the parameters get the gradient of the loss of the whole, as one process computes it.
         inplace_backward: True writes the gradient over the logits, which are lost: no memory of their size is needed.
             A backward through another operation that had saved the logits raises autograd's error. What is computed
             from the logits after the backward is computed from the gradient, and nothing tells. An error for logits
@@ -280,7 +313,8 @@ def tversky_loss(
         reduction=reduction,
         check_target=check_target,
     )
-    return _loss(logits, checked, check_target, inplace_backward, process_group, backend)
+    how = (check_target, inplace_backward, process_group, sample_group, grad_reduction, backend)
+    return _loss(logits, checked, *how)
 
 
 def tversky_ce_loss(
@@ -308,6 +342,8 @@ def tversky_ce_loss(
     squared: bool = False,
     reduction: str = "mean",
     process_group=None,
+    sample_group=None,
+    grad_reduction: str = "mean",
     inplace_backward: bool = False,
     check_target: bool | None = None,
     backend: str = "auto",
@@ -369,7 +405,8 @@ def tversky_ce_loss(
         reduction=reduction,
         check_target=check_target,
     )
-    return _loss(logits, checked, check_target, inplace_backward, process_group, backend)
+    how = (check_target, inplace_backward, process_group, sample_group, grad_reduction, backend)
+    return _loss(logits, checked, *how)
 
 
 def overlap_counts(
@@ -380,7 +417,9 @@ def overlap_counts(
     ignore_index: int | None = None,
     voxel_weight: torch.Tensor | None = None,
     soft_label: bool = False,
+    batch: bool = False,
     process_group=None,
+    grad_reduction: str = "mean",
     inplace_backward: bool = False,
     check_target: bool | None = None,
     backend: str = "auto",
@@ -390,32 +429,33 @@ def overlap_counts(
     Per sample and class, over the voxels that count: tp = sum p g, fp = sum p (1 - g), fn = sum (1 - p) g. So sum p is
     tp + fp, and sum g is tp + fn. The arguments are those of `tversky_loss`. What you compute from the counts is
     small; the passes over the volume, forward and backward, are fused as they are there. With process_group each rank
-    holds a part of the same samples' volumes, and gets the counts of the whole.
+    holds a part of the same samples' volumes or, with ``batch``, of one batch, and gets the counts of the whole.
 
     Returns:
-        OverlapCounts(tp, fp, fn), each (N, C) in float32, or float64 for float64 logits.
+        OverlapCounts(tp, fp, fn), each (N, C), or (1, C) with ``batch``, in float32, or float64 for float64 logits.
 
     Example:
         >>> tp, fp, fn = tk.overlap_counts(model(image), label)
         >>> dice = 2 * tp / (2 * tp + fp + fn)
         >>> dice.cosh().log().mean().backward()
     """
-    options = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label}
-    how = (check_target, inplace_backward, process_group, backend)
+    options = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label, "batch": batch}
+    how = (check_target, inplace_backward, ranks_of(process_group, None, grad_reduction), backend)
     counts = exact_counts(logits, target, voxel_weight, options, *how)
     return OverlapCounts(*counts.to(_arguments.compute_dtype(logits)).unbind(-1))
 
 
 def exact_counts(
-    logits, target, voxel_weight, options: dict, check_target, inplace_backward, process_group, backend
+    logits, target, voxel_weight, options: dict, check_target, inplace_backward, ranks: Ranks | None, backend
 ) -> torch.Tensor:
-    """(N, C, 3) as `overlap_counts`, in float64: a loss that takes differences of them loses no digits."""
+    """(rows, C, 3) as `overlap_counts`, in float64: a loss that takes differences of them loses no digits."""
     checked = _arguments.check_arguments(logits, target, voxel_weight, check_target=check_target, **options)
+    if ranks is not None and ranks.parts is not None:
+        part = _part(logits, checked, ranks, check_target, inplace_backward, backend)
+        return _joint.counts(part, ranks, check_target)
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
-    counts = _on_backend(logits, checked, _apply_counts, (inplace,), check_target, backend)
-    if counts is None:
-        counts = reference.checked_counts(logits, checked, check_target).double()
-    return counts if process_group is None else sum_over_group(counts, process_group)
+    counts = _counts(logits, checked, check_target, inplace, backend)
+    return counts.sum(0, keepdim=True) if checked.plan.options.batch else counts
 
 
 GENERALIZED_WEIGHTS = ("square", "simple", "uniform")
@@ -454,9 +494,23 @@ def generalized_dice_loss(
     smooth_nr, smooth_dr = _arguments.number("smooth_nr", smooth_nr), _arguments.number("smooth_dr", smooth_dr)
     options = _arguments.with_defaults("generalized_dice_loss", {**COUNTS_DEFAULTS, **RUN_DEFAULTS}, options)
     voxel_weight, run = options.pop("voxel_weight"), [options.pop(name) for name in RUN_DEFAULTS]
-    counts = exact_counts(logits, target, voxel_weight, options, *run)
-    if _arguments.flag("batch", batch):
-        counts = counts.sum(0, keepdim=True)
+    check_target, inplace_backward, process_group, sample_group, grad_reduction, backend = run
+    ranks = ranks_of(process_group, sample_group, grad_reduction)
+    options["batch"] = _arguments.flag("batch", batch)
+    over_samples = ranks is not None and ranks.samples is not None
+    if over_samples and (batch or reduction == "none"):
+        raise ValueError(
+            "sample_group: expected batch=False and reduction='mean' or 'sum'; one batch is a process_group"
+        )
+    of_parts = ranks._replace(samples=None) if over_samples else ranks
+    how = (voxel_weight, options, check_target, inplace_backward, of_parts, backend)
+    if not over_samples:
+        counts, error = exact_counts(logits, target, *how), None
+    else:
+        counts, error = attempt(
+            lambda: exact_counts(logits, target, *how),
+            lambda: logits.new_zeros((*logits.shape[:2], 3), dtype=torch.float64),
+        )
     if not _arguments.flag("include_background", include_background) and logits.size(1) > 1:
         counts = counts[:, 1:]
     tp, fp, fn = counts.unbind(-1)
@@ -466,11 +520,17 @@ def generalized_dice_loss(
     w = torch.where(infinite, 0.0, w)
     w = torch.where(infinite, w.amax(1, keepdim=True), w)
     # 1 - Dice without cancellation: the numerator is what the denominator has more.
-    error = (w * (fp + fn)).sum(1) + (smooth_dr - smooth_nr)
+    wrong = (w * (fp + fn)).sum(1) + (smooth_dr - smooth_nr)
     denominator = (w * (2 * tp + fp + fn)).sum(1) + smooth_dr
     some = denominator != 0
-    loss = torch.where(some, error, 0.0 * error) / torch.where(some, denominator, 1.0)
-    loss = loss.to(_arguments.compute_dtype(logits))
+    loss = torch.where(some, wrong, 0.0 * wrong) / torch.where(some, denominator, 1.0)
+    dtype = _arguments.compute_dtype(logits)
+    if over_samples:
+        token = (weight, smooth_nr, smooth_dr, include_background, reduction, logits.size(1), logits.dtype)
+        scale = ranks.scale if ranks.parts is None else 1.0
+        total, samples = _joint.over_samples(loss, ranks, scale, token, error, check_target, logits)
+        return (total if reduction == "sum" else total / samples.clamp(min=1)).to(dtype)
+    loss = loss.to(dtype)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" or loss.numel() == 0 else loss.mean()
@@ -531,15 +591,38 @@ def deep_supervision_loss(
     weights = [_arguments.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
     options, run = _split_options("deep_supervision_loss", loss, options)
     resample = _arguments.one_of("resample", resample, _arguments.RESAMPLE)
+    ranks = ranks_of(run["process_group"], run["sample_group"], run["grad_reduction"])
+    levels = [_checked_level(level, target, run["check_target"], resample, options) for level in logits]
+    if ranks is None:
+        losses = [
+            _loss(level, c, **run) if w > 0 else None for level, c, w in zip(logits, levels, weights, strict=True)
+        ]
+    else:
+        how = (ranks, run["check_target"], run["inplace_backward"], run["backend"])
+        parts = [_part(level, c, *how) for level, c, w in zip(logits, levels, weights, strict=True) if w > 0]
+        found = iter(_joint.losses(parts, ranks, run["check_target"]) if parts else ())
+        losses = [next(found) if w > 0 else None for w in weights]
     total = None
-    for level, w in zip(logits, weights, strict=True):
-        checked = _arguments.check_arguments(
-            level, target, check_target=run["check_target"], resample=resample, **options
-        )
+    for level, checked, w, of_level in zip(logits, levels, weights, losses, strict=True):
         # Of a level that is not computed nothing is read, but it is part of the graph, as DDP wants it.
-        part = w * _loss(level, checked, **run) if w > 0 else _zero_loss(level, checked.plan.options)
+        part = _zero_loss(level, checked.plan.options) if of_level is None else w * of_level
         total = part if total is None else total + part
     return total
+
+
+def _checked_level(level, target, check_target, resample: str, options: dict) -> _arguments.Checked:
+    are_tensors = isinstance(level, torch.Tensor) and isinstance(target, torch.Tensor)
+    if are_tensors and not (level.is_nested or target.is_nested) and 0 in level.shape[2:]:
+        # A rank may hold no voxel of a volume. There is nothing to read a target for, so its sizes do not matter.
+        target = _of_no_voxels(target, level)
+        weight = options["voxel_weight"]
+        options = {**options, "voxel_weight": None if weight is None else _of_no_voxels(weight, level)}
+    return _arguments.check_arguments(level, target, check_target=check_target, resample=resample, **options)
+
+
+def _of_no_voxels(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    channels = x.shape[1:2] if x.dim() == level.dim() else ()
+    return x.new_empty((*x.shape[:1], *channels, *level.shape[2:]))
 
 
 def _zero_loss(logits: torch.Tensor, options) -> torch.Tensor:
@@ -594,13 +677,29 @@ def linear_tversky_loss(
     # Stands for the logits wherever their shape, type and device are asked for, and has one element.
     logits = features.new_empty(()).expand(features.size(0), weight.size(0), *features.shape[2:])
     checked = _arguments.check_arguments(logits, target, check_target=run["check_target"], **options)
-    check_target, inplace_backward, process_group, backend = run.values()
-    how = (autograd.inplace_allowed("features", features, inplace_backward), head, process_group)
-    result = None
-    if not (_is_transformed() and _only_by_reference(*head)):
-        result = _on_backend(logits, checked, _apply_linear, how, check_target, backend)
+    check_target, inplace_backward, process_group, sample_group, grad_reduction, backend = run.values()
+    ranks = ranks_of(process_group, sample_group, grad_reduction)
+    inplace = autograd.inplace_allowed("features", features, inplace_backward)
+    by_reference = _is_transformed() and _only_by_reference(*head)
+
+    def on_backend(of_counts: bool):
+        if by_reference:
+            return None
+        return _on_backend(logits, checked, _apply_linear, (inplace, head, of_counts), check_target, backend)
+
+    if ranks is not None:
+        _joint.check_ranks(ranks, checked.plan.options)
+
+        def counts():
+            found = on_backend(True)
+            if found is None:
+                found = reference.checked_counts(reference.linear_logits(*head), checked, check_target).double()
+            return found
+
+        return _joint.losses([_joint.Part(counts, checked, logits)], ranks, check_target)[0]
+    result = on_backend(False)
     if result is None:
-        return reference.checked_loss(reference.linear_logits(*head), checked, process_group, check_target)
+        return reference.checked_loss(reference.linear_logits(*head), checked, None, check_target)
     return result
 
 

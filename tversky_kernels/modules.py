@@ -7,6 +7,7 @@ import inspect
 import torch
 
 from . import functional
+from .distributed import is_initialised
 
 __all__ = [
     "DeepSupervisionLoss",
@@ -29,6 +30,7 @@ class _Loss(torch.nn.Module):
     _function = staticmethod(functional.tversky_loss)
     _takes = (functional.tversky_loss,)
     _fixed = frozenset()
+    _none_before_init: frozenset[str] = frozenset()
     _options: dict[str, object]  # with their defaults
 
     def __init_subclass__(cls, **keywords):
@@ -52,6 +54,11 @@ class _Loss(torch.nn.Module):
         if name in self._options:
             if name not in self._given:
                 self._given += (name,)
+            if name in ("process_group", "sample_group"):
+                # torch.distributed.group.WORLD is None until then, and a local loss would be computed for ever after.
+                early = self._none_before_init - {name}
+                early |= {name} if value is None and not is_initialised() else set()
+                super().__setattr__("_none_before_init", early)
             for kept in (self.__dict__, self._buffers, self._parameters):
                 kept.pop(name, None)
             if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
@@ -61,6 +68,12 @@ class _Loss(torch.nn.Module):
         return super().__setattr__(name, value)
 
     def _given_options(self) -> dict:
+        if self._none_before_init and is_initialised() and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                f"{min(self._none_before_init)}: it was set to None before torch.distributed.init_process_group, when "
+                "torch.distributed.group.WORLD is None too; expected True for the default group, or nothing for a loss "
+                "of this rank alone"
+            )
         return {name: getattr(self, name) for name in self._given}
 
     def forward(self, logits, target: torch.Tensor, voxel_weight: torch.Tensor | None = None):

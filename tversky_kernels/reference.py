@@ -38,7 +38,7 @@ import torch
 from . import _arguments
 from ._arguments import Checked, Options, Volumes
 from ._transforms import VMAP, active_transforms
-from .distributed import sum_over_group
+from .distributed import Ranks, ranks_of
 
 __all__ = ["linear_tversky_loss", "tversky_ce_loss", "tversky_loss"]
 
@@ -60,7 +60,14 @@ class Counts(NamedTuple):
 
 
 def tversky_loss(
-    logits: torch.Tensor, target: torch.Tensor, *, process_group=None, check_target: bool | None = None, **options
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    process_group=None,
+    sample_group=None,
+    grad_reduction: str = "mean",
+    check_target: bool | None = None,
+    **options,
 ) -> torch.Tensor:
     """The same arguments, result and errors as `tversky_kernels.tversky_loss`, differentiable any number of times.
 
@@ -68,17 +75,24 @@ def tversky_loss(
     """
     options = _arguments.with_defaults("tversky_loss", _arguments.TVERSKY_DEFAULTS, options)
     checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
-    return checked_loss(logits, checked, process_group, check_target)
+    return checked_loss(logits, checked, ranks_of(process_group, sample_group, grad_reduction), check_target)
 
 
 def tversky_ce_loss(
-    logits: torch.Tensor, target: torch.Tensor, *, process_group=None, check_target: bool | None = None, **options
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    process_group=None,
+    sample_group=None,
+    grad_reduction: str = "mean",
+    check_target: bool | None = None,
+    **options,
 ) -> torch.Tensor:
     """The same arguments, result and errors as `tversky_kernels.tversky_ce_loss`; see `tversky_loss`."""
     defaults = {**_arguments.TVERSKY_DEFAULTS, **_arguments.CE_DEFAULTS}
     options = _arguments.with_defaults("tversky_ce_loss", defaults, options)
     checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
-    return checked_loss(logits, checked, process_group, check_target)
+    return checked_loss(logits, checked, ranks_of(process_group, sample_group, grad_reduction), check_target)
 
 
 def linear_tversky_loss(
@@ -102,16 +116,19 @@ def linear_logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def checked_loss(
-    logits: torch.Tensor, checked: Checked, process_group=None, check_target: bool | None = None
+    logits: torch.Tensor, checked: Checked, ranks: Ranks | None = None, check_target: bool | None = None
 ) -> torch.Tensor:
     """The loss of arguments that have been checked, but for the labels' range."""
+    if ranks is not None:
+        from . import _joint  # which is made of this module's arithmetic
+
+        _joint.check_ranks(ranks, checked.plan.options)
+        part = _joint.Part(lambda: checked_counts(logits, checked, check_target), checked, logits)
+        return _joint.losses([part], ranks, check_target)[0]
     volumes, options, class_parameters = checked.volumes, checked.options, checked.class_parameters
     counts = _checked_counts(logits, checked, check_target)
     if options.batch:
         counts = Counts(*(None if x is None else x.sum(0, keepdim=True) for x in counts))
-    if process_group is not None:
-        there = [x for x in counts if x is not None]
-        counts = Counts(*sum_over_group(torch.stack(there), process_group))
     return loss_of_counts(counts, options, class_parameters, volumes.dense)
 
 
@@ -226,6 +243,18 @@ def _focal(log_p: torch.Tensor, focal_gamma: float) -> torch.Tensor:
     return torch.where(possible, factor * -torch.where(possible, log_p, 0.0), -log_p)
 
 
+class Terms(NamedTuple):
+    """What a loss is reduced from. With a cross-entropy: its weighted sum and what its mean is divided by, (rows, 1).
+
+    loss: (rows, C') with its class weights. kept: how many of these are in a mean.
+    """
+
+    loss: torch.Tensor
+    kept: torch.Tensor | int
+    cross_entropy: torch.Tensor | None = None
+    divisor: torch.Tensor | None = None
+
+
 def loss_of_counts(
     counts: Counts,
     options: Options,
@@ -233,7 +262,18 @@ def loss_of_counts(
     dense: bool = False,
     flat_below: float = 0.0,
 ) -> torch.Tensor:
-    """The reduced loss of (rows, C) counts; rows is N, or 1 where the batch was summed.
+    """The reduced loss of (rows, C) counts; rows is N, or 1 where the batch was summed. See `terms_of_counts`."""
+    return reduced(terms_of_counts(counts, options, class_parameters, dense, flat_below), options)
+
+
+def terms_of_counts(
+    counts: Counts,
+    options: Options,
+    class_parameters: torch.Tensor | None = None,
+    dense: bool = False,
+    flat_below: float = 0.0,
+) -> Terms:
+    """The terms of the loss of (rows, C) counts, before they are reduced.
 
     flat_below: Where 1 - TI is no more than this, a power of it is flat.
     """
@@ -259,16 +299,26 @@ def loss_of_counts(
         loss = torch.where(is_absent, 0.0, loss)
     if not options.include_background and loss.size(1) > 1:
         loss, is_absent = loss[:, 1:], is_absent[:, 1:]
+    kept = (~is_absent).sum() if options.absent == "skip" else loss.numel()
+    of_ce = (None, None)
+    if _is_not(options.ce_weight, 0):
+        of_ce = _cross_entropy(counts, options, ce_class_weight, dense)
+    return Terms(loss, kept, *of_ce)
+
+
+def reduced(terms: Terms, options: Options) -> torch.Tensor:
+    """The loss of its terms."""
+    loss, kept, cross_entropy, divisor = terms
     if options.reduction == "mean":
-        loss = _ratio(loss.sum(), (~is_absent).sum() if options.absent == "skip" else loss.numel())
+        loss = _ratio(loss.sum(), kept)
     elif options.reduction == "sum":
         loss = loss.sum()
     elif options.batch:
         loss = loss.squeeze(0)
     if _is_not(options.tversky_weight, 1):
         loss = options.tversky_weight * loss
-    if _is_not(options.ce_weight, 0):
-        loss = loss + _part(options.ce_weight, _cross_entropy(counts, options, ce_class_weight, dense))
+    if cross_entropy is not None:
+        loss = loss + _part(options.ce_weight, _reduced_cross_entropy(cross_entropy, divisor, options))
     return loss
 
 
@@ -291,8 +341,8 @@ def _ratio(numerator: torch.Tensor, denominator) -> torch.Tensor:
     return torch.where(some, numerator, 0.0 * numerator) / torch.where(some, denominator, 1)
 
 
-def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) -> torch.Tensor:
-    # Reduced as the Tversky part is; without a reduction, the mean of each row (N, 1), or of the summed batch.
+def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    # Each row's weighted sum, and what its mean is divided by: (rows, 1).
     tp, _, fn, cross_entropy, smoothing, voxels = counts
     softmax, smooth = options.activation == "softmax", options.label_smoothing
     weight = torch.ones_like(tp[0]) if class_weight is None else class_weight
@@ -300,13 +350,16 @@ def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) 
     if _is_not(smooth, 0):
         total = total + _part(smooth, smoothing / (tp.size(1) if softmax else 2))
     total = (weight * total).sum(1, keepdim=True)
-    if options.reduction == "sum":
-        return total.sum()
     if softmax and not dense:
         labels = voxels if _of_labels(options, dense) else (tp + fn).detach()  # the weight of a label
-        divisor = (weight * labels).sum(1, keepdim=True)  # Σ w b_label
-    else:
-        divisor = voxels[:, :1] * (1 if softmax else tp.size(1))
+        return total, (weight * labels).sum(1, keepdim=True)  # Σ w b_label
+    return total, voxels[:, :1] * (1 if softmax else tp.size(1))
+
+
+def _reduced_cross_entropy(total: torch.Tensor, divisor: torch.Tensor, options: Options) -> torch.Tensor:
+    # As the Tversky part is; without a reduction, the mean of each row (N, 1), or of the summed batch.
+    if options.reduction == "sum":
+        return total.sum()
     if options.reduction == "mean":
         return _ratio(total.sum(), divisor.sum())
     each = _ratio(total, divisor)
