@@ -177,7 +177,7 @@ def findings(name: str, table: pd.DataFrame, of: pd.DataFrame) -> str:
     """What the intervals say, in words: nobody's opinion."""
     patients, seeds = table.patient.nunique(), table.seed.nunique()
     sentences = [
-        f"{patients} patients, {seeds} seeds. With {patients} patients the smallest p that the paired test can give is "
+        f"{patients} patients, {seeds} seed{'s' * (seeds > 1)}. With {patients} patients the smallest p that the paired test can give is "
         f"{2 / 2**patients:.2g}."
     ]
     for metric in ("sensitivity", "DSC", "F2", "APR"):
@@ -199,6 +199,37 @@ def findings(name: str, table: pd.DataFrame, of: pd.DataFrame) -> str:
     best = of.sort_values("F2", ascending=False).recipe.iloc[0]
     sentences.append(f"Highest mean F2: {RECIPES[best].words}.")
     return "\n".join(f"- {s}" for s in sentences)
+
+
+#: The paper's claims: words, the figure that must be higher, of which recipe, than of which.
+CLAIMS = (
+    ("β = .7 finds more lesion voxels than Dice", "sensitivity", "tversky-.7", BASELINE),
+    ("β = .9 finds more than β = .7", "sensitivity", "tversky-.9", "tversky-.7"),
+    ("β = .7 has a higher DSC than Dice", "DSC", "tversky-.7", BASELINE),
+    ("β = .7 has a higher F2 than Dice", "F2", "tversky-.7", BASELINE),
+    ("β = .7 has a higher APR than Dice", "APR", "tversky-.7", BASELINE),
+    ("β = .7 has a higher DSC than β = .9", "DSC", "tversky-.7", "tversky-.9"),
+    ("β = .7 has a higher F2 than sample re-weighting", "F2", "tversky-.7", "ce-weighted"),
+    ("β = .7 has a higher F2 than balanced sampling", "F2", "tversky-.7", "ce-balanced"),
+    ("β = .7 has a higher F2 than two-step training", "F2", "tversky-.7", "ce-two-step"),
+    ("β = .7 has a higher F2 than Dice + CE", "F2", "tversky-.7", "dice-ce"),
+)
+
+
+def table_of_claims(tables: dict[str, pd.DataFrame]) -> str:
+    lines = []
+    for words, metric, recipe, baseline in CLAIMS:
+        cells = []
+        for table in tables.values():
+            there = set(table.recipe)
+            d = difference(table, recipe, metric, baseline) if {recipe, baseline} <= there else None
+            if d is None:
+                cells.append("–")
+                continue
+            verdict = "cannot tell" if not d.is_clear else "**yes**" if d.mean > 0 else "**no**"
+            cells.append(f"{verdict} ({figure(d.mean, metric, True)})")
+        lines.append([words, *cells])
+    return markdown(["", *tables], lines)
 
 
 def table_of_cost(rows: list[dict]) -> str:
@@ -280,7 +311,24 @@ def draw_precision_recall(rows: list[dict], tables: dict[str, pd.DataFrame], pat
     save(figure, path)
 
 
-def draw_beta(tables: dict[str, pd.DataFrame], path: pathlib.Path) -> None:
+def ceilings(study: pathlib.Path) -> dict[str, float]:
+    """The mean DSC of a second rater against the first, where there is one."""
+    found = {}
+    for path in sorted(study.glob("agreement_*.json")):
+        agreed = json.loads(path.read_text())
+        if agreed:
+            found[path.stem.removeprefix("agreement_")] = float(np.mean([r["DSC"] for r in agreed]))
+    return found
+
+
+def draw_ceiling(ax, name: str, of_raters: dict[str, float]) -> None:
+    if name in of_raters:
+        value = 100 * of_raters[name]
+        ax.axhline(value, color="black", ls=":", lw=1)
+        ax.text(0.01, value + 1, "DSC of the second rater", transform=ax.get_yaxis_transform(), fontsize=8)
+
+
+def draw_beta(tables: dict[str, pd.DataFrame], of_raters: dict[str, float], path: pathlib.Path) -> None:
     names = ("sensitivity", "precision", "F2", "DSC")
     figure, axes = panels(list(tables))
     for name, table in tables.items():
@@ -292,15 +340,17 @@ def draw_beta(tables: dict[str, pd.DataFrame], path: pathlib.Path) -> None:
             at = np.array(list(values)) + 0.006 * (i - 1.5)
             error = np.abs(ends.T - means)
             axes[name].errorbar(at, means, error, fmt="o-", ms=4, capsize=3, label=metric, color=f"C{i}")
+        draw_ceiling(axes[name], name, of_raters)
         axes[name].set(xlabel="β (weight of false negatives; α = 1 − β)", ylabel="percent", ylim=(0, 100))
         axes[name].set_title(title(name, table), fontsize=10)
         axes[name].grid(alpha=0.3)
-    next(iter(axes.values())).legend()
+    handles, labels = next(iter(axes.values())).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle("Mean over patients and seeds, with 95 % intervals (bootstrap over patients and seeds)")
     save(figure, path)
 
 
-def draw_patients(tables: dict[str, pd.DataFrame], path: pathlib.Path) -> None:
+def draw_patients(tables: dict[str, pd.DataFrame], of_raters: dict[str, float], path: pathlib.Path) -> None:
     figure, axes = panels(list(tables), height=4.6)
     for name, table in tables.items():
         recipes = [r for r in RECIPES if (table.recipe == r).any()]
@@ -313,6 +363,7 @@ def draw_patients(tables: dict[str, pd.DataFrame], path: pathlib.Path) -> None:
         axes[name].set_xticks(
             range(1, len(recipes) + 1), [RECIPES[r].words for r in recipes], rotation=60, ha="right", fontsize=8
         )
+        draw_ceiling(axes[name], name, of_raters)
         axes[name].set(ylabel="DSC, percent", ylim=(0, 100))
         axes[name].set_title(title(name, table), fontsize=10)
         axes[name].grid(alpha=0.3, axis="y")
@@ -432,7 +483,12 @@ def main(argv: list[str] | None = None) -> int:
     everything = patients_of(rows)
     tables = {name: everything[everything.data == name] for name in DATA_SETS if (everything.data == name).any()}
     summaries = {name: summary(table) for name, table in tables.items()}
-    parts = {"table 1": table_one(summaries), "cost": table_of_cost(rows), "area": area_estimates(everything)}
+    parts = {
+        "table 1": table_one(summaries),
+        "claims": table_of_claims(tables),
+        "cost": table_of_cost(rows),
+        "area": area_estimates(everything),
+    }
     for name, of in summaries.items():
         of.round(5).to_csv(out / f"summary_{name}.csv", index=False)
         parts |= {
@@ -447,8 +503,9 @@ def main(argv: list[str] | None = None) -> int:
                 [[r["patient"], *(figure(r[n], n) for n in PERCENT[:4])] for r in agreed],
             )
     draw_precision_recall(rows, tables, out / "precision_recall.png")
-    draw_beta(tables, out / "beta.png")
-    draw_patients(tables, out / "patients.png")
+    of_raters = ceilings(arguments.study)
+    draw_beta(tables, of_raters, out / "beta.png")
+    draw_patients(tables, of_raters, out / "patients.png")
     draw_losses(rows, tables, out / "losses.png")
     for name in arguments.slices:
         folder = find_folder(name, [*arguments.data, pathlib.Path(".data")]) if name in DATA_SETS else None

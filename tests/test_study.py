@@ -448,7 +448,7 @@ def test_study_goes_on_and_reports(tiny, capsys):
             assert before["loss"] == after["loss"]
 
     page = tiny / "page.md"
-    names = ["table 1", "cost", "area", "means tiny", "differences tiny", "findings tiny", "agreement tiny"]
+    names = ["table 1", "claims", "cost", "area", "means tiny", "differences tiny", "findings tiny", "agreement tiny"]
     page.write_text("\n".join(f"<!-- {n} -->\nstale\n<!-- /{n} -->\n" for n in names))
     assert study_report.main([str(tiny / "out"), "--out", str(tiny / "report"), "--page", str(page)]) == 0
     text = page.read_text()

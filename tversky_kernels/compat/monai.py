@@ -1,8 +1,8 @@
-"""MONAI's `TverskyLoss`, `DiceLoss`, `DiceCELoss`, `DiceFocalLoss` and `DeepSupervisionLoss` (1.6): their arguments,
-their numbers.
+"""MONAI's `TverskyLoss`, `DiceLoss`, `DiceCELoss`, `FocalLoss`, `DiceFocalLoss` and `DeepSupervisionLoss` (1.6): their
+arguments, attributes, state_dict and numbers.
 
-What the kernels do not compute raises: the reduction "none" of the last two (a value a voxel), and the alpha of
-DiceFocalLoss.
+The reduction "none" of DiceCELoss, a value a voxel, raises. What of a focal loss the kernels do not compute (alpha, a
+value a voxel, soft targets, for which MONAI's factor is another, and ignore_index) is computed by torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ from ..reference import nearest_voxels
 from ._attributes import attributes_of
 from ._targets import as_dense, as_indices
 
-__all__ = ["DeepSupervisionLoss", "DiceCELoss", "DiceFocalLoss", "DiceLoss", "TverskyLoss"]
+__all__ = ["DeepSupervisionLoss", "DiceCELoss", "DiceFocalLoss", "DiceLoss", "FocalLoss", "TverskyLoss"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-class _Loss(torch.nn.Module):
+class ShapeError(ValueError, AssertionError):
+    """A target that does not fit the input, for which MONAI raises an AssertionError."""
+
+
+def _warn_ignored(what: str) -> None:
+    warnings.warn(f"single channel prediction, `{what}` ignored.", stacklevel=4)
+
+
+class _Loss(torch.nn.modules.loss._Loss):
     """What the three have in common: activation, target and ignore_index as MONAI understands them."""
 
     def __init__(
@@ -43,46 +51,65 @@ class _Loss(torch.nn.Module):
         inplace_backward,
         backend,
     ):
-        super().__init__()
+        super().__init__(reduction=one_of("reduction", getattr(reduction, "value", reduction), REDUCTIONS))
         if other_act is not None and not callable(other_act):
             raise TypeError(f"other_act: expected None or a callable, got {type(other_act).__name__}")
         if int(sigmoid) + int(softmax) + int(other_act is not None) > 1:
             raise ValueError("expected at most one of sigmoid=True, softmax=True and other_act")
         self.include_background, self.to_onehot_y = include_background, to_onehot_y
         self.sigmoid, self.softmax, self.other_act = sigmoid, softmax, other_act
-        self.reduction = one_of("reduction", getattr(reduction, "value", reduction), REDUCTIONS)
         self.smooth_nr, self.smooth_dr = number("smooth_nr", smooth_nr), number("smooth_dr", smooth_dr)
         self.batch, self.soft_label, self.ignore_index = batch, soft_label, ignore_index
         self.inplace_backward, self.backend = inplace_backward, backend
 
     def _activation(self, input: torch.Tensor) -> tuple[torch.Tensor, str]:
         if self.softmax and input.size(1) == 1:
-            warnings.warn("single channel prediction, `softmax=True` ignored.", stacklevel=4)
+            _warn_ignored("softmax=True")
             return input, "none"
         if self.other_act is not None:
             return self.other_act(input), "none"
         return input, "sigmoid" if self.sigmoid else "softmax" if self.softmax else "none"
 
+    def _prepared(self, input: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """The logits, or probabilities, and the target with what belongs to it, as the kernels take them."""
+        one_channel = input.size(1) == 1
+        if one_channel and not self.include_background:
+            _warn_ignored("include_background=False")
+        if one_channel and self.to_onehot_y:
+            _warn_ignored("to_onehot_y=True")
+        logits, activation = self._activation(input)
+        found = self._target(input, target)
+        mask = found.pop("mask", None)
+        if mask is None:
+            return logits, {**found, "activation": activation}
+        # As there, a mask that may be soft multiplies both, the probabilities and the target.
+        p = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        p = p.sigmoid() if activation == "sigmoid" else p.softmax(1) if activation == "softmax" else p
+        return p * mask, {**found, "target": found["target"] * mask, "activation": "none"}
+
     def _target(self, input: torch.Tensor, target: torch.Tensor) -> dict:
         # The target and, where it is one-hot, the mask of what is not ignored.
         if self.to_onehot_y and input.size(1) > 1:
             if target.dim() != input.dim() or target.size(1) != 1:
-                raise ValueError(
+                raise ShapeError(
                     "target: with to_onehot_y=True expected class indices (B, 1, *spatial), got the shape "
                     f"{tuple(target.shape)}"
                 )
             return {"target": as_indices(target), "ignore_index": self.ignore_index}
         if target.shape != input.shape:
-            raise ValueError(
-                f"target: expected the input's shape {tuple(input.shape)}, got {tuple(target.shape)}; for class "
-                "indices set to_onehot_y=True"
+            raise ShapeError(
+                f"ground truth has different shape ({target.shape}) from input ({input.shape}); for class indices set "
+                "to_onehot_y=True"
             )
         target, ignored = as_dense(target), self.ignore_index
         found = {"target": target, "check_target": False}  # as there, it may hold anything
         if ignored is not None and target.size(1) == 1:  # a label a voxel
             found["voxel_weight"] = target[:, 0] != ignored
         elif ignored is not None and 0 <= ignored < target.size(1):
-            found["voxel_weight"] = target[:, ignored] == 0
+            if target.is_floating_point():
+                found["mask"] = 1 - target[:, ignored : ignored + 1]
+            else:
+                found["voxel_weight"] = target[:, ignored] == 0
         elif ignored is not None:
             found["voxel_weight"] = target.sum(1) > 0
         return found
@@ -146,10 +173,10 @@ class TverskyLoss(_Loss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target."""
-        input, activation = self._activation(input)
+        input, of_target = self._prepared(input, target)
         return functional.tversky_loss(
-            input, **self._target(input, target), activation=activation, alpha=self.alpha, beta=self.beta,
-            smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr, **self._options(),
+            input, **of_target, alpha=self.alpha, beta=self.beta, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr,
+            **self._options(),
         )  # fmt: skip
 
 
@@ -213,10 +240,8 @@ class DiceLoss(_Loss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target."""
-        input, activation = self._activation(input)
-        loss = functional.tversky_loss(
-            input, **self._target(input, target), activation=activation, **{**self._options(), **self._dice(input)}
-        )
+        input, of_target = self._prepared(input, target)
+        loss = functional.tversky_loss(input, **of_target, **{**self._options(), **self._dice(input)})
         if self.reduction == "none":
             loss = loss.view(*loss.shape, *(1,) * (input.dim() - 2))
         return loss
@@ -243,7 +268,8 @@ def _check_channels(input: torch.Tensor, target: torch.Tensor) -> None:
 
 
 @attributes_of("dice", *_DICE_OPTIONS)
-class DiceCELoss(torch.nn.Module):
+@attributes_of("cross_entropy", "label_smoothing")
+class DiceCELoss(torch.nn.modules.loss._Loss):
     """`monai.losses.DiceCELoss`: arguments as there, but for reduction "none", which raises.
 
     With a softmax both parts are computed in the same two passes. As in MONAI, the cross-entropy of several channels is
@@ -272,39 +298,44 @@ class DiceCELoss(torch.nn.Module):
         inplace_backward: bool = False,
         backend: str = "auto",
     ):
-        super().__init__()
+        torch.nn.Module.__init__(self)  # the reduction is that of the parts
         dice_weight = weight[1:] if weight is not None and not include_background else weight
         self.dice = DiceLoss(
             include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
             smooth_dr, batch, dice_weight, inplace_backward=inplace_backward, backend=backend,
         )  # fmt: skip
         _check_not_voxelwise(self.dice.reduction)
-        self.register_buffer("ce_weight", None if weight is None else torch.as_tensor(weight))
+        # Modules as there, for their attributes and their weights in the state_dict.
+        weight = None if weight is None else torch.as_tensor(weight)
+        smoothing = number("label_smoothing", label_smoothing, most=1.0)
+        self.cross_entropy = torch.nn.CrossEntropyLoss(
+            weight=weight, reduction=self.dice.reduction, label_smoothing=smoothing
+        )
+        self.binary_cross_entropy = torch.nn.BCEWithLogitsLoss(pos_weight=weight, reduction=self.dice.reduction)
         self.lambda_dice, self.lambda_ce = number("lambda_dice", lambda_dice), number("lambda_ce", lambda_ce)
-        self.label_smoothing = number("label_smoothing", label_smoothing, most=1.0)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
         _check_channels(input, target)
         dice, classes = self.dice, input.size(1)
-        activated, activation = dice._activation(input)
         ce_target = as_dense(target) if target.size(1) == classes else as_indices(target)
-        dice_target = dice._target(input, target)
+        activated, dice_target = dice._prepared(input, target)
         options = {**dice._options(), **dice._dice(input)}
-        ce = {"ce_weight": self.lambda_ce, "label_smoothing": self.label_smoothing, "ce_class_weight": self.ce_weight}
+        weight, pos_weight = self.cross_entropy.weight, self.binary_cross_entropy.pos_weight
+        ce = {"ce_weight": self.lambda_ce, "label_smoothing": self.label_smoothing, "ce_class_weight": weight}
         wanted = "softmax" if classes > 1 else "sigmoid"
         if classes == 1:
-            ce["label_smoothing"] = 0.0
-        if activation == wanted and not (classes == 1 and self.ce_weight is not None):
-            return functional.tversky_ce_loss(
-                input, **dice_target, activation=activation, tversky_weight=self.lambda_dice, **ce, **options
-            )
+            ce["label_smoothing"], ce["ce_class_weight"] = 0.0, None
+        if dice_target["activation"] == wanted and not (classes == 1 and pos_weight is not None):
+            return functional.tversky_ce_loss(input, **dice_target, tversky_weight=self.lambda_dice, **ce, **options)
         # Two different activations, or targets: two losses. The first must not overwrite what the second reads.
         first = {**options, "inplace_backward": False}
-        overlap = functional.tversky_loss(activated, **dice_target, activation=activation, **first)
-        if classes == 1 and self.ce_weight is not None:
+        overlap = functional.tversky_loss(activated, **dice_target, **first)
+        if classes == 1 and pos_weight is not None:
+            # In float32 at the least: half precision would round the weight, or make it infinite.
+            z = input if input.dtype == torch.float64 else input.float()
             entropy = self.lambda_ce * torch.nn.functional.binary_cross_entropy_with_logits(
-                input, ce_target.to(input.dtype), pos_weight=self.ce_weight.to(input), reduction=dice.reduction
+                z, ce_target.to(z.dtype), pos_weight=pos_weight.to(z), reduction=dice.reduction
             )
         else:
             entropy = functional.tversky_ce_loss(
@@ -314,12 +345,189 @@ class DiceCELoss(torch.nn.Module):
         return self.lambda_dice * overlap + entropy
 
 
-@attributes_of("dice", *_DICE_OPTIONS)
-class DiceFocalLoss(torch.nn.Module):
-    """`monai.losses.DiceFocalLoss`: arguments as there, but for ``alpha`` and reduction "none", which raise.
+def _is_hard(target: torch.Tensor) -> bool:
+    # Whether all values are 0 or 1, as far as that is known without waiting for a device.
+    if not target.is_floating_point():
+        return True
+    return target.is_cpu and not torch.compiler.is_compiling() and bool(((target == 0) | (target == 1)).all())
+
+
+def _one_hot(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    # A dense float target of the input's shape from labels (B, 1, *spatial).
+    labels = target.long().expand(-1, 1, *input.shape[2:])
+    return torch.zeros_like(input, dtype=torch.float32).scatter_(1, labels, 1.0)
+
+
+class FocalLoss(torch.nn.modules.loss._Loss):
+    """`monai.losses.FocalLoss`: arguments as there.
+
+    Of hard targets the mean and the sum are one count pass and one gradient pass. Soft targets (for which MONAI has
+    another factor than the kernels), ``alpha``, ``ignore_index``, reduction "none" and a softmax without the background
+    are computed by torch; and on a GPU a dense target of a floating type, which may be soft.
+
+    Args:
+        include_background: False leaves channel 0 out, before a softmax too.
+        to_onehot_y: True for class indices (B, 1, *spatial); False for a target of the input's shape.
+        gamma: The focal exponent.
+        alpha: As there: one number, or one a class; None: without.
+        weight: One factor, or one a class that is not left out.
+        reduction: "mean", "sum" (of the means over space) or "none".
+        use_softmax: Of a softmax in the place of a sigmoid of every channel.
+        ignore_index: A label, or the channel of a one-hot target, whose voxels do not count.
+        inplace_backward: As in `tversky_kernels.tversky_loss`.
+        backend: As in `tversky_kernels.tversky_loss`.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        gamma: float = 2.0,
+        alpha: float | Sequence[float] | None = None,
+        weight: Sequence[float] | float | torch.Tensor | None = None,
+        reduction: str = "mean",
+        use_softmax: bool = False,
+        ignore_index: int | None = None,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(reduction=one_of("reduction", getattr(reduction, "value", reduction), REDUCTIONS))
+        self.include_background, self.to_onehot_y = include_background, to_onehot_y
+        self.gamma, self.use_softmax = number("gamma", gamma), use_softmax
+        self.alpha = alpha if alpha is None or isinstance(alpha, (int, float)) else torch.as_tensor(alpha)
+        self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
+        self.ignore_index = ignore_index
+        self.inplace_backward, self.backend = inplace_backward, backend
+
+    def _dropped(self, classes: int) -> int:
+        return 0 if self.include_background or classes == 1 else 1
+
+    def _weight_a_class(self, classes: int) -> torch.Tensor:
+        # (C); 0 for a channel that is left out.
+        dropped, weight = self._dropped(classes), self.class_weight
+        if weight is None:
+            weight = torch.ones(())
+        elif weight.dim() > 0 and weight.numel() != classes - dropped:
+            raise ValueError(f"weight: expected {classes - dropped} numbers, one a class, got {weight.numel()}")
+        if weight.is_cpu and bool((weight < 0).any()):
+            raise ValueError("weight: expected numbers >= 0")
+        return torch.cat((weight.new_zeros(dropped), weight.expand(classes - dropped)))
+
+    def takes_kernels(self, input: torch.Tensor, target: torch.Tensor) -> bool:
+        """Whether the kernels compute this loss of this target."""
+        is_hard = (self.to_onehot_y and input.size(1) > 1) or _is_hard(target)
+        is_plain = self.alpha is None and self.reduction != "none" and self.ignore_index is None
+        return is_hard and is_plain and not (self.use_softmax and (self._dropped(input.size(1)) or input.size(1) == 1))
+
+    def options(self, input: torch.Tensor, factor: float = 1.0) -> dict:
+        """The cross-entropy's options with which a compound loss has this one in it, times a factor."""
+        # Its mean is over the channels that are kept, and its sum that of the means over space.
+        classes = input.size(1)
+        kept, mean = classes - self._dropped(classes), self.reduction == "mean"
+        voxels = max(1, math.prod(input.shape[2:]))
+        if self.use_softmax:
+            # The kernels divide by the weight of the labels; the weights are put in afterwards, voxel by voxel.
+            scale = 1 / (classes * max(1, input.size(0) * voxels)) if mean else 1 / voxels
+        else:
+            scale = classes / kept if mean else 1 / voxels
+        return {
+            "ce_weight": factor * scale,
+            "ce_class_weight": self._weight_a_class(classes),
+            "focal_gamma": self.gamma,
+        }
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
+        one_channel = input.size(1) == 1
+        if one_channel and self.to_onehot_y:
+            _warn_ignored("to_onehot_y=True")
+        if one_channel and not self.include_background:
+            _warn_ignored("include_background=False")
+        labels = self.to_onehot_y and not one_channel
+        if target.shape != ((input.size(0), 1, *input.shape[2:]) if labels else input.shape):
+            raise ShapeError(f"ground truth has different shape ({target.shape}) from input ({input.shape})")
+        if not self.takes_kernels(input, target):
+            return self._by_torch(input, target, labels)
+        return functional.tversky_ce_loss(
+            input, as_indices(target) if labels else as_dense(target), tversky_weight=0.0, check_target=None,
+            activation="softmax" if self.use_softmax else "sigmoid",
+            reduction="sum" if self.use_softmax else self.reduction, **self.options(input),
+            inplace_backward=self.inplace_backward, backend=self.backend,
+        )  # fmt: skip
+
+    def _by_torch(self, input: torch.Tensor, target: torch.Tensor, labels: bool) -> torch.Tensor:
+        mask, classes = self._mask(target), input.size(1)
+        if labels:
+            ignored = self.ignore_index
+            if ignored is not None and not 0 <= ignored < classes:
+                target = torch.where(target == ignored, 0, target)
+            target = _one_hot(input, target)
+        dropped = self._dropped(classes)
+        z, g = input[:, dropped:].float(), target[:, dropped:].float()
+        if mask is not None:
+            z, g = z * mask, g * mask
+        loss = self._voxelwise(z, g)
+        if mask is not None:
+            loss = loss * mask
+        if self.class_weight is not None:
+            weight = self._weight_a_class(classes)[dropped:].to(loss)
+            loss = loss * weight.view(-1, *(1,) * (loss.dim() - 2))
+        if self.reduction == "none":
+            return loss
+        least = torch.finfo(torch.float32).eps
+        space = tuple(range(2, loss.dim()))
+        if self.reduction == "mean":
+            return loss.mean() if mask is None else loss.sum() / mask.sum().clamp(min=least)
+        if mask is None:
+            return loss.mean(space).sum()
+        return (loss.sum(space) / mask.sum(space).clamp(min=least)).sum()
+
+    def _mask(self, target: torch.Tensor) -> torch.Tensor | None:
+        ignored = self.ignore_index
+        if ignored is None:
+            return None
+        if target.size(1) == 1:
+            return (target != ignored).float()
+        if 0 <= ignored < target.size(1):
+            return 1.0 - target[:, ignored : ignored + 1].float()
+        return (target.sum(1, keepdim=True) > 0).float()
+
+    def _voxelwise(self, z: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        alpha = self.alpha
+        if isinstance(alpha, torch.Tensor):
+            alpha = alpha.to(z)
+            if alpha.dim() > 0 and alpha.numel() != z.size(1):
+                raise ValueError(f"alpha: expected {z.size(1)} numbers, one a class, got {alpha.numel()}")
+        of_class = (-1, *(1,) * (z.dim() - 2))
+        if self.use_softmax:
+            log_p = z.log_softmax(1)
+            loss = -((1 - log_p.exp()) ** self.gamma) * log_p * g
+            if alpha is None or (not self.include_background and isinstance(alpha, (int, float))):
+                return loss
+            if not isinstance(alpha, torch.Tensor) or alpha.dim() == 0:
+                # 1 - alpha for the background, alpha for all others
+                alpha = torch.cat(
+                    [loss.new_full((1,), 1 - float(alpha)), loss.new_full((z.size(1) - 1,), float(alpha))]
+                )
+            return alpha.view(of_class) * loss
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(z, g, reduction="none")
+        loss = (self.gamma * torch.nn.functional.logsigmoid(-z * (2 * g - 1))).exp() * loss
+        if alpha is None:
+            return loss
+        if isinstance(alpha, torch.Tensor) and alpha.dim() > 0:
+            return torch.where(g == 1, alpha.view(of_class), 1.0) * loss
+        return (g * alpha + (1 - g) * (1 - alpha)) * loss
+
+
+@attributes_of("dice", *(name for name in _DICE_OPTIONS if name not in ("to_onehot_y", "reduction")))
+@attributes_of("focal", "gamma", "alpha")
+class DiceFocalLoss(torch.nn.modules.loss._Loss):
+    """`monai.losses.DiceFocalLoss`: arguments as there.
 
     As in MONAI, the focal loss is always that of a sigmoid of every channel, whatever activation the Dice loss has;
-    with ``sigmoid=True`` both are computed in the same two passes. ``weight`` and ``include_background`` are of both.
+    with ``sigmoid=True`` both are computed in the same two passes where `FocalLoss` leaves them to the kernels.
+    ``weight`` and ``include_background`` are of both. With reduction "none" the Dice loss is added to every voxel's.
     """
 
     def __init__(
@@ -339,55 +547,56 @@ class DiceFocalLoss(torch.nn.Module):
         weight: Sequence[float] | float | torch.Tensor | None = None,
         lambda_dice: float = 1.0,
         lambda_focal: float = 1.0,
-        alpha: float | None = None,
+        alpha: float | Sequence[float] | None = None,
         *,
         inplace_backward: bool = False,
         backend: str = "auto",
     ):
-        super().__init__()
+        torch.nn.Module.__init__(self)  # the reduction is that of the parts
         self.dice = DiceLoss(
             include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
             smooth_dr, batch, weight, inplace_backward=inplace_backward, backend=backend,
         )  # fmt: skip
-        _check_not_voxelwise(self.dice.reduction)
-        if alpha is not None:
-            raise ValueError(f"alpha: expected None; the balanced focal loss is not computed, got {alpha!r}")
-        self.gamma = number("gamma", gamma)
+        self.focal = FocalLoss(include_background, to_onehot_y, gamma, alpha, weight, reduction, backend=backend)
         self.lambda_dice, self.lambda_focal = number("lambda_dice", lambda_dice), number("lambda_focal", lambda_focal)
 
-    def _focal(self, input: torch.Tensor) -> dict:
-        # Its mean is over the channels that are kept, and its sum that of the means over space.
-        dice, classes = self.dice, input.size(1)
-        dropped = dice._dropped(classes)
-        weight = torch.ones(()) if dice.class_weight is None else dice._weight_a_class(classes)
-        per_class = weight.expand(classes).clone()
-        per_class[:dropped] = 0
-        mean = dice.reduction == "mean"
-        scale = classes / (classes - dropped) if mean else 1 / max(1, math.prod(input.shape[2:]))
-        return {
-            "ce_weight": self.lambda_focal * scale,
-            "ce_class_weight": per_class,
-            "focal_gamma": self.gamma,
-        }
+    @property
+    def reduction(self) -> str:
+        """Of both parts."""
+        return self.dice.reduction
+
+    @reduction.setter
+    def reduction(self, value: str) -> None:
+        self.dice.reduction = self.focal.reduction = value
+
+    @property
+    def to_onehot_y(self) -> bool:
+        """Of both parts."""
+        return self.dice.to_onehot_y
+
+    @to_onehot_y.setter
+    def to_onehot_y(self, value: bool) -> None:
+        self.dice.to_onehot_y = self.focal.to_onehot_y = value
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
         _check_channels(input, target)
-        dice = self.dice
-        activated, activation = dice._activation(input)
-        dice_target, focal = dice._target(input, target), self._focal(input)
+        dice, focal = self.dice, self.focal
+        focal.include_background, focal.backend = dice.include_background, dice.backend
+        focal.class_weight = dice.class_weight
+        activated, dice_target = dice._prepared(input, target)
         options = {**dice._options(), **dice._dice(input)}
-        if activation == "sigmoid":
+        fused = focal.takes_kernels(input, target)
+        if fused and dice_target["activation"] == "sigmoid":
+            of_focal = focal.options(input, self.lambda_focal)
             return functional.tversky_ce_loss(
-                input, **dice_target, activation=activation, tversky_weight=self.lambda_dice, **focal, **options
+                input, **dice_target, tversky_weight=self.lambda_dice, **of_focal, **options
             )
-        # Two activations: two losses, neither of which may overwrite what the other reads.
-        first = {**options, "inplace_backward": False}
-        overlap = functional.tversky_loss(activated, **dice_target, activation=activation, **first)
-        return self.lambda_dice * overlap + functional.tversky_ce_loss(
-            input, **dice_target, activation="sigmoid", tversky_weight=0.0, reduction=dice.reduction, **focal,
-            backend=dice.backend,
-        )  # fmt: skip
+        # Two losses, neither of which may overwrite what the other reads.
+        overlap = functional.tversky_loss(activated, **dice_target, **{**options, "inplace_backward": False})
+        if dice.reduction == "none":
+            overlap = overlap.view(*overlap.shape, *(1,) * (input.dim() - 2))
+        return self.lambda_dice * overlap + self.lambda_focal * focal(input, target)
 
 
 #: `interp_mode` of MONAI's `DeepSupervisionLoss` that these kernels know: those that take a voxel's value from another.
