@@ -513,17 +513,7 @@ def generalized_dice_loss(
         )
     if not _arguments.flag("include_background", include_background) and logits.size(1) > 1:
         counts = counts[:, 1:]
-    tp, fp, fn = counts.unbind(-1)
-    volume = (tp + fn).detach()
-    w = 1 / volume ** {"square": 2, "simple": 1, "uniform": 0}[weight]
-    infinite = torch.isinf(w)
-    w = torch.where(infinite, 0.0, w)
-    w = torch.where(infinite, w.amax(1, keepdim=True), w)
-    # 1 - Dice without cancellation: the numerator is what the denominator has more.
-    wrong = (w * (fp + fn)).sum(1) + (smooth_dr - smooth_nr)
-    denominator = (w * (2 * tp + fp + fn)).sum(1) + smooth_dr
-    some = denominator != 0
-    loss = torch.where(some, wrong, 0.0 * wrong) / torch.where(some, denominator, 1.0)
+    loss = generalized_dice_of_counts(counts, weight, smooth_nr, smooth_dr)
     dtype = _arguments.compute_dtype(logits)
     if over_samples:
         token = (weight, smooth_nr, smooth_dr, include_background, reduction, logits.size(1), logits.dtype)
@@ -534,6 +524,21 @@ def generalized_dice_loss(
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" or loss.numel() == 0 else loss.mean()
+
+
+def generalized_dice_of_counts(counts: torch.Tensor, weight: str, smooth_nr: float, smooth_dr: float) -> torch.Tensor:
+    """The loss of each row (rows) of counts (rows, C, 3); see `generalized_dice_loss`."""
+    tp, fp, fn = counts.unbind(-1)
+    volume = (tp + fn).detach()
+    w = 1 / volume ** {"square": 2, "simple": 1, "uniform": 0}[weight]
+    infinite = torch.isinf(w)
+    w = torch.where(infinite, 0.0, w)
+    w = torch.where(infinite, w.amax(1, keepdim=True), w)
+    # 1 - Dice without cancellation: the numerator is what the denominator has more.
+    wrong = (w * (fp + fn)).sum(1) + (smooth_dr - smooth_nr)
+    denominator = (w * (2 * tp + fp + fn)).sum(1) + smooth_dr
+    some = denominator != 0
+    return torch.where(some, wrong, 0.0 * wrong) / torch.where(some, denominator, 1.0)
 
 
 def _split_options(function: str, loss: str, options: dict) -> tuple[dict, dict]:

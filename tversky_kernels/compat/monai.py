@@ -1,5 +1,4 @@
-"""MONAI's `TverskyLoss`, `DiceLoss`, `DiceCELoss`, `FocalLoss`, `DiceFocalLoss` and `DeepSupervisionLoss` (1.6): their
-arguments, attributes, state_dict and numbers.
+"""MONAI's overlap losses, `FocalLoss` and their compounds (1.6): their arguments, attributes, state_dict and numbers.
 
 The reduction "none" of DiceCELoss, a value a voxel, raises. What of a focal loss the kernels do not compute (alpha, a
 value a voxel, soft targets, for which MONAI's factor is another, and ignore_index) is computed by torch.
@@ -19,7 +18,24 @@ from ..reference import nearest_voxels
 from ._attributes import attributes_of
 from ._targets import as_dense, as_indices
 
-__all__ = ["DeepSupervisionLoss", "DiceCELoss", "DiceFocalLoss", "DiceLoss", "FocalLoss", "TverskyLoss"]
+__all__ = [
+    "DeepSupervisionLoss",
+    "Dice",
+    "DiceCELoss",
+    "DiceFocalLoss",
+    "DiceLoss",
+    "FocalLoss",
+    "GeneralizedDiceFocalLoss",
+    "GeneralizedDiceLoss",
+    "MCCLoss",
+    "MaskedDiceLoss",
+    "MaskedLoss",
+    "TverskyLoss",
+    "dice_ce",
+    "dice_focal",
+    "generalized_dice",
+    "generalized_dice_focal",
+]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -597,6 +613,192 @@ class DiceFocalLoss(torch.nn.modules.loss._Loss):
         if dice.reduction == "none":
             overlap = overlap.view(*overlap.shape, *(1,) * (input.dim() - 2))
         return self.lambda_dice * overlap + self.lambda_focal * focal(input, target)
+
+
+class _LossOfCounts(_Loss):
+    """A loss of the overlap counts in float64."""
+
+    def _counts(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        # (N or 1, C', 3)
+        logits, found = self._prepared(input, target)
+        target, voxel_weight = found.pop("target"), found.pop("voxel_weight", None)
+        check_target = found.pop("check_target", None)
+        options = {**found, "soft_label": self.soft_label, "batch": self.batch}
+        how = (check_target, self.inplace_backward, None, self.backend)
+        counts = functional.exact_counts(logits, target, voxel_weight, options, *how)
+        return counts if self.include_background or input.size(1) == 1 else counts[:, 1:]
+
+    def _reduced(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self.reduction == "none" else loss.sum() if self.reduction == "sum" else loss.mean()
+
+
+class GeneralizedDiceLoss(_LossOfCounts):
+    """`monai.losses.GeneralizedDiceLoss`: arguments as there."""
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        w_type: str = "square",
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        soft_label: bool = False,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
+            soft_label, None, inplace_backward, backend,
+        )  # fmt: skip
+        self.w_type = one_of("w_type", getattr(w_type, "value", w_type), functional.GENERALIZED_WEIGHTS)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and a target."""
+        loss = functional.generalized_dice_of_counts(
+            self._counts(input, target), self.w_type, self.smooth_nr, self.smooth_dr
+        )
+        loss = self._reduced(loss.to(torch.promote_types(input.dtype, torch.float32)))
+        if self.reduction != "none":
+            return loss
+        return loss.view(*loss.shape, *(1,) * (input.dim() - 1 - self.batch))
+
+
+class MCCLoss(_LossOfCounts):
+    """`monai.losses.MCCLoss`: arguments as there (Abhishek and Hamarneh 2021, arXiv:2010.13454)."""
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        reduction: str = "mean",
+        smooth_nr: float = 0.0,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
+            False, None, inplace_backward, backend,
+        )  # fmt: skip
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and a target."""
+        counts = self._counts(input, target)
+        tp, fp, fn = (counts[0] if self.batch else counts).unbind(-1)
+        tn = math.prod(input.shape[2:]) * (input.size(0) if self.batch else 1) - tp - fp - fn
+        product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + self.smooth_dr
+        score = 1 - (tp * tn - fp * fn + self.smooth_nr) / product.sqrt()
+        # As there: a prediction without an error is right, also where there is nothing to be found.
+        score = torch.where((fp == 0) & (fn == 0), 0.0, score)
+        return self._reduced(score.to(torch.promote_types(input.dtype, torch.float32)))
+
+
+class GeneralizedDiceFocalLoss(torch.nn.modules.loss._Loss):
+    """`monai.losses.GeneralizedDiceFocalLoss`: arguments as there."""
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        w_type: str = "square",
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        gamma: float = 2.0,
+        weight: Sequence[float] | float | torch.Tensor | None = None,
+        lambda_gdl: float = 1.0,
+        lambda_focal: float = 1.0,
+        *,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.generalized_dice = GeneralizedDiceLoss(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, w_type, reduction, smooth_nr, smooth_dr,
+            batch, backend=backend,
+        )  # fmt: skip
+        self.focal = FocalLoss(include_background, to_onehot_y, gamma, None, weight, reduction, backend=backend)
+        self.lambda_gdl, self.lambda_focal = number("lambda_gdl", lambda_gdl), number("lambda_focal", lambda_focal)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
+        _check_channels(input, target)
+        overlap = self.generalized_dice(input, target)
+        return self.lambda_gdl * overlap + self.lambda_focal * self.focal(input, target)
+
+
+class MaskedLoss(torch.nn.modules.loss._Loss):
+    """`monai.losses.MaskedLoss`: input and target times a mask (B or 1, 1, *spatial), then a loss of them.
+
+    The product is a tensor of the logits' size. Where the mask is to say which voxels count, a `voxel_weight` of
+    `tversky_kernels.tversky_loss` does so without one.
+    """
+
+    def __init__(self, loss: Callable | type, *loss_args, **loss_kwargs):
+        super().__init__()
+        self.loss = loss(*loss_args, **loss_kwargs) if isinstance(loss, type) else loss
+        if not callable(self.loss):
+            raise ValueError(f"loss: expected a callable or a class, got {type(loss).__name__}")
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss of the masked input and target."""
+        if mask is None:
+            warnings.warn("No mask value specified for the MaskedLoss.", stacklevel=2)
+            return self.loss(input, target)
+        if mask.size(0) not in (1, input.size(0)) or (target.dim() > 1 and mask.size(1) != 1):
+            raise ValueError(
+                f"mask: for an input {tuple(input.shape)} expected (1 or {input.size(0)}, 1, *spatial), got "
+                f"{tuple(mask.shape)}"
+            )
+        if input.shape[2:] != mask.shape[2:]:
+            warnings.warn(f"Spatial size of input ({input.shape}) is different from mask ({mask.shape}).", stacklevel=2)
+        return self.loss(input * mask, target * mask)
+
+
+class MaskedDiceLoss(DiceLoss):
+    """`monai.losses.MaskedDiceLoss`: probabilities and target times a mask, and the Dice loss of the products.
+
+    As there, a masked voxel of class indices has the label 0 then, and the probability 0 of every class.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pre_sigmoid, self.pre_softmax, self.pre_other_act = self.sigmoid, self.softmax, self.other_act
+        self.sigmoid = self.softmax = False
+        self.other_act = None
+        self.spatial_weighted = MaskedLoss(super().forward)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss of (B, C, *spatial), a target, and a mask (B or 1, 1, *spatial)."""
+        if self.pre_sigmoid:
+            input = input.sigmoid()
+        if self.pre_softmax:
+            if input.size(1) == 1:
+                _warn_ignored("softmax=True")
+            else:
+                input = input.softmax(1)
+        if self.pre_other_act is not None:
+            input = self.pre_other_act(input)
+        return self.spatial_weighted(input, target, mask)
+
+
+Dice = DiceLoss
+dice_ce, dice_focal = DiceCELoss, DiceFocalLoss
+generalized_dice, generalized_dice_focal = GeneralizedDiceLoss, GeneralizedDiceFocalLoss
 
 
 #: `interp_mode` of MONAI's `DeepSupervisionLoss` that these kernels know: those that take a voxel's value from another.
