@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
+import time
 import traceback
 
 import pytest
@@ -141,6 +143,14 @@ def mesh(rank, world):
         for name in ("tversky", "compound", "sum", "skip", "generalized", "reference")
     }
     found["head"] = trained_head(x, target, wrap=True, **run)
+    # Two ranks do not fit together, and one of two others has a bad label: all four raise.
+    wider = torch.cat([x, x[:, :1]], 1) if rank == 1 else x
+    found["sizes"] = error_of(tk.tversky_loss, wider, target, **run)
+    bad = target.clone()
+    if rank == 2:
+        bad[0, 0, 0, 0] = 7
+    found["label"] = error_of(tk.tversky_loss, x, bad, **run)
+    found["after that"] = tk.tversky_loss(x, target, **run).item()
     other = groups[0][1 - rank // 2]
     try:
         tk.tversky_loss(x, target, process_group=other)
@@ -353,8 +363,11 @@ def test_mesh(ranks):
     for name in ("tversky", "compound", "sum", "skip", "generalized", "reference", "head"):
         whole = trained_head(LOGITS, TARGET) if name == "head" else trained(LOSSES[name], LOGITS, TARGET)
         check_ddp([f["mesh"][name] for f in ranks], whole)
-    for f in ranks:
-        assert "process_group: expected a group that this rank is part of" in f["mesh"]["other group"]
+    for rank, f in enumerate(f["mesh"] for f in ranks):
+        assert "process_group: expected a group that this rank is part of" in f["other group"]
+        assert f["sizes"][0] == ("RankError" if rank == 2 else "ValueError")  # rank 3 meets rank 1
+        assert f["label"][0] == ("ValueError" if rank == 2 else "RankError")
+        assert f["after that"] == pytest.approx(tk.tversky_loss(LOGITS, TARGET).item())
 
 
 def test_ranks_that_take_different_backends(ranks):
@@ -449,6 +462,28 @@ def test_nnunets_loss_is_that_of_the_whole_batch_once_ddp_has_averaged(ranks):
     loss, gradient = loss_and_gradient(alone, LOGITS, TARGET[:, None])
     torch.testing.assert_close(sum(x for x, _ in parts) / len(ranks), loss)
     torch.testing.assert_close(torch.cat([g for _, g in parts]) / len(ranks), gradient)
+
+
+def worker_beside_one_that_dies(rank, path, results):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=10)
+    )
+    tk.tversky_loss(LOGITS, TARGET, batch=True, process_group=True)
+    if rank == 1:
+        os._exit(0)
+    started = time.monotonic()
+    found = error_of(tk.tversky_loss, LOGITS, TARGET, batch=True, process_group=True)
+    torch.save((found, time.monotonic() - started), results)
+
+
+def test_a_rank_that_dies(tmp_path):
+    """The others get an error within the group's timeout."""
+    arguments = (str(tmp_path / "store"), str(tmp_path / "results"))
+    torch.multiprocessing.spawn(worker_beside_one_that_dies, arguments, nprocs=2)
+    (kind, message), seconds = torch.load(tmp_path / "results")
+    assert "Error" in kind, message
+    assert seconds < 60
 
 
 def test_arguments_of_a_single_process():

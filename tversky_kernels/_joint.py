@@ -13,8 +13,10 @@ from .distributed import Ranks
 
 
 class Part(NamedTuple):
-    """What this rank holds. counts: computes (N, C, 3 or 6), differentiable; like: has the shape, dtype and device of
-    the logits."""
+    """This rank's part of a loss.
+
+    counts: Computes (N, C, 3 or 6), differentiable. like: Has the shape, dtype and device of the logits.
+    """
 
     counts: Callable[[], torch.Tensor]
     checked: _arguments.Checked
@@ -31,8 +33,8 @@ class Part(NamedTuple):
         return 6 if _arguments.is_used(self.checked.plan.options.ce_weight) else 3
 
 
+# Of everything that must be the same on all ranks, but for what only a card knows.
 def _token(parts: Sequence[Part], check_target: bool | None) -> tuple[int, ...]:
-    # Of everything that must be the same on all ranks, but for what only a card knows.
     what = [check_target]
     for part in parts:
         checked = part.checked
@@ -59,7 +61,8 @@ def _reads(like: torch.Tensor, check_target: bool | None) -> bool:
 
 
 def _summed_counts(parts: Sequence[Part], ranks: Ranks, check_target: bool | None):
-    # The counts of each part, summed over its rows' batch and over the ranks that hold parts; and what is to be raised.
+    # The counts of each part, summed over the batch where that is asked for and over the ranks that hold parts; the
+    # error to be raised, or None; the token of the arguments.
     if active_transforms():
         raise NotImplementedError("process_group, sample_group: torch.func transforms over several ranks")
     found, error = [], None
@@ -76,7 +79,10 @@ def _summed_counts(parts: Sequence[Part], ranks: Ranks, check_target: bool | Non
         return found, error, token
     if not torch.compiler.is_compiling():
         sizes = [(part.rows, part.like.size(1), part.columns) for part in parts]
-        distributed.agree_on_sizes(ranks.parts, sizes, parts[0].like.device, "process_group")
+        try:
+            distributed.agree_on_sizes(ranks.parts, sizes, parts[0].like.device, "process_group")
+        except ValueError as different:
+            return found, error or different, token  # raised later, for ranks with other samples wait
     reads = _reads(parts[0].like, check_target)
     joined = distributed.sum_over(ranks.parts, found, ranks.scale, token, error, reads, "process_group")
     return joined.values, joined.error or error, token

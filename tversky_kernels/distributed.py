@@ -144,7 +144,7 @@ def agree_on_sizes(group, tables: Sequence[tuple[int, ...]], device: torch.devic
 
 
 class Joined(NamedTuple):
-    """Sums over the ranks, and what this rank must raise (None: nothing, or nobody has looked)."""
+    """Sums over the ranks, and the error that this rank must raise (None: no error, or nobody has looked)."""
 
     values: list[torch.Tensor]
     error: Exception | None
@@ -162,7 +162,7 @@ def sum_over(
     """The sums of all values over the group, in one exchange; their gradients are each rank's own part, times scale.
 
     error: what this rank failed with; all ranks then have something to raise. reads: look whether one did, which waits
-    for the device; all ranks must say the same. Without it, values are NaN where the ranks' arguments differ.
+    for the device; all ranks must say the same. Without it, values are NaN where one failed or arguments differ.
     """
     if torch.compiler.is_compiling():
         return Joined([_Sum.apply(x, group, scale) for x in values], None)
@@ -174,7 +174,7 @@ def sum_over(
     parts = [part.view(x.shape) for part, x in zip(parts, values, strict=True)]
     trailer = trailer.detach()
     if not reads:
-        poison = torch.where(_differ(trailer), torch.nan, 0.0)
+        poison = torch.where(_differ(trailer) | (trailer[0] > 0), torch.nan, 0.0)
         return Joined([part + poison for part in parts], None)
     if error is None:
         if trailer[0] > 0:
