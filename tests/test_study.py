@@ -389,6 +389,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "make_simulated", lambda *_: None)
     monkeypatch.setattr(study, "SMALL", settings(sampling="foreground", steps=4, norm="instance"))
     monkeypatch.setattr(study_report, "DATA_SETS", study.DATA_SETS)
+    monkeypatch.setattr(study_report, "SEEDS", study.SEEDS)
     monkeypatch.chdir(tmp_path)
 
     class Pool:  # in this process, which has the data set
@@ -448,7 +449,17 @@ def test_study_goes_on_and_reports(tiny, capsys):
             assert before["loss"] == after["loss"]
 
     page = tiny / "page.md"
-    names = ["table 1", "claims", "cost", "area", "means tiny", "differences tiny", "findings tiny", "agreement tiny"]
+    names = [
+        "table 1",
+        "claims",
+        "progress",
+        "cost",
+        "area",
+        "means tiny",
+        "differences tiny",
+        "findings tiny",
+        "agreement tiny",
+    ]
     page.write_text("\n".join(f"<!-- {n} -->\nstale\n<!-- /{n} -->\n" for n in names))
     assert study_report.main([str(tiny / "out"), "--out", str(tiny / "report"), "--page", str(page)]) == 0
     text = page.read_text()
