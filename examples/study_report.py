@@ -270,8 +270,8 @@ def area_estimates(table: pd.DataFrame) -> str:
     apart = (table.APR - table.APR_lower_trapezoid).abs()
     return (
         f"Over all {len(table)} patients of all runs the average precision and Boyd et al.'s lower trapezoid differ by "
-        f"{100 * apart.median():.2g} percentage points in the median and by {100 * apart.max():.2g} at most, where many "
-        "voxels share the probability that float32 rounds to 1."
+        f"{100 * apart.median():.2g} percentage points in the median and by {100 * apart.max():.2g} at most, where "
+        "many voxels share the probability that float32 rounds to 1."
     )
 
 
