@@ -107,7 +107,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         line = {"recipe": recipe, "runs": len(table[table.recipe == recipe].groupby(["fold", "seed"]))}
         for name in (*PERCENT, "false_lesions"):
             values = grid(table, recipe, name)
-            line[name] = np.nanmean(values)
+            line[name] = np.nanmean(values) if values.notna().any(axis=None) else np.nan
             line[f"{name}_sd_patients"] = values.mean(axis=1).std(ddof=1)
             line[f"{name}_sd_seeds"] = values.mean(axis=0).std(ddof=1) if values.shape[1] > 1 else np.nan
             d = None if recipe == BASELINE else difference(table, recipe, name)
@@ -495,7 +495,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     out.mkdir(parents=True, exist_ok=True)
     everything = patients_of(rows)
-    tables = {name: everything[everything.data == name] for name in DATA_SETS if (everything.data == name).any()}
+    # Of a data set that has only begun there is nothing to compare.
+    tables = {name: of for name in DATA_SETS if (of := everything[everything.data == name]).recipe.nunique() > 1}
+    if not tables:
+        print("study_report: no data set has runs of two recipes yet", file=sys.stderr)
+        return 2
     summaries = {name: summary(table) for name, table in tables.items()}
     parts = {
         "table 1": table_one(summaries),
@@ -529,6 +533,11 @@ def main(argv: list[str] | None = None) -> int:
         images = arguments.images or name == "ms-simulated"
         draw_slices(arguments.study, rows, name, folder, out / f"slices_{name}.png", images)
     if arguments.page:
+        page = arguments.page.read_text()
+        for name in DATA_SETS.keys() - tables.keys():
+            for kind in ("findings", "means", "differences"):
+                if f"<!-- {kind} {name} -->" in page:
+                    parts[f"{kind} {name}"] = "Not run yet."
         arguments.page.write_text(fill(arguments.page.read_text(), parts))
     else:
         print("\n\n".join(f"{name}\n{text}" for name, text in parts.items()))
