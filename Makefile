@@ -1,5 +1,5 @@
-# make demo   trains the paper's network on real CT with our loss (sets everything up; about 10 minutes on 2 cores)
-# make study  losses and samplings side by side on real images, a small setting of docs/study.md (within 40 minutes)
+# make demo   trains the paper's network on real CT with our loss (sets everything up; a quarter of an hour on 2 cores)
+# make study  losses and samplings side by side on real images, a small setting of docs/study.md
 # make test   all tests (sets everything up)
 # make lint   ruff and clang-format        make bench  the benchmarks of this machine
 # make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own

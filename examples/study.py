@@ -4,7 +4,7 @@ A run trains a network and scores the patients that it has not seen. Its row is 
 an interrupted study goes on where it stopped, and tables and pictures are made from the rows alone (study_report.py).
 
     python examples/study.py --list                       what would run, and for how long
-    python examples/study.py --jobs 2                     the small setting: about 40 seconds a run on one core
+    python examples/study.py --jobs 2                     the small setting: about a minute a run
     python examples/study.py --only 'lung/*' --seeds 1    a part of it
     python examples/study.py --setting full --device cuda --jobs 1
 
@@ -60,7 +60,7 @@ class DataSet:
     full: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-#: Small: what two cores do in about 40 seconds a run. Full: the paper's network size and schedule, for a card.
+#: Small: about a minute a run on one core. Full: larger patches, more features and steps, for a card; not run yet.
 SMALL = Settings(
     steps=200,
     batch_size=2,
