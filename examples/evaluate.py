@@ -59,7 +59,7 @@ def curve(truth: np.ndarray, probability: np.ndarray) -> dict[str, list[int]]:
 
 
 def lower_trapezoid(truth: np.ndarray, score: np.ndarray) -> float:
-    """Boyd et al. (2013), section 3: trapezoids from the lowest precision at a recall to the highest at the next.
+    """The lower trapezoid of Boyd et al. (2013): from the lowest precision at a recall to the highest at the next.
 
     The study compares it with the average precision; they differ by less than the patients do.
     """

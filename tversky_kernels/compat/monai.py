@@ -443,7 +443,7 @@ class FocalLoss(torch.nn.modules.loss._Loss):
         kept, mean = classes - self._dropped(classes), self.reduction == "mean"
         voxels = max(1, math.prod(input.shape[2:]))
         if self.use_softmax:
-            # The kernels divide by the weight of the labels; the weights are put in afterwards, voxel by voxel.
+            # The kernels' own mean is divided by the labels' class weights, MONAI's is not: their sum, scaled here.
             scale = 1 / (classes * max(1, input.size(0) * voxels)) if mean else 1 / voxels
         else:
             scale = classes / kept if mean else 1 / voxels
@@ -536,7 +536,19 @@ class FocalLoss(torch.nn.modules.loss._Loss):
         return (g * alpha + (1 - g) * (1 - alpha)) * loss
 
 
-@attributes_of("dice", *(name for name in _DICE_OPTIONS if name not in ("to_onehot_y", "reduction")))
+#: Options that DiceFocalLoss's two parts have in common.
+_OF_BOTH = ("include_background", "to_onehot_y", "reduction", "backend")
+
+
+def _of_both(name: str) -> property:
+    def set_both(self, value) -> None:
+        setattr(self.dice, name, value)
+        setattr(self.focal, name, value)
+
+    return property(lambda self: getattr(self.dice, name), set_both)
+
+
+@attributes_of("dice", *(name for name in _DICE_OPTIONS if name not in _OF_BOTH))
 @attributes_of("focal", "gamma", "alpha")
 class DiceFocalLoss(torch.nn.modules.loss._Loss):
     """`monai.losses.DiceFocalLoss`: arguments as there.
@@ -545,6 +557,8 @@ class DiceFocalLoss(torch.nn.modules.loss._Loss):
     with ``sigmoid=True`` both are computed in the same two passes where `FocalLoss` leaves them to the kernels.
     ``weight`` and ``include_background`` are of both. With reduction "none" the Dice loss is added to every voxel's.
     """
+
+    include_background, to_onehot_y, reduction, backend = map(_of_both, _OF_BOTH)
 
     def __init__(
         self,
@@ -576,30 +590,10 @@ class DiceFocalLoss(torch.nn.modules.loss._Loss):
         self.focal = FocalLoss(include_background, to_onehot_y, gamma, alpha, weight, reduction, backend=backend)
         self.lambda_dice, self.lambda_focal = number("lambda_dice", lambda_dice), number("lambda_focal", lambda_focal)
 
-    @property
-    def reduction(self) -> str:
-        """Of both parts."""
-        return self.dice.reduction
-
-    @reduction.setter
-    def reduction(self, value: str) -> None:
-        self.dice.reduction = self.focal.reduction = value
-
-    @property
-    def to_onehot_y(self) -> bool:
-        """Of both parts."""
-        return self.dice.to_onehot_y
-
-    @to_onehot_y.setter
-    def to_onehot_y(self, value: bool) -> None:
-        self.dice.to_onehot_y = self.focal.to_onehot_y = value
-
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target (B, 1, *spatial) or (B, C, *spatial)."""
         _check_channels(input, target)
         dice, focal = self.dice, self.focal
-        focal.include_background, focal.backend = dice.include_background, dice.backend
-        focal.class_weight = dice.class_weight
         activated, dice_target = dice._prepared(input, target)
         options = {**dice._options(), **dice._dice(input)}
         fused = focal.takes_kernels(input, target)
