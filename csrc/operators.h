@@ -40,12 +40,12 @@ struct Operators {
                                           double tversky_weight, double ce_weight, double label_smoothing,
                                           int64_t ce_mean) {
     check_counts(counts);
-    const Tensor contiguous = torch::stable::contiguous(counts);
+    const Tensor in_order = contiguous(counts);
     const Table t = make_table(counts, counts.size(0), counts.size(1), counts.size(2) == kAllCounts, class_parameters,
                                {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent,
                                reduction, {tversky_weight, ce_weight, label_smoothing, CeMean{}}, ce_mean);
     auto [loss, coefficients] = results(counts, t, ScalarType::Double, batch);
-    Backend::evaluate(t, contiguous, loss, coefficients);
+    Backend::evaluate(t, in_order, loss, coefficients);
     return {loss, coefficients};
   }
 
@@ -150,8 +150,11 @@ struct Operators {
     check_coefficients(coefficients, out, static_cast<int64_t>(volume.cross_entropy));
     check_grad_loss(grad_loss, coefficients);
     if (volume.samples * volume.voxels == 0) return;
-    Backend::gradient(volume, torch::stable::contiguous(grad_loss), torch::stable::contiguous(coefficients), out);
+    Backend::gradient(volume, contiguous(grad_loss), contiguous(coefficients), out);
   }
+
+  // Asked first, because torch's own way goes through the dispatcher.
+  static Tensor contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 };
 
 }  // namespace tversky_kernels

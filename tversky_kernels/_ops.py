@@ -149,9 +149,9 @@ class Operators(NamedTuple):
 
 #: By backend; cpu and cuda are one set of operators, which the dispatcher tells apart by the tensors.
 OPERATORS = {
-    "cpu": Operators(*(getattr(ops, name) for name in NAMES)),
-    "cuda": Operators(*(getattr(ops, name) for name in NAMES)),
-    "triton": Operators(*(getattr(ops, f"triton_{name}") for name in NAMES)),
+    "cpu": Operators(*(getattr(ops, name).default for name in NAMES)),
+    "cuda": Operators(*(getattr(ops, name).default for name in NAMES)),
+    "triton": Operators(*(getattr(ops, f"triton_{name}").default for name in NAMES)),
 }
 
 
@@ -180,7 +180,7 @@ def _register_linear(prefix: str, backend: str) -> LinearOperators:
 
     for name, function in zip(LINEAR_NAMES, (count_pass, gradient_pass, gradient_pass_), strict=True):
         _library.impl(f"{prefix}{name}", function, "CompositeExplicitAutograd")
-    return LinearOperators(*(getattr(ops, f"{prefix}{name}") for name in LINEAR_NAMES))
+    return LinearOperators(*(getattr(ops, f"{prefix}{name}").default for name in LINEAR_NAMES))
 
 
 _any_device = _register_linear("", "cpu")

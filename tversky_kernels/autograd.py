@@ -20,19 +20,26 @@ def apply(function: type[torch.autograd.Function], *args):
     """`function.apply`, in the form of the Function that costs the least here."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return function.eager.apply(*args)
+    return function.apply_eagerly(*[_unwrap_if_dead(x) if type(x) is _Tensor else x for x in args])
+
+
+_Tensor = torch.Tensor
+# Of a tensor that has outlived the transform of torch.func that wrapped it, what was wrapped; as Function.apply does.
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 def _with_eager_form(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     # torch binds the arguments of a Function that has a setup_context to forward's signature at every call, which takes
-    # longer than all the rest. Only its transforms (torch.func, vmap) and the compiler need that form.
+    # longer than all the rest. Only its transforms (torch.func, vmap) and the compiler need that form. Function.apply
+    # itself asks for both at every call; what it calls at last is its base's.
     def forward(ctx, *args):
         output = function.forward(*args)
         function.setup_context(ctx, args, output)
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    function.eager = type(function.__name__, (torch.autograd.Function,), {**members, "__doc__": function.__doc__})
+    eager = type(function.__name__, (torch.autograd.Function,), {**members, "__doc__": function.__doc__})
+    function.apply_eagerly = super(torch.autograd.Function, eager).apply
     return function
 
 
