@@ -1,6 +1,7 @@
 # make demo   trains the paper's network on real CT with our loss (sets everything up; a quarter of an hour on 2 cores)
 # make study  losses and samplings side by side on real images, a small setting of docs/study.md
 # make test   all tests (sets everything up)
+# make test-peers  our losses beside MONAI, nnU-Net, smp and kornia themselves, in an environment of its own
 # make lint   ruff and clang-format        make bench  the benchmarks of this machine
 # make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own
 # make bench-report  there too: everything that docs/performance.md shows, with its pictures (an hour on 2 cores)
@@ -99,6 +100,15 @@ bench: $(BENCH_READY)
 PEERS := .venv-peers
 bench-peers:
 	$(MAKE) bench VENV=$(PEERS) TORCH='torch==2.14.1 torchvision==0.29.1' BENCH_EXTRAS=bench,peers BENCH='$(BENCH)'
+
+# The losses of compat against these libraries themselves, and nnU-Net with our trainers: ten minutes on 2 cores.
+PEERS_READY := $(VENV)/.extras-test$(comma)examples$(comma)peers
+.PHONY: test-peers test-peers-here
+test-peers:
+	$(MAKE) test-peers-here VENV=$(PEERS) TORCH='torch==2.14.1 torchvision==0.29.1'
+$(PEERS_READY): export TVERSKY_KERNELS_WITH_CUDA ?= 0
+test-peers-here: $(PEERS_READY)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile tests/peers tests/test_compat.py $(TESTS)
 
 bench-all: $(BENCH_READY)
 	$(PY) -m benchmarks.run --set plain --out $(OUT)

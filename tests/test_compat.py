@@ -419,12 +419,90 @@ def test_smp(name, options):
 
 
 def test_smp_errors():
-    with pytest.raises(ValueError, match="mode: expected one of 'binary'"):
-        tk.compat.smp.DiceLoss("ternary")
-    with pytest.raises(ValueError, match="classes, class_weights: expected None with mode='binary'"):
-        tk.compat.smp.DiceLoss("binary", classes=[0])
+    smp = tk.compat.smp
+    for kind in (ValueError, AssertionError):  # ours, and theirs
+        with pytest.raises(kind, match="mode: expected one of 'binary'"):
+            smp.DiceLoss("ternary")
+        with pytest.raises(kind, match="classes, class_weights: expected None with mode='binary'"):
+            smp.DiceLoss("binary", classes=[0])
+        with pytest.raises(kind, match="y_true: expected 2 samples as y_pred has, got 1"):
+            smp.DiceLoss(smp.MULTICLASS_MODE)(torch.randn(2, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long))
     with pytest.raises(TypeError, match="colour"):
-        tk.compat.smp.JaccardLoss("binary", colour=1)
+        smp.JaccardLoss("binary", colour=1)
+    with pytest.raises(ValueError, match="ignore_index: expected None with mode='multilabel'"):
+        smp.FocalLoss(smp.MULTILABEL_MODE, ignore_index=255)
+    with pytest.raises(ValueError, match="target: expected labels in \\[0, 1\\), got 1"):
+        smp.DiceLoss("multiclass")(torch.randn(1, 1, 2, 2), torch.tensor([[[0, 1], [255, 0]]]))
+
+
+def test_smp_takes_labels_as_floats_and_one_class():
+    smp = tk.compat.smp
+    logits, target = inputs(2, 3, SPACE[:2], torch.float64)
+    target[:, 1] = 255
+    loss = smp.TverskyLoss("multiclass", ignore_index=255)
+    assert torch.equal(loss(logits, target.double()), loss(logits, target))
+    # One class of a softmax is certain: half of the counted voxels have it.
+    target = torch.tensor([[[0, 255], [0, 0]]])
+    z = torch.randn(1, 1, 2, 2, requires_grad=True)
+    loss = smp.DiceLoss("multiclass", ignore_index=255)(z, target)
+    assert loss.item() == 0.0
+    loss.backward()
+    assert not z.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_smp_has_the_predictions_dtype(dtype):
+    smp, target = tk.compat.smp, torch.randint(0, 3, (2, 4, 5))
+    logits = torch.randn(2, 3, 4, 5, dtype=dtype, requires_grad=True)
+    for loss in (smp.TverskyLoss("multiclass", gamma=0.75), smp.FocalLoss("multiclass")):
+        assert loss(logits, target).dtype == dtype
+    assert smp.MCCLoss()(logits[:, :1].sigmoid(), (target > 0).long()).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert smp.DiceLoss("multiclass")(logits, target).dtype == (dtype if dtype.itemsize > 2 else torch.float32)
+
+
+def test_checkpoints_of_smp_and_kornia_are_loaded():
+    # There the class weights are not in the state_dict.
+    for ours in (
+        tk.compat.smp.TverskyLoss("multiclass", classes=[0, 2], class_weights=[1.0, 2.0, 3.0]),
+        tk.compat.smp.FocalLoss("multiclass", class_weights=[1.0, 2.0, 3.0]),
+        tk.compat.kornia.DiceLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
+    ):
+        kept = {name: x.clone() for name, x in ours.state_dict().items()}
+        assert kept
+        ours.load_state_dict({}, strict=True)
+        assert all(torch.equal(x, kept[name]) for name, x in ours.state_dict().items())
+
+
+def test_smp_power_of_a_loss_of_0_has_the_gradient_0():
+    z = torch.randn(2, 1, 4, 4, requires_grad=True)
+    tk.compat.smp.TverskyLoss("binary", gamma=0.75)(z, torch.zeros(2, 4, 4)).backward()  # nothing is there
+    assert not z.grad.any()
+
+
+# ---- kornia
+
+
+def test_kornia_errors():
+    kornia, (logits, target) = tk.compat.kornia, inputs(2, 3, SPACE)
+    with pytest.raises(ValueError, match="average: expected one of 'micro', 'macro', got 'weighted'"):
+        kornia.dice_loss(logits, target, average="weighted")
+    with pytest.raises(ValueError, match="weight: expected a tensor of 3 numbers"):
+        kornia.dice_loss(logits, target, weight=torch.ones(2))
+    with pytest.raises(ValueError, match="target: expected labels in"):
+        kornia.tversky_loss(logits, target + 7, 0.3, 0.7)
+    with pytest.raises(ValueError, match="alpha: expected a finite number >= 0, got -1"):
+        kornia.TverskyLoss(-1, 1)
+    with pytest.raises(ValueError, match=r"target: expected \(2, \*\(6, 5, 4\)\)"):
+        kornia.tversky_loss(logits[:, :1], target[:1], 0.3, 0.7)
+
+
+def test_kornia_of_a_sample_that_is_ignored_is_1():
+    kornia, (logits, target) = tk.compat.kornia, inputs(2, 3, SPACE)
+    target[0] = -100
+    alone = kornia.tversky_loss(logits[1:], target[1:], 0.3, 0.7)
+    both = kornia.tversky_loss(logits, target, 0.3, 0.7)
+    assert both.item() == pytest.approx((1 + alone.item()) / 2, rel=1e-6)
 
 
 # ---- nnU-Net
@@ -532,23 +610,35 @@ def test_nnunet_dice_and_bce(dice, ignored):
     check(ours, theirs({}, dice, 0.5, 2.0, use_ignore_label=ignored), logits, target, rtol=1e-6, atol=5e-7)
 
 
-def test_nnunet_trainer():
-    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed: it needs torchvision, an environment of its own")
+def nnunet_trainer(name, regions, ignored, network=None):
+    """A trainer without a data set, which knows what its loss needs."""
     from types import SimpleNamespace
 
+    trainer = getattr(tk.compat.nnunet, name) if isinstance(name, str) else name
+    made = object.__new__(trainer)
+    made.label_manager = SimpleNamespace(
+        has_regions=regions, ignore_label=ignored, has_ignore_label=ignored is not None, num_segmentation_heads=3,
+        all_labels=[0, 1, 2], foreground_regions=[(1, 2), (2,), 1],
+    )  # fmt: skip
+    made.configuration_manager = SimpleNamespace(batch_dice=True)
+    made.is_ddp, made.enable_deep_supervision, made.network = False, True, network
+    made._do_i_compile = lambda: False
+    made._get_deep_supervision_scales = lambda: [1, 0.5, 0.25]
+    return made
+
+
+def nnunet_or_skip():
+    reason = "nnunetv2 is not installed: it needs torchvision, an environment of its own (make test-peers)"
+    pytest.importorskip("nnunetv2", reason=reason, exc_type=ImportError)
+
+
+def test_nnunet_trainer():
+    nnunet_or_skip()
     import numpy as np
 
-    trainer = tk.compat.nnunet.nnUNetTrainerTverskyKernels
     for regions, ignored in ((False, None), (False, 3), (True, None), (True, 3)):
-        stub = SimpleNamespace(
-            label_manager=SimpleNamespace(has_regions=regions, ignore_label=ignored),
-            configuration_manager=SimpleNamespace(batch_dice=True),
-            is_ddp=False,
-            enable_deep_supervision=True,
-            _do_i_compile=lambda: False,
-            _get_deep_supervision_scales=lambda: [1, 0.5, 0.25],
-        )
-        ours, theirs = (t._build_loss(stub) for t in (trainer, trainer.__mro__[1]))
+        trainer = nnunet_trainer("nnUNetTrainerTverskyKernels", regions, ignored)
+        ours, theirs = trainer._build_loss(), type(trainer).__mro__[1]._build_loss(trainer)
         np.testing.assert_allclose(ours.weight_factors, theirs.weight_factors)
         logits = [inputs(2, 3, (s, s), seed=s)[0] for s in (8, 4, 2)]
         if regions:
@@ -556,6 +646,91 @@ def test_nnunet_trainer():
         else:
             target = [torch.randint(0, 3, (2, 1, *z.shape[2:])) for z in logits]
         torch.testing.assert_close(ours(logits, target), theirs(logits, target), rtol=1e-5, atol=1e-6)
+        # With the last layer within: the first output is that layer's input while it trains.
+        head = torch.nn.Conv2d(4, 3, 1)
+        network = torch.nn.Module()
+        network.decoder = torch.nn.Module()
+        network.decoder.seg_layers = torch.nn.ModuleList([torch.nn.Conv2d(8, 3, 1), head])
+        features = torch.randn(2, 4, 8, 8)
+        with torch.no_grad():
+            logits[0] = head(features)
+        within = nnunet_trainer("nnUNetTrainerTverskyKernels_Head", regions, ignored, network)._build_loss()
+        assert head(features) is features
+        value = within([head(features), *logits[1:]], target)
+        torch.testing.assert_close(value, theirs(logits, target), rtol=1e-5, atol=1e-6)
+        value.backward()
+        assert head.weight.grad.any()
+        head.eval()
+        torch.testing.assert_close(within([head(features), *logits[1:]], target), value, rtol=1e-5, atol=1e-6)
+
+
+def test_nnunet_trainers_by_name():
+    nnunet_or_skip()
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from tversky_kernels.compat._trainer_names import FAMILY
+
+    assert len(FAMILY) == 6 * 3 * 2 * 2
+    for name in FAMILY:
+        assert getattr(tk.compat.nnunet, name).__name__ == name
+        assert getattr(tk.compat.nnunet, name) is getattr(tk.compat.nnunet, name)
+    trainer = nnunet_trainer("nnUNetTrainerTverskyCE_2_8_Sample_Weighted", False, None)
+    cases = {"a": np.array([[[[-1, 0, 0, 0], [1, 1, 2, 0]]]]), "b": np.array([[[[0, 0, 1, 2]]]])}
+    dataset = SimpleNamespace(identifiers=list(cases), load_case=lambda case: (None, cases[case], None, {}))
+    trainer.get_tr_and_val_datasets = lambda: (dataset, None)
+    loss = trainer._build_loss()
+    share = np.array([1 / 7, 1 / 3, 1 / 2])
+    np.testing.assert_allclose(loss.options["ce_class_weight"], share / share.mean())
+    assert (loss.options["alpha"], loss.options["beta"], loss.options["batch"]) == (0.2, 0.8, False)
+    assert not loss.options["include_background"]
+    trainer = nnunet_trainer("nnUNetTrainerFocalTversky_Weighted", True, None)
+    trainer.get_tr_and_val_datasets = lambda: (dataset, None)
+    loss = trainer._build_loss()
+    share = np.array([1 / 5, 1 / 2, 1 / 3])  # of the regions (1, 2), 2 and 1
+    np.testing.assert_allclose(loss.options["class_weight"], share / share.mean())
+    assert (loss.options["gamma"], loss.options["batch"]) == (0.75, True)
+    no_head = nnunet_trainer("nnUNetTrainerTversky_3_7_Head", False, None, torch.nn.Conv2d(1, 3, 1))
+    with pytest.raises(RuntimeError, match="take the trainer without _Head"):
+        no_head._build_loss()
+
+
+def test_nnunet_finds_the_trainers(tmp_path, capsys):
+    nnunet = tk.compat.nnunet
+    nnunet.main(["--install", str(tmp_path / "trainers")])
+    assert "nnUNet_extTrainer=" in capsys.readouterr().out
+    (file,) = (tmp_path / "trainers").iterdir()
+    nnunet.main(["--install", str(tmp_path / "trainers")])  # once more changes nothing
+    file.write_text("mine")
+    with pytest.raises(SystemExit):
+        nnunet.main(["--install", str(tmp_path / "trainers")])
+    assert file.read_text() == "mine"
+    assert "was not written by this command" in capsys.readouterr().err
+    nnunet.main(["--list"])
+    assert "nnUNetTrainerTversky_2_8_Batch_Head" in capsys.readouterr().out.split()
+
+
+def test_nnunet_finds_the_trainers_itself(tmp_path, monkeypatch):
+    nnunet_or_skip()
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    tk.compat.nnunet.main(["--install", str(tmp_path)])
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    name = "nnUNetTrainerTversky_3_7_Batch"
+    assert recursive_find_trainer_class_by_name(name) is getattr(tk.compat.nnunet, name)
+    with pytest.raises(RuntimeError, match="Could not find"):
+        recursive_find_trainer_class_by_name("nnUNetTrainerTversky_9_9")
+
+
+def test_nnunet_levels():
+    levels = tk.compat.nnunet.LevelsLoss({}, weights=[1.0, 0.0])
+    with pytest.raises(ValueError, match="output: expected 2 levels, got 1 and 2 targets"):
+        levels([torch.zeros(1, 2, 4)], [torch.zeros(1, 1, 4)] * 2)
+    logits, target = inputs(2, 3, SPACE)
+    alone = tk.compat.nnunet.LevelsLoss({"alpha": 0.3, "beta": 0.7, "ce_weight": 2.0}, ignore_label=1)
+    expected = tk.tversky_ce_loss(logits, target, alpha=0.3, beta=0.7, ce_weight=2.0, ignore_index=1)
+    assert torch.equal(alone(logits, target[:, None].float()), expected)
 
 
 def test_nnunet_errors():
@@ -564,8 +739,8 @@ def test_nnunet_errors():
         nnunet.DC_and_CE_loss({}, {"colour": 1})
     with pytest.raises(TypeError, match="bce_kwargs: expected none, got 'weight'"):
         nnunet.DC_and_BCE_loss({"weight": 1}, {})
-    with pytest.raises(AttributeError, match="has no attribute 'nnUNetTrainerOfMine'"):
-        _ = nnunet.nnUNetTrainerOfMine
+    with pytest.raises(AttributeError, match="has no attribute 'DC_and_topk_loss'"):
+        _ = nnunet.DC_and_topk_loss
 
 
 WEIGHTINGS = [{}, {"weight_mode": "same"}, {"weight_mode": "two"}, {"weights": [3.0, 0.5, 0.2]}]

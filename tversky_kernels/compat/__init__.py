@@ -3,6 +3,6 @@
 They compute what those libraries compute, their conventions included. None of the libraries has to be installed.
 """
 
-from . import monai, nnunet, smp
+from . import kornia, monai, nnunet, smp
 
-__all__ = ["monai", "nnunet", "smp"]
+__all__ = ["kornia", "monai", "nnunet", "smp"]

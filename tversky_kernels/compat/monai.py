@@ -16,7 +16,8 @@ from .. import functional
 from .._arguments import number, one_of
 from ..reference import nearest_voxels
 from ._attributes import attributes_of
-from ._targets import as_dense, as_indices
+from ._errors import ShapeError
+from ._targets import as_dense, as_indices, is_hard
 
 __all__ = [
     "DeepSupervisionLoss",
@@ -38,10 +39,6 @@ __all__ = [
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class ShapeError(ValueError, AssertionError):
-    """A target that does not fit the input, for which MONAI raises an AssertionError."""
 
 
 def _warn_ignored(what: str) -> None:
@@ -361,13 +358,6 @@ class DiceCELoss(torch.nn.modules.loss._Loss):
         return self.lambda_dice * overlap + entropy
 
 
-def _is_hard(target: torch.Tensor) -> bool:
-    # Whether all values are 0 or 1, as far as that is known without waiting for a device.
-    if not target.is_floating_point():
-        return True
-    return target.is_cpu and not torch.compiler.is_compiling() and bool(((target == 0) | (target == 1)).all())
-
-
 def _one_hot(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     # A dense float target of the input's shape from labels (B, 1, *spatial).
     labels = target.long().expand(-1, 1, *input.shape[2:])
@@ -432,9 +422,9 @@ class FocalLoss(torch.nn.modules.loss._Loss):
 
     def takes_kernels(self, input: torch.Tensor, target: torch.Tensor) -> bool:
         """Whether the kernels compute this loss of this target."""
-        is_hard = (self.to_onehot_y and input.size(1) > 1) or _is_hard(target)
+        hard = (self.to_onehot_y and input.size(1) > 1) or is_hard(target)
         is_plain = self.alpha is None and self.reduction != "none" and self.ignore_index is None
-        return is_hard and is_plain and not (self.use_softmax and (self._dropped(input.size(1)) or input.size(1) == 1))
+        return hard and is_plain and not (self.use_softmax and (self._dropped(input.size(1)) or input.size(1) == 1))
 
     def options(self, input: torch.Tensor, factor: float = 1.0) -> dict:
         """The cross-entropy's options with which a compound loss has this one in it, times a factor."""

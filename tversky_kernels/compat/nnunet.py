@@ -1,13 +1,16 @@
-"""nnU-Net v2's `MemoryEfficientSoftDiceLoss`, `DC_and_CE_loss` and `DC_and_BCE_loss`, and a trainer that uses them.
+"""nnU-Net v2's Dice losses and compounds by their names, and trainers that use these kernels.
 
-The trainer, `nnUNetTrainerTverskyKernels`, is made when it is asked for and needs nnunetv2. nnU-Net looks for trainers
-in its own folder: put a file there that says ``from tversky_kernels.compat.nnunet import nnUNetTrainerTverskyKernels``,
-then ``nnUNetv2_train ... -tr nnUNetTrainerTverskyKernels``.
+The trainers need nnunetv2 and are made when they are asked for, see `nnunet_trainers`. nnU-Net finds them in a folder
+that its variable nnUNet_extTrainer names; ``python -m tversky_kernels.compat.nnunet --install DIR`` writes what has to
+be there, ``--list`` names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import importlib.util
+import pathlib
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,7 +19,7 @@ from .._arguments import compute_dtype, number
 from ._attributes import attributes_of
 from ._targets import as_dense, as_indices
 
-__all__ = ["DC_and_BCE_loss", "DC_and_CE_loss", "MemoryEfficientSoftDiceLoss"]
+__all__ = ["DC_and_BCE_loss", "DC_and_CE_loss", "LevelsLoss", "MemoryEfficientSoftDiceLoss", "SoftDiceLoss"]
 
 LEAST_DENOMINATOR = 1e-8
 
@@ -80,7 +83,7 @@ class MemoryEfficientSoftDiceLoss(torch.nn.Module):
         super().__init__()
         self.apply_nonlin, self.batch_dice, self.do_bg, self.ddp = apply_nonlin, batch_dice, do_bg, ddp
         self.smooth = number("smooth", smooth)
-        self.inplace_backward, self.backend = inplace_backward, backend
+        self.inplace_backward, self.backend, self.clip_tp = inplace_backward, backend, None
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, loss_mask: torch.Tensor | None = None) -> torch.Tensor:
         """-Dice of (B, C, *spatial) and labels (B, *spatial), (B, 1, *spatial), or a one-hot target."""
@@ -101,7 +104,39 @@ class MemoryEfficientSoftDiceLoss(torch.nn.Module):
             if self.ddp and _is_distributed():
                 counts = _SumOverRanks.apply(counts)
         tp, fp, fn = counts
+        tp = tp if self.clip_tp is None else tp.clamp_min(self.clip_tp)
         return -((2 * tp + self.smooth) / (2 * tp + fp + fn + self.smooth).clamp_min(LEAST_DENOMINATOR)).mean()
+
+
+class SoftDiceLoss(MemoryEfficientSoftDiceLoss):
+    """nnU-Net's Dice loss with its bound on tp.
+
+    Args:
+        apply_nonlin: As in `MemoryEfficientSoftDiceLoss`, as all that is not named here.
+        batch_dice: Sum over the batch first.
+        do_bg: False leaves channel 0 out.
+        smooth: Added to numerator and denominator.
+        ddp: Sum over the ranks.
+        clip_tp: The least tp; None: none.
+        inplace_backward: As in `tversky_kernels.tversky_loss`.
+        backend: As in `tversky_kernels.tversky_loss`.
+    """
+
+    def __init__(
+        self,
+        apply_nonlin: Callable | None = None,
+        batch_dice: bool = False,
+        do_bg: bool = True,
+        smooth: float = 1.0,
+        ddp: bool = True,
+        clip_tp: float | None = None,
+        *,
+        inplace_backward: bool = False,
+        backend: str = "auto",
+    ):
+        run = {"inplace_backward": inplace_backward, "backend": backend}
+        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp, **run)
+        self.clip_tp = None if clip_tp is None else float(clip_tp)
 
 
 def _target(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -161,7 +196,8 @@ class DC_and_CE_loss(_Compound):
         weight_ce: Factor of the cross-entropy.
         weight_dice: Factor of the Dice part.
         ignore_label: Voxels with this label do not count.
-        dice_class: As in nnU-Net; the numbers are the same for its classes, so it does not matter.
+        dice_class: As in nnU-Net; the numbers are the same for its classes, so it matters only if it is `SoftDiceLoss`
+            and soft_dice_kwargs has a clip_tp.
         inplace_backward: As in `tversky_kernels.tversky_loss`.
         backend: As in `tversky_kernels.tversky_loss`.
     """
@@ -240,30 +276,99 @@ class DC_and_BCE_loss(_Compound):
         return self._loss(net_output, regions, {"voxel_weight": counted}, ce_factor=net_output.size(1))
 
 
+class LevelsLoss(torch.nn.Module):
+    """A Tversky loss, with or without a cross-entropy, of nnU-Net's outputs and targets: of one or of all levels.
+
+    Args:
+        options: Of `tversky_kernels.tversky_ce_loss`; ce_weight is 0 unless it is given.
+        regions: The targets are regions: dense, for a sigmoid.
+        ignore_label: Voxels with this label do not count. Of regions, not None: the target's last channel says which.
+        weights: One factor a level, of which those with 0 are not computed; None: the output is one tensor.
+        head: The last layer of the first level, a convolution of size 1. While it is in training mode, the first output
+            is its input, and the loss is computed together with it (`tversky_kernels.linear_tversky_loss`).
+        offset: Is added at every level.
+    """
+
+    def __init__(
+        self,
+        options: dict,
+        regions: bool = False,
+        ignore_label: int | None = None,
+        weights: Sequence[float] | None = None,
+        head: torch.nn.Module | None = None,
+        offset: float = 0.0,
+    ):
+        super().__init__()
+        self.options = {"ce_weight": 0.0, "activation": "sigmoid" if regions else "softmax", **options}
+        self.regions, self.ignore_label, self.offset = regions, ignore_label, offset
+        self.weights = None if weights is None else tuple(float(w) for w in weights)
+        # Not a part of this module: the network has it.
+        self._head = (head,)
+
+    def forward(self, output, target) -> torch.Tensor:
+        """The loss of (B, C, *spatial) and (B, 1 or C or C + 1, *spatial), or of lists of these."""
+        if self.weights is None:
+            return self._level(output, target, self._head[0])
+        if not len(output) == len(target) == len(self.weights):
+            raise ValueError(
+                f"output: expected {len(self.weights)} levels, got {len(output)} and {len(target)} targets"
+            )
+        levels = enumerate(zip(self.weights, output, target, strict=True))
+        return sum(w * self._level(z, t, None if i else self._head[0]) for i, (w, z, t) in levels if w != 0.0)
+
+    def _level(self, output, target, head):
+        options = {**self.options, "check_target": False if self.regions else None}
+        if not self.regions:
+            target, options["ignore_index"] = as_indices(target), self.ignore_label
+        elif self.ignore_label is None:
+            target = as_dense(target)
+        else:
+            target, options["voxel_weight"] = as_dense(target[:, :-1]), target[:, -1] == 0
+        if head is not None and head.training:
+            options["loss"] = "tversky_ce"
+            loss = functional.linear_tversky_loss(output, head.weight, head.bias, target, **options)
+        else:
+            loss = functional.tversky_ce_loss(output, target, **options)
+        return loss + self.offset if self.offset else loss
+
+
 def __getattr__(name: str):
-    if name != "nnUNetTrainerTverskyKernels":
+    if not name.startswith("nnUNetTrainer"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import numpy as np
-    from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from . import nnunet_trainers
 
-    class nnUNetTrainerTverskyKernels(nnUNetTrainer):
-        """nnU-Net's default trainer with its default loss, computed by these kernels."""
+    return getattr(nnunet_trainers, name)
 
-        def _build_loss(self):
-            dice = {"batch_dice": self.configuration_manager.batch_dice, "smooth": 1e-5, "ddp": self.is_ddp}
-            ignored = self.label_manager.ignore_label
-            if self.label_manager.has_regions:
-                loss = DC_and_BCE_loss({}, {**dice, "do_bg": True}, use_ignore_label=ignored is not None)
-            else:
-                loss = DC_and_CE_loss({**dice, "do_bg": False}, {}, ignore_label=ignored)
-            if not self.enable_deep_supervision:
-                return loss
-            # Half the weight a level, none for the coarsest (DDP wants every output used), their sum 1.
-            weights = np.array([0.5**i for i in range(len(self._get_deep_supervision_scales()))])
-            weights[-1] = 1e-6 if self.is_ddp and not self._do_i_compile() else 0.0
-            return DeepSupervisionWrapper(loss, weights / weights.sum())
 
-    nnUNetTrainerTverskyKernels.__module__ = __name__
-    globals()[name] = nnUNetTrainerTverskyKernels
-    return nnUNetTrainerTverskyKernels
+#: What nnU-Net imports, looking for a trainer by its name.
+_FOUND_BY_NNUNET = '''"""The trainers of tversky_kernels, for nnU-Net, which asks this file for a class by its name."""
+
+from tversky_kernels.compat.nnunet_trainers import __getattr__  # noqa: F401
+'''
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the file that nnU-Net looks for, or lists the trainers."""
+    parser = argparse.ArgumentParser(prog="python -m tversky_kernels.compat.nnunet", description=main.__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--install", metavar="DIR", type=pathlib.Path, help="the folder that nnUNet_extTrainer names")
+    what.add_argument("--list", action="store_true", help="the trainers' names")
+    given = parser.parse_args(arguments)
+    if given.list:
+        from ._trainer_names import FAMILY
+
+        print("\n".join(FAMILY))
+        return
+    path = given.install / "tversky_kernels_trainers.py"
+    if path.exists() and path.read_text() != _FOUND_BY_NNUNET:
+        parser.error(f"--install: {path} is there and was not written by this command")
+    given.install.mkdir(parents=True, exist_ok=True)
+    path.write_text(_FOUND_BY_NNUNET)
+    print(f"wrote {path}\nexport nnUNet_extTrainer={given.install.resolve()}")
+    print("nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerTverskyKernels   # or another of --list")
+    if importlib.util.find_spec("nnunetv2") is None:
+        print("nnunetv2 is not installed here: the trainers need it.")
+
+
+if __name__ == "__main__":
+    main()
