@@ -461,19 +461,6 @@ def test_smp_has_the_predictions_dtype(dtype):
         assert smp.DiceLoss("multiclass")(logits, target).dtype == (dtype if dtype.itemsize > 2 else torch.float32)
 
 
-def test_checkpoints_of_smp_and_kornia_are_loaded():
-    # There the class weights are not in the state_dict.
-    for ours in (
-        tk.compat.smp.TverskyLoss("multiclass", classes=[0, 2], class_weights=[1.0, 2.0, 3.0]),
-        tk.compat.smp.FocalLoss("multiclass", class_weights=[1.0, 2.0, 3.0]),
-        tk.compat.kornia.DiceLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
-    ):
-        kept = {name: x.clone() for name, x in ours.state_dict().items()}
-        assert kept
-        ours.load_state_dict({}, strict=True)
-        assert all(torch.equal(x, kept[name]) for name, x in ours.state_dict().items())
-
-
 def test_smp_power_of_a_loss_of_0_has_the_gradient_0():
     z = torch.randn(2, 1, 4, 4, requires_grad=True)
     tk.compat.smp.TverskyLoss("binary", gamma=0.75)(z, torch.zeros(2, 4, 4)).backward()  # nothing is there

@@ -30,6 +30,8 @@ FORMS = {
     "monai": (lambda z, t, **o: tk.compat.monai.DiceFocalLoss(sigmoid=True, to_onehot_y=True, **o)(z, t[:, None]), {}),
     "nnunet": (lambda z, t, **o: tk.compat.nnunet.DC_and_CE_loss({}, {}, **o)(z, t[:, None]), {}),
     "smp": (lambda z, t, **o: tk.compat.smp.TverskyLoss("multiclass", gamma=0.75, **o)(z, t), {}),
+    "smp, focal": (lambda z, t, **o: tk.compat.smp.FocalLoss("multiclass", **o)(z, t), {}),
+    "kornia": (lambda z, t, **o: tk.compat.kornia.tversky_loss(z, t, 0.3, 0.7, **o), {}),
 }
 
 

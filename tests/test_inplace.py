@@ -17,6 +17,9 @@ LOSSES = {
     "monai": lambda z, t, **o: tk.compat.monai.DiceCELoss(softmax=True, to_onehot_y=True, **o)(z, t[:, None]),
     "nnunet": lambda z, t, **o: tk.compat.nnunet.DC_and_CE_loss({}, {}, **o)(z, t[:, None]),
     "smp": lambda z, t, **o: tk.compat.smp.DiceLoss("multiclass", **o)(z, t),
+    "smp, focal": lambda z, t, **o: tk.compat.smp.FocalLoss("multiclass", **o)(z, t),
+    "kornia": lambda z, t, **o: tk.compat.kornia.dice_loss(z, t, "macro", **o),
+    "nnunet, levels": lambda z, t, **o: tk.compat.nnunet.LevelsLoss({"ce_weight": 1.0, **o})(z, t[:, None]),
 }
 ACTIVATIONS = {"none": lambda x: x * 1, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
 

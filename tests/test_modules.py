@@ -147,6 +147,8 @@ def weighted():
         "monai.DiceFocalLoss": lambda: monai.DiceFocalLoss(softmax=True, to_onehot_y=True, weight=w.clone()),
         "nnunet.DC_and_CE_loss": lambda: nnunet.DC_and_CE_loss({}, {"weight": w.clone()}),
         "smp.TverskyLoss": lambda: smp.TverskyLoss("multiclass", class_weights=[0.5, 1.0, 2.0], classes=[0, 2]),
+        "smp.FocalLoss": lambda: smp.FocalLoss("multiclass", class_weights=[0.5, 1.0, 2.0]),
+        "kornia.DiceLoss": lambda: tk.compat.kornia.DiceLoss(weight=w.clone()),
     }
 
 
@@ -157,7 +159,7 @@ def test_class_weights_come_back_from_a_checkpoint(name):
     def value(criterion):
         if name.startswith(("monai", "nnunet")):
             return criterion(LOGITS, TARGET[:, None])
-        return criterion(LOGITS, TARGET) if name.startswith("smp") else call(criterion)
+        return criterion(LOGITS, TARGET) if name.startswith(("smp", "kornia")) else call(criterion)
 
     original = weighted()[name]()
     expected, state = value(original), original.state_dict()

@@ -164,12 +164,6 @@ class DiceLoss(torch.nn.Module):
         else:
             self.register_buffer("weight", None if weight is None else torch.as_tensor(weight))
 
-    def _load_from_state_dict(self, state_dict, prefix, *more):
-        # kornia's has no weight in its state_dict.
-        if self.weight is not None:
-            state_dict.setdefault(f"{prefix}weight", self.weight.detach())
-        super()._load_from_state_dict(state_dict, prefix, *more)
-
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (N, C, *spatial) and labels (N, *spatial)."""
         how = {"inplace_backward": self.inplace_backward, "backend": self.backend}

@@ -44,13 +44,6 @@ def _check_samples(y_pred: torch.Tensor, y_true: torch.Tensor) -> None:
         raise ShapeError(f"y_true: expected {y_pred.size(0)} samples as y_pred has, got {y_true.size(0)}")
 
 
-def _load_without(module: torch.nn.Module, names: Sequence[str], state_dict: dict, prefix: str) -> None:
-    # There these are not in the state_dict: a checkpoint without them is loaded, strictly too.
-    for name in names:
-        if getattr(module, name) is not None:
-            state_dict.setdefault(f"{prefix}{name}", getattr(module, name))
-
-
 class TverskyLoss(torch.nn.modules.loss._Loss):
     """`segmentation_models_pytorch.losses.TverskyLoss`.
 
@@ -99,10 +92,6 @@ class TverskyLoss(torch.nn.modules.loss._Loss):
         for name, value, dtype in (("classes", classes, torch.long), ("class_weights", class_weights, torch.float)):
             value = None if value is None else torch.as_tensor(value, dtype=dtype)
             self.register_buffer(name, value)
-
-    def _load_from_state_dict(self, state_dict, prefix, *more):
-        _load_without(self, ("classes", "class_weights"), state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def _counts(self, y_pred: torch.Tensor, y_true: torch.Tensor):
         # tp, fp, fn of each channel, over the batch.
@@ -252,10 +241,6 @@ class FocalLoss(torch.nn.modules.loss._Loss):
         weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float)
         self.register_buffer("class_weights", weights)
         self.inplace_backward, self.backend = inplace_backward, backend
-
-    def _load_from_state_dict(self, state_dict, prefix, *more):
-        _load_without(self, ("class_weights",), state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def forward(self, y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
         """The loss of (N, C, *spatial) and a target."""
