@@ -70,7 +70,7 @@ def measure(world: int, size: int, rounds: int) -> dict[int, list[list[float]]]:
     return dict(queue.get() for _ in CLASSES)
 
 
-def draw(found: dict, size: int, path: pathlib.Path) -> None:
+def draw(found: dict, size: int, cores: int, path: pathlib.Path) -> None:
     """Measured and modelled time of a call against the number of processes."""
     import matplotlib.pyplot as plt
 
@@ -84,23 +84,22 @@ def draw(found: dict, size: int, path: pathlib.Path) -> None:
             ("model: by itself + 2 all-reduces", [a + 2 * r for a, r in zip(alone, reduce, strict=True)], "k--"),
         ):
             axis.plot(worlds, values, style, label=name)
-        axis.set(
-            title=f"{classes} classes, {size}³ voxels a process", xlabel="gloo processes on 2 cores, one thread each",
-            ylabel="forward + backward, ms (median)", ylim=(0, None), xticks=worlds,
-        )  # fmt: skip
+        axis.set(title=f"{classes} classes, {size}³ voxels a process", ylim=(0, None), xticks=worlds)
+        axis.set_xlabel(f"gloo processes on {cores} cores, one thread each")
+        axis.set_ylabel("forward + backward, ms (median)")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures, writes rows, draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     run = {**describe_run(), "threads": 1}
     table, found = ResultsTable(given.out / "ranks.csv", [*run, *FIELDS]), {}
     for world in given.processes:
@@ -112,7 +111,7 @@ def main() -> None:
                 spread = (quartiles[2] - quartiles[0]) / quartiles[1]
                 table.append([{**run, **row, "milliseconds": quartiles[1], "spread": spread}])
                 print(f"{world} processes, {classes} classes, {what}: {quartiles[1]:.3f} ms, spread {spread:.0%}")
-    draw(found, given.size, given.out / "ranks.png")
+    draw(found, given.size, run["cores"], given.out / "ranks.png")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ for _module in ("matplotlib", "pandas", "tqdm", "monai"):
 
 import pandas
 
-from benchmarks import accuracy, growth, head, memory, plot, run, summary, timing, training_step
+from benchmarks import accuracy, growth, head, memory, plot, ranks, run, summary, timing, training_step
 from benchmarks.cases import SETS, Case
 from benchmarks.providers import PROVIDERS
 from benchmarks.results_table import ResultsTable
@@ -281,3 +281,11 @@ def test_accuracy_late_in_a_training():
     assert rows["lean eager, mask"]["gradient_error"] > 1e-3
     early = {r["provider"]: r for r in accuracy.measure(Case(16, 4), 0, ["ours", "lean eager, mask"])}
     assert all(r["gradient_error"] <= 1e-6 for r in early.values())
+
+
+def test_ranks(tmp_path):
+    ranks.main(["--processes", "1", "2", "--size", "8", "--rounds", "3", "--out", str(tmp_path)])
+    rows = pandas.read_csv(tmp_path / "ranks.csv")
+    assert len(rows) == 2 * len(ranks.CLASSES) * len(ranks.WHAT)
+    assert (rows["milliseconds"] > 0).all()
+    assert (tmp_path / "ranks.png").stat().st_size > 5000
