@@ -273,8 +273,35 @@ def nnunet(rank, world):
     return loss_and_gradient(loss, LOGITS[half], TARGET[half, None])
 
 
+class LevelsNet(torch.nn.Module):
+    """Two levels; the layer that makes the first one's logits passes its input on, as in the trainers named _Head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.body = torch.nn.Conv3d(CLASSES, CLASSES + 1, 1, dtype=torch.float64)
+        self.head = torch.nn.Conv3d(CLASSES + 1, CLASSES, 1, dtype=torch.float64)
+        self.low = torch.nn.Conv3d(CLASSES + 1, CLASSES, 1, dtype=torch.float64)
+        self.head.forward = lambda features: features
+
+    def forward(self, x):
+        features = self.body(x).tanh()
+        return [self.head(features), self.low(features[:, :, ::2])]
+
+
+def nnunet_levels(rank, world, joined=True):
+    net = LevelsNet()
+    model = DistributedDataParallel(net) if joined else net
+    options = {**COMPOUND, "batch": True, "process_group": True if joined else None}
+    loss = tk.compat.nnunet.LevelsLoss(options, weights=[0.7, 0.3], head=net.head)
+    half = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    value = loss(model(LOGITS[half]), [TARGET[half, None], TARGET[half, None, ::2]])
+    value.backward()
+    return value.detach(), gradients_of(net)
+
+
 SCENARIOS = (batch_under_ddp, volume_under_ddp, samples_under_ddp, sums_of_gradients, fsdp)
-SCENARIOS += (ranks_differ_in_their_backend, failures, no_voxels, modules, nnunet)
+SCENARIOS += (ranks_differ_in_their_backend, failures, no_voxels, modules, nnunet, nnunet_levels)
 
 
 def worker(rank, world, path, results):
@@ -462,6 +489,13 @@ def test_nnunets_loss_is_that_of_the_whole_batch_once_ddp_has_averaged(ranks):
     loss, gradient = loss_and_gradient(alone, LOGITS, TARGET[:, None])
     torch.testing.assert_close(sum(x for x, _ in parts) / len(ranks), loss)
     torch.testing.assert_close(torch.cat([g for _, g in parts]) / len(ranks), gradient)
+
+
+def test_nnunets_levels_with_the_last_layer_within_under_ddp(ranks):
+    loss, gradient = nnunet_levels(0, 1, joined=False)
+    for found in ranks:
+        torch.testing.assert_close(found["nnunet_levels"][0], loss)
+        torch.testing.assert_close(found["nnunet_levels"][1], gradient)
 
 
 def worker_beside_one_that_dies(rank, path, results):
