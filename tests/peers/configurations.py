@@ -143,6 +143,17 @@ def monai(seed: int) -> Configuration:
         # MONAI takes no weights for the one channel that is left, nor for a cross-entropy of other channels.
         if kept > 1 and (name != "DiceCELoss" or options["include_background"]):
             options["weight"] = torch.tensor(d.numbers(kept), dtype=torch.float64)
+    if classes > 1 and name in ("TverskyLoss", "DiceLoss", "FocalLoss") and d(1, 0, 0):
+        # A label of its own, or a class.
+        options["ignore_index"] = ignored = d(255, 0, classes - 1)
+        if options["to_onehot_y"] and ignored == 255:
+            target = target.masked_fill(d.mask(target.shape), 255)
+    elif classes > 1 and name in ("TverskyLoss", "DiceLoss", "DiceCELoss", "GeneralizedDiceLoss") and d(1, 0, 0):
+        # A soft target.
+        options["to_onehot_y"] = False
+        target = d.logits(samples, classes, space).softmax(1)
+        if name in ("TverskyLoss", "DiceLoss") and not options.get("squared_pred"):
+            options["soft_label"] = d(True, False)
     return Configuration("monai.losses", name, options, d.logits(samples, classes, space), target)
 
 
@@ -175,7 +186,7 @@ def smp(seed: int) -> Configuration:
     if mode != "binary" and d(True, False):
         options["class_weights"] = d.numbers(classes)
     if name == "FocalLoss":
-        options |= {"gamma": d(0.0, 1.0, 2.0), "alpha": d(None, None, 0.25), "reduction": d("mean", "mean", "sum")}
+        options |= {"gamma": d(0.0, 0.5, 2.0), "alpha": d(None, None, 0.25), "reduction": d("mean", "mean", "sum")}
         options |= {"normalized": d(False, False, True), "reduced_threshold": d(None, None, 0.5)}
     else:
         options |= {"log_loss": d(False, True), "smooth": d(0.0, 1.0)}
@@ -184,7 +195,8 @@ def smp(seed: int) -> Configuration:
         if mode != "binary" and classes > 1 and d(True, False, False):
             options["classes"] = [0, classes - 1]
     if not options["from_logits"]:
-        logits = logits.softmax(1) if mode == "multiclass" and classes > 1 else logits.sigmoid()
+        # Not 0 or 1: there |p - g| has a kink, of which the libraries take the mean slope, the kernels the inner one.
+        logits = 0.01 + 0.98 * (logits.softmax(1) if mode == "multiclass" and classes > 1 else logits.sigmoid())
     return Configuration("segmentation_models_pytorch.losses", name, options, logits, target)
 
 

@@ -508,7 +508,9 @@ class FocalLoss(torch.nn.modules.loss._Loss):
         of_class = (-1, *(1,) * (z.dim() - 2))
         if self.use_softmax:
             log_p = z.log_softmax(1)
-            loss = -((1 - log_p.exp()) ** self.gamma) * log_p * g
+            # A power below 1 of 0 has no slope: the gradient is 0 there.
+            others = (-log_p.expm1()).clamp_min(torch.finfo(log_p.dtype).tiny)
+            loss = -(others**self.gamma) * log_p * g
             if alpha is None or (not self.include_background and isinstance(alpha, (int, float))):
                 return loss
             if not isinstance(alpha, torch.Tensor) or alpha.dim() == 0:

@@ -303,10 +303,12 @@ class FocalLoss(torch.nn.modules.loss._Loss):
         g = g.to(z.dtype)
         entropy = torch.nn.functional.binary_cross_entropy_with_logits(z, g, reduction="none")
         p = torch.exp(-entropy)
+        # A power below 1 of 0 has no slope: the gradient is 0 there.
+        others = (1 - p).clamp_min(torch.finfo(p.dtype).tiny)
         if self.reduced_threshold is None:
-            factor = (1 - p).pow(self.gamma)
+            factor = others.pow(self.gamma)
         else:
-            factor = ((1 - p) / self.reduced_threshold).pow(self.gamma)
+            factor = (others / self.reduced_threshold).pow(self.gamma)
             factor = factor.where(p >= self.reduced_threshold, torch.ones_like(p))
         loss = factor * entropy
         if self.alpha is not None:
