@@ -13,7 +13,7 @@ from common import inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tversky_kernels as tk
-from tversky_kernels import _arguments, _ops
+from tversky_kernels import _arguments, _ops, _options
 
 LOGITS, TARGET = inputs(2, 3, (4, 5))
 
@@ -165,8 +165,8 @@ def test_defaults_are_the_signatures():
     """What the reference and deep_supervision_loss take for granted is what the functions' signatures say."""
     run = {"process_group", "sample_group", "grad_reduction", "inplace_backward", "check_target", "backend"}
     for function, expected in (
-        (tk.tversky_loss, _arguments.TVERSKY_DEFAULTS),
-        (tk.tversky_ce_loss, _arguments.TVERSKY_DEFAULTS | _arguments.CE_DEFAULTS),
+        (tk.tversky_loss, _options.TVERSKY_DEFAULTS),
+        (tk.tversky_ce_loss, _options.TVERSKY_DEFAULTS | _options.CE_DEFAULTS),
     ):
         parameters = inspect.signature(function).parameters.values()
         found = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in run}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -119,11 +120,65 @@ def test_what_is_set_is_checked(name):
         ("backend", "gpu", "backend: expected"),
     ):
         good = getattr(criterion, option)
-        setattr(criterion, option, value)
         with pytest.raises(ValueError, match=message):
-            call(criterion)
-        setattr(criterion, option, good)
+            setattr(criterion, option, value)
+        assert getattr(criterion, option) == good
+        with pytest.raises(ValueError, match=message):
+            MODULES[name][0](**{**MODULES[name][1], option: value})
     call(criterion)
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_signatures_show_the_options(name):
+    make, options = MODULES[name]
+    parameters = inspect.signature(type(make(**options))).parameters
+    assert set(options) <= set(parameters)
+    for option in ("reduction", "batch", "backend", "sample_group", "inplace_backward"):
+        assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[option].default == getattr(make(**options), option)
+    assert not {"logits", "target", "voxel_weight", "options"} & set(parameters)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"alpha": [0.1, -0.2]}, ValueError, r"alpha\[1\]: expected a finite number >= 0, got -0.2"),
+        ({"alpha": torch.tensor([0.1, float("nan")])}, ValueError, r"alpha\[1\]: expected a finite number"),
+        (
+            {"class_weight": torch.ones(2, 2)},
+            TypeError,
+            "class_weight: expected a number, or one a class",
+        ),
+        ({"gamma": torch.ones(2)}, TypeError, "gamma: expected a number or a 0-d tensor"),
+        ({"gamma": torch.zeros(())}, ValueError, "gamma: expected a finite number > 0"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an integer or None"),
+        ({"check_target": "yes"}, TypeError, "check_target: expected None, True or False"),
+        ({"squared": True}, ValueError, "squared: expected alpha and beta to be one number, got 0.3 and 0.7"),
+        ({"squared": True, "alpha": 0.5, "beta": 0.5, "soft_label": True}, ValueError, "squared: expected False with"),
+        ({"grad_reduction": "average"}, ValueError, "grad_reduction: expected one of 'mean', 'sum'"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_when_a_module_is_made(options, kind, message):
+    with pytest.raises(kind, match=message):
+        tk.TverskyLoss(**options)
+
+
+def test_repr_is_short():
+    criterion = tk.TverskyLoss(alpha=[0.1] * 118, class_weight=torch.ones(118), gamma=0.75)
+    assert repr(criterion) == "TverskyLoss(alpha=[0.1, 0.1, 0.1, ...118], class_weight=tensor of 118, gamma=0.75)"
+
+
+def test_what_may_not_be_together_is_known_when_a_module_is_made():
+    with pytest.raises(ValueError, match="activation: expected 'softmax' or 'sigmoid' for a cross-entropy"):
+        tk.TverskyCELoss(activation="none")
+    tk.TverskyCELoss(activation="none", ce_weight=0.0)
+    tk.DeepSupervisionLoss(activation="none")
+    with pytest.raises(ValueError, match="activation: expected 'softmax' or 'sigmoid' for a cross-entropy"):
+        tk.DeepSupervisionLoss(loss="tversky_ce", activation="none")
+    tk.DiceLoss(squared=True)
+    # Without reading a tensor that has no values, or whose gradient is wanted.
+    tk.TverskyLoss(alpha=torch.ones(3, device="meta"), gamma=torch.nn.Parameter(torch.ones(())))
 
 
 def test_a_schedule():

@@ -14,7 +14,8 @@ import torch
 from common import inputs, relative
 
 from tversky_kernels import reference
-from tversky_kernels._arguments import Options, Volumes
+from tversky_kernels._arguments import Volumes
+from tversky_kernels._options import Options
 
 ROOT = pathlib.Path(__file__).parent.parent
 LOGITS_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, CHECKS, OVERLAPS, REDUCTIONS
+from ._options import (
+    IN_TENSOR,
+    SCALARS,
+    Options,
+    check_squared,
+    checked,
+    is_used,
+    number,
+)
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.uint8, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool)
@@ -18,80 +25,8 @@ DENSE_DTYPES = (*INDEX_DTYPES, torch.float32, torch.float16, torch.bfloat16, tor
 WEIGHT_DTYPES = (torch.float32, torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64)
 
 
-#: The arguments that say what a loss is, with their defaults: of the Tversky loss, and what its compound adds.
-TVERSKY_DEFAULTS = {
-    "alpha": 0.3,
-    "beta": 0.7,
-    "gamma": 1.0,
-    "smooth_nr": 1e-5,
-    "smooth_dr": 1e-5,
-    "activation": "softmax",
-    "class_weight": None,
-    "include_background": True,
-    "ignore_index": None,
-    "voxel_weight": None,
-    "batch": False,
-    "absent": "keep",
-    "soft_label": False,
-    "squared": False,
-    "reduction": "mean",
-}
-CE_DEFAULTS = {
-    "tversky_weight": 1.0,
-    "ce_weight": 1.0,
-    "ce_class_weight": None,
-    "label_smoothing": 0.0,
-    "focal_gamma": 0.0,
-}
-
-#: What a function of several losses calls them.
-LOSSES = ("tversky", "tversky_ce")
-
-#: Where a target of another resolution is read: at a voxel's corner or at its centre, as `interpolate`'s modes do.
-RESAMPLE = ("nearest", "nearest-exact")
-
-#: Options that may be tensors with one value, which is then never read on the host (but focal_gamma's).
-SCALARS = ("gamma", "smooth_nr", "smooth_dr", "tversky_weight", "ce_weight", "label_smoothing")
-
-
-class InTensor:
-    """Stands for an option whose value only a tensor has."""
-
-    def __repr__(self):
-        return "IN_TENSOR"
-
-
-IN_TENSOR = InTensor()
 _NO_SCALARS: dict = {}
 _STRIDED = torch.strided
-
-
-class Options(NamedTuple):
-    """The arguments of the loss that are not volumes, checked."""
-
-    alpha: float
-    beta: float
-    gamma: float
-    smooth_nr: float
-    smooth_dr: float
-    activation: str
-    include_background: bool
-    ignore_index: int | None
-    batch: bool
-    absent: str
-    soft_label: bool
-    squared: bool
-    reduction: str
-    tversky_weight: float = 1.0
-    ce_weight: float = 0.0
-    label_smoothing: float = 0.0
-    focal_gamma: float = 0.0
-    resample: str | None = None
-
-    @property
-    def overlap(self) -> str:
-        """How a voxel's part of the counts is measured."""
-        return "squared" if self.squared else "absolute" if self.soft_label else "product"
 
 
 class Volumes(NamedTuple):
@@ -160,24 +95,6 @@ def _shape(x) -> str:
     return f"({', '.join(str(s) for s in sizes)})"
 
 
-def number(name: str, value, *, positive: bool = False, most: float = math.inf) -> float:
-    """The value as a float; an error that names the argument where it is out of range."""
-    if isinstance(value, torch.Tensor):
-        value = _one_value(name, value)
-    bound = "> 0" if positive else ">= 0" if most == math.inf else f"in [0, {most:g}]"
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # numpy's among them
-        raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
-    if not 0 <= value <= most or value == math.inf or (positive and value == 0):  # NaN fails too
-        raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
-    return float(value)
-
-
-def _one_value(name: str, value: torch.Tensor):
-    if value.numel() != 1 or value.dim() > 0 or value.dtype.is_complex or value.dtype == torch.bool:
-        raise TypeError(f"{name}: expected a number or a 0-d tensor of one, got a tensor {_shape(value)} {value.dtype}")
-    return value.item()
-
-
 def check_mode(check_target: bool | None, on_host: bool) -> int:
     """What the count pass does about values out of range, as the operators take it.
 
@@ -186,20 +103,6 @@ def check_mode(check_target: bool | None, on_host: bool) -> int:
     if check_target is False:
         return CHECKS["ignore"]
     return CHECKS["raise"] if on_host else CHECKS["poison"]
-
-
-def one_of(name: str, value, allowed) -> str:
-    """The value, if it is one of those that are allowed."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
-
-
-def flag(name: str, value) -> bool:
-    """The value, if it is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return value
 
 
 def with_defaults(function: str, defaults: dict, options: dict) -> dict:
@@ -291,8 +194,8 @@ def check_arguments(
         ignore_index = _plain(ignore_index)
         if isinstance(ignore_index, torch.Tensor) and torch.compiler.is_compiling():
             ignore_index, unknown_label = None, ignore_index
-    if squared and not (isinstance(alpha, (int, float)) and isinstance(beta, (int, float)) and alpha == beta):
-        raise ValueError(f"squared: expected alpha and beta to be one number, got {alpha!r} and {beta!r}")
+    if squared:
+        check_squared(squared, alpha, beta)
     in_table = not (
         class_weight is None
         and ce_class_weight is None
@@ -408,58 +311,13 @@ def check_strided(name: str, x: torch.Tensor) -> None:
 def _check_facts(logits, target, weight: Facts | None, alpha, beta, *values) -> Plan:
     # All that does not depend on what the tensors hold. alpha and beta are None where a table has them.
     logits, target = Facts(*logits), Facts(*target)
-    options = _check_options(alpha, beta, *values)
+    options = checked(Options(alpha, beta, *values))
     _check_logits(logits, options.activation)
     layout = _check_volumes(logits, target, weight, options.resample is not None)
     return Plan(options, layout, _of_pass(options), _of_table(options, layout.dense))
 
 
 _check_facts_once = functools.lru_cache(maxsize=256, typed=True)(_check_facts)  # typed: True is not 1.0
-
-
-def _check_options(*values) -> Options:
-    given = Options(*values)
-    one_of("activation", given.activation, ACTIVATIONS)
-    index = given.ignore_index
-    if index is not None and (isinstance(index, bool) or not isinstance(index, numbers.Integral)):
-        raise TypeError(f"ignore_index: expected an integer or None, got {index!r}")
-    if index is not None and not -(2**63) <= index < 2**63:
-        raise ValueError(f"ignore_index: expected a 64-bit integer, got {index}")
-    in_table = given.alpha is None
-    options = given._replace(
-        # Not NaN where the table has them: it must fit into a compiled package's JSON.
-        alpha=0.0 if in_table else number("alpha", given.alpha),
-        beta=0.0 if in_table else number("beta", given.beta),
-        ignore_index=None if index is None else int(index),
-        gamma=_number_or_tensor("gamma", given.gamma, positive=True),
-        smooth_nr=_number_or_tensor("smooth_nr", given.smooth_nr),
-        smooth_dr=_number_or_tensor("smooth_dr", given.smooth_dr),
-        include_background=flag("include_background", given.include_background),
-        batch=flag("batch", given.batch),
-        absent=one_of("absent", given.absent, ABSENT),
-        soft_label=flag("soft_label", given.soft_label),
-        squared=flag("squared", given.squared),
-        reduction=one_of("reduction", given.reduction, REDUCTIONS),
-        tversky_weight=_number_or_tensor("tversky_weight", given.tversky_weight),
-        ce_weight=_number_or_tensor("ce_weight", given.ce_weight),
-        label_smoothing=_number_or_tensor("label_smoothing", given.label_smoothing, most=1.0),
-        focal_gamma=number("focal_gamma", given.focal_gamma),
-        resample=None if given.resample is None else one_of("resample", given.resample, RESAMPLE),
-    )
-    if options.squared and options.soft_label:
-        raise ValueError("squared: expected False with soft_label=True; its squares are right for soft targets already")
-    if is_used(options.ce_weight) and options.activation == "none":
-        raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
-    return options
-
-
-def _number_or_tensor(name: str, value, **bounds):
-    return value if value is IN_TENSOR else number(name, value, **bounds)
-
-
-def is_used(value) -> bool:
-    """Whether a factor is not 0, as far as is known."""
-    return value is IN_TENSOR or isinstance(value, torch.Tensor) or value != 0
 
 
 # In the order of the operators' schemas, as _ops has them.

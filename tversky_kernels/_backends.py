@@ -165,6 +165,12 @@ def faster_by_triton(logits: torch.Tensor, options, dense: bool) -> bool:
     )
 
 
+def check_name(backend: str) -> None:
+    """Raises where no backend has this name."""
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+
+
 def choose(
     backend: str,
     device: torch.device,
@@ -189,8 +195,7 @@ def choose(
             if _obstacle(name, device, unsupported, unsupported_by_cuda) is None:
                 return name
         return "reference"
-    if backend not in NAMES:
-        raise ValueError(f"backend: expected 'auto' or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+    check_name(backend)
     obstacle = _obstacle(backend, device, unsupported, unsupported_by_cuda)
     if obstacle is not None:
         raise ValueError(f"backend: {backend!r} {obstacle}")

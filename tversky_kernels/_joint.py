@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _arguments, distributed, reference
+from . import _arguments, _options, distributed, reference
 from ._transforms import active_transforms
 from .distributed import Ranks
 
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     @property
     def columns(self) -> int:
         """Columns of this rank's table."""
-        return 6 if _arguments.is_used(self.checked.plan.options.ce_weight) else 3
+        return 6 if _options.is_used(self.checked.plan.options.ce_weight) else 3
 
 
 # Of everything that must be the same on all ranks, but for what only a card knows.
@@ -153,7 +153,7 @@ def over_samples(loss: torch.Tensor, ranks: Ranks, scale: float, token, error, c
     return total, samples.detach()
 
 
-def check_ranks(ranks: Ranks, options: _arguments.Options) -> None:
+def check_ranks(ranks: Ranks, options: _options.Options) -> None:
     """Raises where a loss has no meaning over these groups."""
     if ranks.samples is None:
         return

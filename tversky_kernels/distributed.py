@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-GRAD_REDUCTIONS = ("mean", "sum")
+from ._options import GRAD_REDUCTIONS
+
 #: Of each exchange: whether this rank failed, 1 for each rank, and three hashes of the arguments with their squares.
 _TRAILER = 8
 _HASHES = 3

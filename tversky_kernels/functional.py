@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import _arguments, _backends, _joint, autograd, reference
+from . import _arguments, _backends, _joint, _options, autograd, reference
 from ._layout import walkable
+from ._options import RUN_DEFAULTS
 from ._transforms import JVP, VMAP, active_transforms
 from .distributed import Ranks, attempt, ranks_of
 
@@ -27,17 +28,12 @@ __all__ = [
 ]
 
 
-#: How a loss is run.
-RUN_DEFAULTS = {
-    "check_target": None,
-    "inplace_backward": False,
-    "process_group": None,
-    "sample_group": None,
-    "grad_reduction": "mean",
-    "backend": "auto",
-}
-#: What the overlap counts are.
-COUNTS_DEFAULTS = {"activation": "softmax", "ignore_index": None, "voxel_weight": None, "soft_label": False}
+#: One number, or one a class: a list, a tensor of them (which gets a gradient where it requires one) or an array.
+PerClass = float | Sequence[float] | torch.Tensor
+#: A number, or a 0-d tensor with one.
+Scalar = float | torch.Tensor
+#: True: the default group.
+Group = torch.distributed.ProcessGroup | bool | None if torch.distributed.is_available() else object
 
 
 class OverlapCounts(NamedTuple):
@@ -172,7 +168,7 @@ def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, dtype) -> tor
     options = checked.options
     if compiles:
         variable = {}
-        for name in ("alpha", "beta", *_arguments.SCALARS):
+        for name in ("alpha", "beta", *_options.SCALARS):
             value = getattr(options, name)
             if not isinstance(value, torch.Tensor) and value != _NEUTRAL.get(name):
                 variable[name] = counts.new_zeros(()) + value
@@ -194,13 +190,13 @@ def tversky_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
     *,
-    alpha=0.3,
-    beta=0.7,
-    gamma: float = 1.0,
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
+    alpha: PerClass = 0.3,
+    beta: PerClass = 0.7,
+    gamma: Scalar = 1.0,
+    smooth_nr: Scalar = 1e-5,
+    smooth_dr: Scalar = 1e-5,
     activation: str = "softmax",
-    class_weight=None,
+    class_weight: PerClass | None = None,
     include_background: bool = True,
     ignore_index: int | None = None,
     voxel_weight: torch.Tensor | None = None,
@@ -209,8 +205,8 @@ def tversky_loss(
     soft_label: bool = False,
     squared: bool = False,
     reduction: str = "mean",
-    process_group=None,
-    sample_group=None,
+    process_group: Group = None,
+    sample_group: Group = None,
     grad_reduction: str = "mean",
     inplace_backward: bool = False,
     check_target: bool | None = None,
@@ -321,18 +317,18 @@ def tversky_ce_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
     *,
-    tversky_weight: float = 1.0,
-    ce_weight: float = 1.0,
-    ce_class_weight=None,
-    label_smoothing: float = 0.0,
+    tversky_weight: Scalar = 1.0,
+    ce_weight: Scalar = 1.0,
+    ce_class_weight: PerClass | None = None,
+    label_smoothing: Scalar = 0.0,
     focal_gamma: float = 0.0,
-    alpha=0.3,
-    beta=0.7,
-    gamma: float = 1.0,
-    smooth_nr: float = 1e-5,
-    smooth_dr: float = 1e-5,
+    alpha: PerClass = 0.3,
+    beta: PerClass = 0.7,
+    gamma: Scalar = 1.0,
+    smooth_nr: Scalar = 1e-5,
+    smooth_dr: Scalar = 1e-5,
     activation: str = "softmax",
-    class_weight=None,
+    class_weight: PerClass | None = None,
     include_background: bool = True,
     ignore_index: int | None = None,
     voxel_weight: torch.Tensor | None = None,
@@ -341,8 +337,8 @@ def tversky_ce_loss(
     soft_label: bool = False,
     squared: bool = False,
     reduction: str = "mean",
-    process_group=None,
-    sample_group=None,
+    process_group: Group = None,
+    sample_group: Group = None,
     grad_reduction: str = "mean",
     inplace_backward: bool = False,
     check_target: bool | None = None,
@@ -418,7 +414,7 @@ def overlap_counts(
     voxel_weight: torch.Tensor | None = None,
     soft_label: bool = False,
     batch: bool = False,
-    process_group=None,
+    process_group: Group = None,
     grad_reduction: str = "mean",
     inplace_backward: bool = False,
     check_target: bool | None = None,
@@ -458,9 +454,6 @@ def exact_counts(
     return counts.sum(0, keepdim=True) if checked.plan.options.batch else counts
 
 
-GENERALIZED_WEIGHTS = ("square", "simple", "uniform")
-
-
 def generalized_dice_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -468,10 +461,19 @@ def generalized_dice_loss(
     weight: str = "square",
     smooth_nr: float = 1e-5,
     smooth_dr: float = 1e-5,
+    activation: str = "softmax",
     include_background: bool = True,
+    ignore_index: int | None = None,
+    voxel_weight: torch.Tensor | None = None,
     batch: bool = False,
+    soft_label: bool = False,
     reduction: str = "mean",
-    **options,
+    process_group: Group = None,
+    sample_group: Group = None,
+    grad_reduction: str = "mean",
+    inplace_backward: bool = False,
+    check_target: bool | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Generalised Dice loss (Sudre et al. 2017, arXiv:1707.03237): all classes in one quotient.
 
@@ -487,16 +489,23 @@ def generalized_dice_loss(
         include_background: False leaves channel 0 out (without effect at C = 1).
         batch: True sums the counts over the batch first.
         reduction: "mean" or "sum" over the samples, or "none": (N), or (1) with ``batch``.
-        **options: The other arguments of `overlap_counts`.
+        activation: See `tversky_loss`, as for all that follow.
+        ignore_index: Voxels with this label do not count.
+        voxel_weight: Multiplies a voxel's part in all sums.
+        soft_label: True measures the overlap by |p - g|.
+        process_group: Ranks that hold parts of one batch or of the same volumes.
+        sample_group: Ranks that hold different samples.
+        grad_reduction: How the caller joins the ranks' gradients.
+        inplace_backward: True writes the gradient over the logits.
+        check_target: Whether a label or a dense target out of range raises.
+        backend: Which kernels compute.
     """
-    _arguments.one_of("weight", weight, GENERALIZED_WEIGHTS)
-    _arguments.one_of("reduction", reduction, ("mean", "sum", "none"))
-    smooth_nr, smooth_dr = _arguments.number("smooth_nr", smooth_nr), _arguments.number("smooth_dr", smooth_dr)
-    options = _arguments.with_defaults("generalized_dice_loss", {**COUNTS_DEFAULTS, **RUN_DEFAULTS}, options)
-    voxel_weight, run = options.pop("voxel_weight"), [options.pop(name) for name in RUN_DEFAULTS]
-    check_target, inplace_backward, process_group, sample_group, grad_reduction, backend = run
+    _options.one_of("weight", weight, _options.GENERALIZED_WEIGHTS)
+    _options.one_of("reduction", reduction, ("mean", "sum", "none"))
+    smooth_nr, smooth_dr = _options.number("smooth_nr", smooth_nr), _options.number("smooth_dr", smooth_dr)
     ranks = ranks_of(process_group, sample_group, grad_reduction)
-    options["batch"] = _arguments.flag("batch", batch)
+    options = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label, "batch": batch}
+    _options.flag("batch", batch)
     over_samples = ranks is not None and ranks.samples is not None
     if over_samples and (batch or reduction == "none"):
         raise ValueError(
@@ -511,7 +520,7 @@ def generalized_dice_loss(
             lambda: exact_counts(logits, target, *how),
             lambda: logits.new_zeros((*logits.shape[:2], 3), dtype=torch.float64),
         )
-    if not _arguments.flag("include_background", include_background) and logits.size(1) > 1:
+    if not _options.flag("include_background", include_background) and logits.size(1) > 1:
         counts = counts[:, 1:]
     loss = generalized_dice_of_counts(counts, weight, smooth_nr, smooth_dr)
     dtype = _arguments.compute_dtype(logits)
@@ -543,8 +552,8 @@ def generalized_dice_of_counts(counts: torch.Tensor, weight: str, smooth_nr: flo
 
 def _split_options(function: str, loss: str, options: dict) -> tuple[dict, dict]:
     # The arguments of a loss that a function calls by its name, completed: what it is, and how it is run.
-    _arguments.one_of("loss", loss, _arguments.LOSSES)
-    defaults = {**_arguments.TVERSKY_DEFAULTS, **(_arguments.CE_DEFAULTS if loss == "tversky_ce" else {})}
+    _options.one_of("loss", loss, _options.LOSSES)
+    defaults = {**_options.TVERSKY_DEFAULTS, **(_options.CE_DEFAULTS if loss == "tversky_ce" else {})}
     all_options = _arguments.with_defaults(f"{function} with loss={loss!r}", {**defaults, **RUN_DEFAULTS}, options)
     return {name: all_options[name] for name in defaults}, {name: all_options[name] for name in RUN_DEFAULTS}
 
@@ -593,9 +602,9 @@ def deep_supervision_loss(
         raise TypeError(f"weights: expected {len(logits)} numbers, one a level, got {type(weights).__name__}")
     if len(weights) != len(logits):
         raise ValueError(f"weights: expected {len(logits)} numbers, one a level, got {len(weights)}")
-    weights = [_arguments.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
+    weights = [_options.number(f"weights[{i}]", w) for i, w in enumerate(weights)]
     options, run = _split_options("deep_supervision_loss", loss, options)
-    resample = _arguments.one_of("resample", resample, _arguments.RESAMPLE)
+    resample = _options.one_of("resample", resample, _options.RESAMPLE)
     ranks = ranks_of(run["process_group"], run["sample_group"], run["grad_reduction"])
     levels = [_checked_level(level, target, run["check_target"], resample, options) for level in logits]
     if ranks is None:
@@ -721,7 +730,7 @@ def jaccard_loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch
     return tversky_loss(logits, target, alpha=1.0, beta=1.0, **options)
 
 
-def focal_tversky_loss(logits: torch.Tensor, target: torch.Tensor, *, gamma: float = 0.75, **options) -> torch.Tensor:
+def focal_tversky_loss(logits: torch.Tensor, target: torch.Tensor, *, gamma: Scalar = 0.75, **options) -> torch.Tensor:
     """Focal Tversky loss (Abraham and Khan 2018, arXiv:1810.07842): `tversky_loss` with gamma = 0.75.
 
     The paper writes (1 - TI)^(1/γ) with γ = 4/3: gamma here is that exponent, 1/γ.

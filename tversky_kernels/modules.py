@@ -6,7 +6,8 @@ import inspect
 
 import torch
 
-from . import functional
+from . import _options, functional
+from ._backends import check_name
 from .distributed import is_initialised
 
 __all__ = [
@@ -39,7 +40,11 @@ class _Loss(torch.nn.Module):
         for function in reversed(cls._takes):
             parameters |= inspect.signature(function).parameters
         left_out = {"logits", "target", "voxel_weight", "options", *cls._fixed}
-        cls._options = {name: p.default for name, p in parameters.items() if name not in left_out}
+        options = {name: p for name, p in parameters.items() if name not in left_out}
+        cls._options = {name: p.default for name, p in options.items()}
+        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        cls.__signature__ = inspect.Signature([*own, *(p.replace(kind=keyword) for p in options.values())])
 
     def __init__(self, **options):
         super().__init__()
@@ -49,9 +54,28 @@ class _Loss(torch.nn.Module):
             if name not in self._options:
                 raise TypeError(f"{type(self).__name__}: unexpected argument {name!r}")
             setattr(self, name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        # What excludes each other; later, when an option is set, the call checks.
+        values = {name: getattr(self, name) for name in _options.Options._fields if name in self._options}
+        if self._options.get("loss") == "tversky" and self.loss == "tversky":
+            values["ce_weight"] = 0.0
+        fixed = {"alpha": 0.5, "beta": 0.5} | _options.TVERSKY_DEFAULTS
+        taken = {name: fixed[name] for name in _options.Options._fields if name in fixed}
+        options = _options.Options(**{**taken, **values})
+        _options.check_together(options)
+        if {"alpha", "beta"} <= set(self._options):
+            _options.check_squared(options.squared, options.alpha, options.beta)
 
     def __setattr__(self, name, value):
         if name in self._options:
+            if hasattr(value, "tolist") and not isinstance(value, torch.Tensor):
+                value = value.tolist()  # numpy's, which a compiled graph would take for a tensor
+            if name == "backend":
+                check_name(value)
+            elif not torch.compiler.is_compiling():
+                _options.check_value(name, value)
             if name not in self._given:
                 self._given += (name,)
             if name in ("process_group", "sample_group"):
@@ -63,8 +87,6 @@ class _Loss(torch.nn.Module):
                 kept.pop(name, None)
             if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
                 return self.register_buffer(name, value)
-            if hasattr(value, "tolist") and not isinstance(value, torch.Tensor):
-                value = value.tolist()  # numpy's, which a compiled graph would take for a tensor
         return super().__setattr__(name, value)
 
     def _given_options(self) -> dict:
@@ -81,7 +103,16 @@ class _Loss(torch.nn.Module):
         return self._function(logits, target, voxel_weight=voxel_weight, **self._given_options())
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._given_options().items())
+        return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in self._given)
+
+
+def _shown(value) -> str:
+    # Short: a class count is not a line's length.
+    if isinstance(value, torch.Tensor) and value.dim() > 0:
+        return f"tensor of {value.numel()}"
+    if isinstance(value, (list, tuple)) and len(value) > 6:
+        return f"[{', '.join(map(repr, value[:3]))}, ...{len(value)}]"
+    return repr(value)
 
 
 class TverskyLoss(_Loss):
@@ -125,7 +156,7 @@ class GeneralizedDiceLoss(_Loss):
     """`tversky_kernels.generalized_dice_loss` as a module."""
 
     _function = staticmethod(functional.generalized_dice_loss)
-    _takes = (functional.generalized_dice_loss, functional.overlap_counts)
+    _takes = (functional.generalized_dice_loss,)
 
 
 class DeepSupervisionLoss(_Loss):

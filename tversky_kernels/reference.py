@@ -35,8 +35,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import _arguments
-from ._arguments import Checked, Options, Volumes
+from . import _arguments, _options
+from ._arguments import Checked, Volumes
+from ._options import Options
 from ._transforms import VMAP, active_transforms
 from .distributed import Ranks, ranks_of
 
@@ -73,7 +74,7 @@ def tversky_loss(
 
     It takes neither ``backend`` nor ``inplace_backward``.
     """
-    options = _arguments.with_defaults("tversky_loss", _arguments.TVERSKY_DEFAULTS, options)
+    options = _arguments.with_defaults("tversky_loss", _options.TVERSKY_DEFAULTS, options)
     checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
     return checked_loss(logits, checked, ranks_of(process_group, sample_group, grad_reduction), check_target)
 
@@ -89,7 +90,7 @@ def tversky_ce_loss(
     **options,
 ) -> torch.Tensor:
     """The same arguments, result and errors as `tversky_kernels.tversky_ce_loss`; see `tversky_loss`."""
-    defaults = {**_arguments.TVERSKY_DEFAULTS, **_arguments.CE_DEFAULTS}
+    defaults = {**_options.TVERSKY_DEFAULTS, **_options.CE_DEFAULTS}
     options = _arguments.with_defaults("tversky_ce_loss", defaults, options)
     checked = _arguments.check_arguments(logits, target, check_target=check_target, **options)
     return checked_loss(logits, checked, ranks_of(process_group, sample_group, grad_reduction), check_target)
@@ -105,7 +106,7 @@ def linear_tversky_loss(
     **options,
 ) -> torch.Tensor:
     """The same arguments, result and errors as `tversky_kernels.linear_tversky_loss`; see `tversky_loss`."""
-    _arguments.one_of("loss", loss, _arguments.LOSSES)
+    _options.one_of("loss", loss, _options.LOSSES)
     logits = linear_logits(*_arguments.check_head(features, weight, bias))
     return {"tversky": tversky_loss, "tversky_ce": tversky_ce_loss}[loss](logits, target, **options)
 
@@ -201,7 +202,7 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options, checks_tar
     else:
         tp, fp, fn = (w * p * g).sum(-1), (w * p * (1 - g)).sum(-1), (w * (1 - p) * g).sum(-1)
     sums = (tp, fp, fn)
-    if _arguments.is_used(options.ce_weight):
+    if _options.is_used(options.ce_weight):
         # Terms of g = 1 and, for the sigmoid, of g = 0: (1 - p)^f (-log p) and p^f (-log(1 - p)).
         if options.activation == "softmax":
             of_one, of_zero = _focal(z.log_softmax(1), options.focal_gamma), torch.zeros_like(z)
@@ -209,7 +210,7 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options, checks_tar
             of_one, of_zero = (_focal(torch.nn.functional.logsigmoid(x), options.focal_gamma) for x in (z, -z))
         # Without g a term may be infinite, and is not wanted.
         cross_entropy = torch.where(g != 0, g * of_one, 0.0) + torch.where(g != 1, (1 - g) * of_zero, 0.0)
-        smoothing = of_one + of_zero if _arguments.is_used(options.label_smoothing) else torch.zeros_like(z)
+        smoothing = of_one + of_zero if _options.is_used(options.label_smoothing) else torch.zeros_like(z)
         # tp + fn is the weight of a label, but not where errors are squared.
         voxels = (w * g).sum(-1) if _of_labels(options, dense) else w.sum(-1).expand_as(tp)
         sums += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), voxels)

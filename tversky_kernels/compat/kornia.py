@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import functional
-from .._arguments import number, one_of
+from .._options import number, one_of
 from ._targets import of_one_class
 
 __all__ = ["DiceLoss", "TverskyLoss", "dice_loss", "tversky_loss"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import functional
-from .._arguments import number, one_of
+from .._options import number, one_of
 from ..reference import nearest_voxels
 from ._attributes import attributes_of
 from ._errors import ShapeError

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import functional
-from .._arguments import compute_dtype, number
+from .._arguments import compute_dtype
+from .._options import number
 from ._attributes import attributes_of
 from ._targets import as_dense, as_indices
 

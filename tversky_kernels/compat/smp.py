@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import functional
-from .._arguments import number, one_of
+from .._options import number, one_of
 from ._errors import OptionError, ShapeError
 from ._targets import as_dense, as_indices, is_hard, of_one_class
 

@@ -1,0 +1,250 @@
+"""The options of the losses: their defaults, and what each of them may be. One definition for functions and modules."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ._ops import ABSENT, ACTIVATIONS, REDUCTIONS
+
+#: The arguments that say what a loss is, with their defaults: of the Tversky loss, and what its compound adds.
+TVERSKY_DEFAULTS = {
+    "alpha": 0.3,
+    "beta": 0.7,
+    "gamma": 1.0,
+    "smooth_nr": 1e-5,
+    "smooth_dr": 1e-5,
+    "activation": "softmax",
+    "class_weight": None,
+    "include_background": True,
+    "ignore_index": None,
+    "voxel_weight": None,
+    "batch": False,
+    "absent": "keep",
+    "soft_label": False,
+    "squared": False,
+    "reduction": "mean",
+}
+CE_DEFAULTS = {
+    "tversky_weight": 1.0,
+    "ce_weight": 1.0,
+    "ce_class_weight": None,
+    "label_smoothing": 0.0,
+    "focal_gamma": 0.0,
+}
+
+#: What a function of several losses calls them.
+LOSSES = ("tversky", "tversky_ce")
+
+#: Where a target of another resolution is read: at a voxel's corner or at its centre, as `interpolate`'s modes do.
+RESAMPLE = ("nearest", "nearest-exact")
+
+#: How a loss is run.
+RUN_DEFAULTS = {
+    "check_target": None,
+    "inplace_backward": False,
+    "process_group": None,
+    "sample_group": None,
+    "grad_reduction": "mean",
+    "backend": "auto",
+}
+GRAD_REDUCTIONS = ("mean", "sum")
+GENERALIZED_WEIGHTS = ("square", "simple", "uniform")
+
+#: Options that may be tensors with one value, which is then never read on the host (but focal_gamma's).
+SCALARS = ("gamma", "smooth_nr", "smooth_dr", "tversky_weight", "ce_weight", "label_smoothing")
+
+
+class InTensor:
+    """Stands for an option whose value only a tensor has."""
+
+    def __repr__(self):
+        return "IN_TENSOR"
+
+
+IN_TENSOR = InTensor()
+
+
+class Options(NamedTuple):
+    """The arguments of the loss that are not volumes, checked."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    smooth_nr: float
+    smooth_dr: float
+    activation: str
+    include_background: bool
+    ignore_index: int | None
+    batch: bool
+    absent: str
+    soft_label: bool
+    squared: bool
+    reduction: str
+    tversky_weight: float = 1.0
+    ce_weight: float = 0.0
+    label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+    resample: str | None = None
+
+    @property
+    def overlap(self) -> str:
+        """How a voxel's part of the counts is measured."""
+        return "squared" if self.squared else "absolute" if self.soft_label else "product"
+
+
+def number(name: str, value, *, positive: bool = False, most: float = math.inf) -> float:
+    """The value as a float; an error that names the argument where it is out of range."""
+    if isinstance(value, torch.Tensor):
+        value = _one_value(name, value)
+    bound = "> 0" if positive else ">= 0" if most == math.inf else f"in [0, {most:g}]"
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # numpy's among them
+        raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
+    if not 0 <= value <= most or value == math.inf or (positive and value == 0):  # NaN fails too
+        raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
+    return float(value)
+
+
+def _one_value(name: str, value: torch.Tensor):
+    if value.numel() != 1 or value.dim() > 0 or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(
+            f"{name}: expected a number or a 0-d tensor of one, got a tensor {tuple(value.shape)} {value.dtype}"
+        )
+    return value.item()
+
+
+def one_of(name: str, value, allowed) -> str:
+    """The value, if it is one of those that are allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def flag(name: str, value) -> bool:
+    """The value, if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def is_used(value) -> bool:
+    """Whether a factor is not 0, as far as is known."""
+    return value is IN_TENSOR or isinstance(value, torch.Tensor) or value != 0
+
+
+# Functions, not closures over their bounds: torch.compile would take a closure's number for a variable.
+def _number(name: str, value):
+    return value if value is IN_TENSOR else number(name, value)
+
+
+def _positive(name: str, value):
+    return value if value is IN_TENSOR else number(name, value, positive=True)
+
+
+def _share(name: str, value):
+    return value if value is IN_TENSOR else number(name, value, most=1.0)
+
+
+def _choice(allowed) -> Callable:
+    return lambda name, value: one_of(name, value, allowed)
+
+
+def _or_none(check: Callable) -> Callable:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _per_class(name: str, value):
+    if isinstance(value, (list, tuple)):
+        return tuple(number(f"{name}[{i}]", x) for i, x in enumerate(value))
+    return number(name, value)
+
+
+def _integer(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer or None, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
+    return int(value)
+
+
+def _check_target(name: str, value) -> bool | None:
+    if value not in (None, True, False):
+        raise TypeError(f"{name}: expected None, True or False, got {value!r}")
+    return value
+
+
+#: What each option may be: a function of its name and a value, which returns it in one form or raises.
+ALLOWED: dict[str, Callable] = {
+    "alpha": _per_class,
+    "beta": _per_class,
+    "class_weight": _or_none(_per_class),
+    "ce_class_weight": _or_none(_per_class),
+    "gamma": _positive,
+    "smooth_nr": _number,
+    "smooth_dr": _number,
+    "tversky_weight": _number,
+    "ce_weight": _number,
+    "label_smoothing": _share,
+    "focal_gamma": _number,
+    "activation": _choice(ACTIVATIONS),
+    "include_background": flag,
+    "ignore_index": _or_none(_integer),
+    "batch": flag,
+    "absent": _choice(ABSENT),
+    "soft_label": flag,
+    "squared": flag,
+    "reduction": _choice(REDUCTIONS),
+    "resample": _or_none(_choice(RESAMPLE)),
+    "loss": _choice(LOSSES),
+    "weight": _choice(GENERALIZED_WEIGHTS),
+    "weights": _or_none(_per_class),
+    "check_target": _check_target,
+    "inplace_backward": flag,
+    "grad_reduction": _choice(GRAD_REDUCTIONS),
+}
+#: Options that may be tensors of one number a class.
+PER_CLASS = ("alpha", "beta", "class_weight", "ce_class_weight", "weights")
+
+
+def checked(given: Options) -> Options:
+    """All of them in one form, or an error that names the first that is not allowed. alpha is None where a table has it
+    and beta."""
+    if given.alpha is None:
+        given = given._replace(alpha=0.0, beta=0.0)  # not NaN: it must fit into a compiled package's JSON
+    options = Options(*[ALLOWED[name](name, value) for name, value in zip(Options._fields, given, strict=True)])
+    check_together(options)
+    return options
+
+
+def check_together(options: Options) -> None:
+    """Raises where two of them exclude each other."""
+    if options.squared and options.soft_label:
+        raise ValueError("squared: expected False with soft_label=True; its squares are right for soft targets already")
+    if is_used(options.ce_weight) and options.activation == "none":
+        raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
+
+
+def check_squared(squared: bool, alpha, beta) -> None:
+    """Raises where squared errors would need more than one weight."""
+    if squared and not (isinstance(alpha, (int, float)) and isinstance(beta, (int, float)) and alpha == beta):
+        raise ValueError(f"squared: expected alpha and beta to be one number, got {alpha!r} and {beta!r}")
+
+
+def check_value(name: str, value) -> None:
+    """Raises where an option may not have a value, as far as is known before there are logits.
+
+    What a tensor holds is read where that waits for no device and loses no gradient.
+    """
+    if name not in ALLOWED:
+        return
+    if not isinstance(value, torch.Tensor) or name not in (*SCALARS, *PER_CLASS, "focal_gamma", "ignore_index"):
+        ALLOWED[name](name, value)
+    elif value.dim() > (name in PER_CLASS) or value.dtype.is_complex or value.dtype == torch.bool:
+        wanted = "a number, or one a class" if name in PER_CLASS else "a number or a 0-d tensor of one"
+        raise TypeError(f"{name}: expected {wanted}, got a tensor {tuple(value.shape)} {value.dtype}")
+    elif type(value) is torch.Tensor and value.device.type == "cpu" and not value.requires_grad:
+        ALLOWED[name](name, value.tolist())
