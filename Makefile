@@ -2,7 +2,7 @@
 # make study  losses and samplings side by side on real images, a small setting of docs/study.md
 # make test   all tests (sets everything up)
 # make test-peers  our losses beside MONAI, nnU-Net, smp and kornia themselves, in an environment of its own
-# make lint   ruff and clang-format        make bench  the benchmarks of this machine
+# make docs   the site, in .site      make lint   ruff and clang-format        make bench  the benchmarks of this machine
 # make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own
 # make bench-report  there too: everything that docs/performance.md shows, with its pictures (an hour on 2 cores)
 # make gpu    on a machine with a card: builds, tests and benchmarks with the Python and torch that are there
@@ -87,6 +87,13 @@ lint: $(TEST_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Stops at a broken link, a name without a page (tests/test_docs.py), a picture of other code.
+DOCS_READY := $(VENV)/.extras-docs
+.PHONY: docs
+docs: $(DOCS_READY)
+	$(PY) docs/site/plots.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 format: $(TEST_READY)
 	$(PY) -m ruff check --fix .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -214,7 +214,7 @@ def tversky_loss(
 ) -> torch.Tensor:
     r"""Tversky loss of a softmax, fused: nothing of the volume's size is made but the gradient.
 
-    Per sample n and class c, over the voxels that count, with p = softmax(logits) and g the target::
+    Per sample n and class c, over the voxels that count, with p = softmax(logits) and g the target:
 
         TP = sum p g      FP = sum p (1 - g)      FN = sum (1 - p) g
         loss[n, c] = class_weight[c] * (1 - (TP + smooth_nr) / (TP + alpha FP + beta FN + smooth_dr)) ** gamma
@@ -285,7 +285,7 @@ def tversky_loss(
     alpha, beta, gamma, class_weight, smooth_nr and smooth_dr may be tensors (those of one number 0-d): they get a
     gradient where they require one, and a new value of one is no reason for torch.compile to compile again.
 
-    Example:
+    Examples:
         >>> loss = tk.tversky_loss(model(image), label, alpha=0.3, beta=0.7)
         >>> loss.backward()
     """
@@ -347,7 +347,7 @@ def tversky_ce_loss(
     r"""Tversky loss plus cross-entropy, in the same two passes over the volume.
 
     ``tversky_weight * tversky_loss(...) + ce_weight * CE`` with, over the voxels that count, each with its weight w,
-    class weights b, q = (1 - label_smoothing) g + label_smoothing / K, and f = focal_gamma::
+    class weights b, q = (1 - label_smoothing) g + label_smoothing / K, and f = focal_gamma:
 
         softmax (K = C)    CE = sum w sum_c b_c q_c (1 - p_c)^f (-log p_c)
         sigmoid (K = 2)    CE = sum w sum_c b_c (q_c (1 - p_c)^f (-log p_c) + (1 - q_c) p_c^f (-log(1 - p_c)))
@@ -373,7 +373,7 @@ def tversky_ce_loss(
         TypeError: An argument of the wrong type or dtype.
         ValueError: As `tversky_loss`; also activation="none", from which no cross-entropy is made.
 
-    Example:
+    Examples:
         >>> loss = tk.tversky_ce_loss(model(image), label, alpha=0.5, beta=0.5, batch=True, include_background=False)
     """
     checked = _arguments.check_arguments(
@@ -430,7 +430,7 @@ def overlap_counts(
     Returns:
         OverlapCounts(tp, fp, fn), each (N, C), or (1, C) with ``batch``, in float32, or float64 for float64 logits.
 
-    Example:
+    Examples:
         >>> tp, fp, fn = tk.overlap_counts(model(image), label)
         >>> dice = 2 * tp / (2 * tp + fp + fn)
         >>> dice.cosh().log().mean().backward()
@@ -565,7 +565,7 @@ def deep_supervision_loss(
     *,
     loss: str = "tversky",
     resample: str = "nearest",
-    **options,
+    **options: Any,
 ) -> torch.Tensor:
     """The weighted sum of a loss over the outputs of several resolutions, all against one full-resolution target.
 
@@ -583,7 +583,7 @@ def deep_supervision_loss(
             or "nearest-exact" at its centre, as MONAI's `DeepSupervisionLoss` and nnU-Net do.
         **options: The arguments of that loss. voxel_weight has the target's spatial sizes.
 
-    Example:
+    Examples:
         >>> full, half, quarter = model(image)
         >>> loss = tk.deep_supervision_loss([full, half, quarter], label, batch=True)
     """
@@ -656,7 +656,7 @@ def linear_tversky_loss(
     target: torch.Tensor,
     *,
     loss: str = "tversky",
-    **options,
+    **options: Any,
 ) -> torch.Tensor:
     """A loss together with the network's last layer, a 1x1x1 convolution: the logits never exist as a tensor.
 
@@ -682,7 +682,7 @@ def linear_tversky_loss(
         TypeError: An argument of the wrong type or dtype.
         ValueError: As `tversky_loss`.
 
-    Example:
+    Examples:
         >>> head = torch.nn.Conv3d(32, 118, 1)
         >>> loss = tk.linear_tversky_loss(body(image), head.weight, head.bias, label)
     """
@@ -717,7 +717,7 @@ def linear_tversky_loss(
     return result
 
 
-def dice_loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:
+def dice_loss(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
     """Dice loss: `tversky_loss` with alpha = beta = 0.5; takes its other arguments.
 
     With smoothing s it equals a Dice loss (2 TP + 2 s) / (2 TP + FP + FN + 2 s).
@@ -725,12 +725,14 @@ def dice_loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Te
     return tversky_loss(logits, target, alpha=0.5, beta=0.5, **options)
 
 
-def jaccard_loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:
+def jaccard_loss(logits: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
     """Jaccard (IoU, Tanimoto) loss: `tversky_loss` with alpha = beta = 1; takes its other arguments."""
     return tversky_loss(logits, target, alpha=1.0, beta=1.0, **options)
 
 
-def focal_tversky_loss(logits: torch.Tensor, target: torch.Tensor, *, gamma: Scalar = 0.75, **options) -> torch.Tensor:
+def focal_tversky_loss(
+    logits: torch.Tensor, target: torch.Tensor, *, gamma: Scalar = 0.75, **options: Any
+) -> torch.Tensor:
     """Focal Tversky loss (Abraham and Khan 2018, arXiv:1810.07842): `tversky_loss` with gamma = 0.75.
 
     The paper writes (1 - TI)^(1/γ) with γ = 4/3: gamma here is that exponent, 1/γ.

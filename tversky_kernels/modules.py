@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -118,7 +119,7 @@ def _shown(value) -> str:
 class TverskyLoss(_Loss):
     """`tversky_kernels.tversky_loss` as a module: takes its keyword arguments, but for voxel_weight.
 
-    Example:
+    Examples:
         >>> criterion = tk.TverskyLoss(alpha=0.3, beta=0.7)
         >>> criterion(model(image), label).backward()
     """
@@ -162,7 +163,7 @@ class GeneralizedDiceLoss(_Loss):
 class DeepSupervisionLoss(_Loss):
     """`tversky_kernels.deep_supervision_loss` as a module: takes its keyword arguments, weights and loss among them.
 
-    Example:
+    Examples:
         >>> criterion = tk.DeepSupervisionLoss(loss="tversky_ce", alpha=0.5, beta=0.5, batch=True)
         >>> criterion([full, half, quarter], label).backward()
     """
@@ -187,7 +188,7 @@ class TverskyHead(_Loss):
         dtype: Of the parameters.
         **options: loss, and that loss's keyword arguments but for voxel_weight; see `linear_tversky_loss`.
 
-    Example:
+    Examples:
         >>> head = tk.TverskyHead(32, 118, alpha=0.3, beta=0.7)
         >>> head(features, label).backward()  # in training
         >>> logits = head(features)  # in inference
@@ -204,9 +205,9 @@ class TverskyHead(_Loss):
         *,
         bias: bool = True,
         dimensions: int = 3,
-        device=None,
-        dtype=None,
-        **options,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ):
         super().__init__(**options)
         convolutions = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}

@@ -2,7 +2,7 @@
 
 A name is nnUNetTrainer and a loss, then as wanted _Batch or _Sample (the Tversky index over the batch or by sample;
 without, as the plans say), _Weighted (class weights inverse to the classes' share of the training voxels) and _Head
-(the last layer is computed with the loss, so that its logits never exist)::
+(the last layer is computed with the loss, so that its logits never exist):
 
     TverskyKernels   Dice + cross-entropy, nnU-Net's default loss; of regions with a binary cross-entropy
     Tversky_3_7      alpha 0.3, beta 0.7            TverskyCE_3_7    with a cross-entropy
