@@ -11,7 +11,7 @@ import torch
 
 from . import _ops
 
-NAMES = ("cpu", "cuda", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "blocks", "reference")
 VARIABLE = "TVERSKY_KERNELS_BACKEND"
 #: What "auto" tries first, read once: os.environ raises and catches two exceptions for a variable that is not set.
 PREFERRED = os.environ.get(VARIABLE) or None
@@ -131,6 +131,10 @@ def _obstacle(backend: str, device: torch.device, unsupported: str | None, by_cu
     reason = _available(backend, device.index)
     if reason is not True:
         return f"is not available: {reason}"
+    if backend == "blocks":
+        if torch.compiler.is_compiling() or device.type == "meta":
+            return "computes a block after the other, which is not traced; expected 'auto' or 'reference'"
+        return None if unsupported is None else f"does not compute {unsupported}; expected 'auto' or 'reference'"
     expected = backend if backend != "triton" else "cpu" if _interpreted() else "cuda"
     if device.type != expected:
         return f"expects tensors on {expected}, got logits on {device}"
@@ -191,7 +195,8 @@ def choose(
             if _obstacle(PREFERRED, device, unsupported, unsupported_by_cuda) is None:
                 return PREFERRED
         first = triton_first and TRITON_CAN_COMPILE
-        for name in ("cpu",) if device.type == "cpu" else ("triton", "cuda") if first else ("cuda", "triton"):
+        of_device = ("cpu",) if device.type == "cpu" else ("triton", "cuda") if first else ("cuda", "triton")
+        for name in (*of_device, "blocks"):
             if _obstacle(name, device, unsupported, unsupported_by_cuda) is None:
                 return name
         return "reference"

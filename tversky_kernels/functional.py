@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _arguments, _backends, _joint, _options, autograd, reference
+from . import _arguments, _backends, _blocks, _joint, _options, autograd, reference  # noqa: F401 (_blocks registers)
 from ._layout import walkable
 from ._options import RUN_DEFAULTS
 from ._transforms import JVP, VMAP, active_transforms
@@ -73,10 +73,11 @@ def _on_backend(logits, checked, function, how, check_target, backend):
         _is_transformed() and _only_by_reference(logits, volumes.voxel_weight, checked.class_parameters)
     ):
         return None
-    check = _arguments.check_mode(check_target, on_host=chosen == "cpu")  # the CPU kernels check while they read
+    on_host = chosen == "cpu" or (chosen == "blocks" and logits.device.type == "cpu")  # which check while they read
+    check = _arguments.check_mode(check_target, on_host)
     if torch.compiler.is_compiling():
         return function(chosen, check, logits, checked, not torch.compiler.is_exporting(), *how)
-    if check_target and chosen != "cpu":
+    if check_target and not on_host:
         _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index)
     # What cannot be walked is copied here, once for both passes.
     walked, target, voxel_weight, dense = logits, *volumes
@@ -106,7 +107,7 @@ _BAD_VALUE = re.compile(r"(target|voxel_weight): expected (labels|values) .*, go
 def _apply_loss(chosen, check, logits, checked, compiles, inplace):
     (target, voxel_weight, _), plan, class_parameters, _ = checked
     # Numbers of the operator `tversky_loss` are part of a compiled graph, which would be made again for each new value.
-    if compiles or checked.needs_torch_table:
+    if compiles or checked.needs_torch_table or chosen == "blocks":
         counts = _apply_counts(chosen, check, logits, checked, compiles, inplace)
         return _loss_of_counts(counts, checked, compiles, _arguments.compute_dtype(logits))
     volumes = (logits, target, voxel_weight, _constant(class_parameters))
@@ -142,7 +143,7 @@ def _apply_linear(chosen, check, logits, checked, compiles, inplace, head, of_co
     features, weight, bias = head
     if not torch.compiler.is_compiling():
         features = walkable(features, 2)
-    wants_counts, of_counts = of_counts, of_counts or compiles or checked.needs_torch_table
+    wants_counts, of_counts = of_counts, of_counts or compiles or checked.needs_torch_table or chosen == "blocks"
     volumes = (features, weight, bias, *checked.volumes[:2], _constant(checked.class_parameters))
     how = (checked.plan, check, inplace, chosen, of_counts)
     result = autograd.apply(autograd.LinearTverskyLoss, *volumes, *how)[0]
@@ -270,7 +271,8 @@ def tversky_loss(
         check_target: None: a label outside [0, C), or a value of a dense target outside [0, 1], raises on the CPU and
             makes the loss NaN elsewhere, where reading it would stall the device. True: always raise. False: never
             raise; a bad label makes the loss NaN, and a dense target may hold anything.
-        backend: "auto", or "cpu", "cuda", "triton", "reference". One that is named never falls back.
+        backend: "auto", or "cpu", "cuda", "triton", "blocks" (torch's operators, a block of voxels at a time, on any
+            device), "reference". One that is named never falls back.
 
     Returns:
         The loss in float32, or float64 for float64 logits. Its gradient has the logits' dtype and layout. The same

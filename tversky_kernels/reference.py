@@ -163,6 +163,16 @@ def nearest_voxels(x: torch.Tensor, first: int, spatial, resample: str | None) -
 
 def _counts(logits: torch.Tensor, volumes: Volumes, options: Options, checks_targets: bool) -> Counts:
     # NaN where a label or voxel weight is out of range, or a dense target if that is asked.
+    of_counts, bad = sums(logits, volumes, options, checks_targets)
+    poison = torch.where(bad, torch.nan, 0.0).to(of_counts[0].dtype)
+    return Counts(*(x + poison for x in of_counts))
+
+
+def sums(
+    logits: torch.Tensor, volumes: Volumes, options: Options, checks_targets: bool
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """tp, fp and fn and, with a cross-entropy, its sums, (N, C) each; and whether a label or voxel weight is out of
+    range, or a dense target if that is asked."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     target, weight, dense = volumes
     target = nearest_voxels(target, 2 if dense else 1, logits.shape[2:], options.resample)
@@ -201,7 +211,7 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options, checks_tar
         fp, fn = predicted - tp, wanted - tp
     else:
         tp, fp, fn = (w * p * g).sum(-1), (w * p * (1 - g)).sum(-1), (w * (1 - p) * g).sum(-1)
-    sums = (tp, fp, fn)
+    found = (tp, fp, fn)
     if _options.is_used(options.ce_weight):
         # Terms of g = 1 and, for the sigmoid, of g = 0: (1 - p)^f (-log p) and p^f (-log(1 - p)).
         if options.activation == "softmax":
@@ -213,9 +223,8 @@ def _counts(logits: torch.Tensor, volumes: Volumes, options: Options, checks_tar
         smoothing = of_one + of_zero if _options.is_used(options.label_smoothing) else torch.zeros_like(z)
         # tp + fn is the weight of a label, but not where errors are squared.
         voxels = (w * g).sum(-1) if _of_labels(options, dense) else w.sum(-1).expand_as(tp)
-        sums += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), voxels)
-    poison = torch.where(bad, torch.nan, 0.0).to(z.dtype)
-    return Counts(*(x + poison for x in sums))
+        found += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), voxels)
+    return found, bad
 
 
 def _probabilities(z: torch.Tensor, activation: str) -> torch.Tensor:
