@@ -51,11 +51,17 @@ SCALE = 400  # of the stored integers
 BRAIN_BOX = ((25.0, 154.0), (28.0, 183.0), (17.0, 140.0))
 
 
-def template(masks_grid: nibabel.Nifti1Image, directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """The brain's T1 and its shares of white and grey matter and liquor on the masks' grid, each in [0, 1]."""
+def fetch_template(directory: pathlib.Path) -> dict[str, str]:
+    """Names of the files of T1 and of the shares of white and grey matter; downloads them where one is missing."""
     names = {part: f"mni_icbm152_{part}_tal_nlin_sym_09a_converted.nii.gz" for part in ("t1", *TISSUES)}
     if not all((directory / name).is_file() for name in names.values()):
         wheels.unpack(PACKAGE, SHA256, lambda n: n.endswith(tuple(names.values())), len(names), FOLDER, directory)
+    return names
+
+
+def template(masks_grid: nibabel.Nifti1Image, directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """The brain's T1 and its shares of white and grey matter and liquor on the masks' grid, each in [0, 1]."""
+    names = fetch_template(directory)
     white = nibabel.load(directory / names["wm"])
     to_box = fit_to_box(white, masks_grid)
     maps = {}

@@ -137,3 +137,25 @@ def test_monais_supervised_trainer():
     assert len(losses) == 12
     assert all(map(math.isfinite, losses))
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_notebook():
+    """The quickstart runs, its network learns, and the committed pictures are those of these cells."""
+    nbclient = pytest.importorskip("nbclient")
+    import nbformat
+
+    path = EXAMPLES / "quickstart.ipynb"
+    committed = nbformat.read(path, 4)
+    notebook = nbformat.read(path, 4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+
+    def printed(of):
+        return [o["text"] for c in of.cells for o in c.get("outputs", []) if o.get("name") == "stdout"]
+
+    def pictures(of):
+        return sum("image/png" in o.get("data", {}) for c in of.cells for o in c.get("outputs", []))
+
+    assert pictures(notebook) == pictures(committed) == 2
+    assert len(printed(notebook)) == len(printed(committed))
+    dice = [float(x) for x in re.findall(r"0\.\d+", printed(notebook)[-1])]
+    assert min(dice) > 0.6, dice
