@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .. import functional
-from .._options import number, one_of
+from .._options import GENERALIZED_WEIGHTS, number, one_of
 from ..reference import nearest_voxels
 from ._attributes import attributes_of
 from ._errors import ShapeError
@@ -642,7 +642,7 @@ class GeneralizedDiceLoss(_LossOfCounts):
             include_background, to_onehot_y, sigmoid, softmax, other_act, reduction, smooth_nr, smooth_dr, batch,
             soft_label, None, inplace_backward, backend,
         )  # fmt: skip
-        self.w_type = one_of("w_type", getattr(w_type, "value", w_type), functional.GENERALIZED_WEIGHTS)
+        self.w_type = one_of("w_type", getattr(w_type, "value", w_type), GENERALIZED_WEIGHTS)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target."""
