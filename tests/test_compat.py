@@ -348,6 +348,45 @@ def test_monai_errors():
         monai.TverskyLoss(softmax=True)(logits[:, :1].sigmoid(), (target[:, None] > 0).float())
 
 
+@pytest.mark.parametrize("options", [{}, {"include_background": False}, {"batch": True}, {"reduction": "sum"}], ids=str)
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize(
+    "name", ["TverskyLoss", "DiceLoss", "weighted DiceLoss", "MCCLoss", "DiceCELoss", "DiceFocalLoss"]
+)
+def test_monai_without_space(name, labels, options):
+    """(B, C): MONAI sums over samples and channels, for torch's sum over no dimensions is over all."""
+    losses = pytest.importorskip("monai.losses")
+    logits, target = inputs(3, 4, (), torch.float64)
+    target = target[:, None] if labels else one_hot(target, 4).double()
+    options = {**options, "softmax": True, "to_onehot_y": labels}
+    if name.startswith("weighted "):
+        name = name.removeprefix("weighted ")
+        options["weight"] = torch.arange(1.0, 4.0 + (options.get("include_background", True)))
+    if name in ("DiceCELoss", "DiceFocalLoss") and labels:
+        target = target.long()
+    ours, theirs = (getattr(m, name)(**options) for m in (tk.compat.monai, losses))
+    check(ours, theirs, logits, target, rtol=1e-6)
+    if name in ("TverskyLoss", "DiceLoss") and "reduction" not in options:
+        ours, theirs = (getattr(m, name)(**options, reduction="none") for m in (tk.compat.monai, losses))
+        assert ours(logits, target).shape == theirs(logits, target).shape
+        torch.testing.assert_close(ours(logits, target), theirs(logits, target), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("name", ["TverskyLoss", "DiceLoss"])
+def test_monai_soft_labels_of_negative_inputs(name, labels, batch):
+    """MONAI sums |p| there."""
+    losses = pytest.importorskip("monai.losses")
+    logits, target = inputs(2, 3, SPACE, torch.float64)
+    more = {"ignore_index": 255} if labels else {}
+    if labels:
+        target[:, 1] = 255
+    target = target[:, None] if labels else 0.8 * one_hot(target, 3).double() + 0.05
+    options = {"other_act": torch.tanh, "soft_label": True, "to_onehot_y": labels, "batch": batch, **more}
+    check(*(getattr(m, name)(**options) for m in (tk.compat.monai, losses)), logits, target, rtol=1e-6)
+
+
 # ---- segmentation_models_pytorch
 
 

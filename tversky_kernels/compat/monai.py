@@ -127,6 +127,38 @@ class _Loss(torch.nn.modules.loss._Loss):
             found["voxel_weight"] = target.sum(1) > 0
         return found
 
+    def _is_one_row(self, input: torch.Tensor) -> bool:
+        # Without space MONAI sums over all that there is: samples and channels have one index.
+        return input.dim() == 2 and not self.batch
+
+    def _overlap(self, input, activated, of_target: dict, options: dict) -> torch.Tensor:
+        """The Tversky loss of what `_prepared` gave for the input."""
+        signed = options["soft_label"] and of_target["activation"] == "none" and _may_be_negative(activated)
+        if not (signed or self._is_one_row(input)):
+            return functional.tversky_loss(activated, **of_target, **options)
+        p, of_target = _as_dense_probabilities(activated, of_target)
+        factor = None
+        if self._is_one_row(input):
+            dropped = self._dropped(input.size(1))
+            weight = of_target.pop("voxel_weight", None)
+            p, g = (x if weight is None else x * weight.unsqueeze(1) for x in (p, of_target["target"]))
+            p, of_target["target"] = (x[:, dropped:].reshape(1, 1, -1) for x in (p, g))
+            factor = options.get("class_weight")
+            factor = None if factor is None else factor[dropped:]
+            options = {**options, "class_weight": None, "include_background": True, "reduction": "sum"}
+        if signed:
+            p, of_target = _split_by_sign(p, of_target)
+        loss = functional.tversky_loss(p, **of_target, **options)
+        if factor is None:
+            return loss
+        factor = factor.to(loss)
+        return loss * (
+            factor if self.reduction == "none" else factor.sum() if self.reduction == "sum" else factor.mean()
+        )
+
+    def _dropped(self, classes: int) -> int:
+        return 0 if self.include_background or classes == 1 else 1
+
     def _options(self) -> dict:
         return {
             "include_background": self.include_background,
@@ -136,6 +168,37 @@ class _Loss(torch.nn.modules.loss._Loss):
             "inplace_backward": self.inplace_backward,
             "backend": self.backend,
         }
+
+
+def _may_be_negative(p: torch.Tensor) -> bool:
+    # As far as is known without waiting for a device.
+    return not p.is_cpu or torch.compiler.is_compiling() or bool((p < 0).any())
+
+
+def _as_dense_probabilities(logits: torch.Tensor, of_target: dict) -> tuple[torch.Tensor, dict]:
+    # The probabilities themselves, and a dense target beside them, a label that is ignored as a weight of 0.
+    p = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    activation, target = of_target["activation"], of_target["target"]
+    found = {"activation": "none", "check_target": False}
+    p = p.sigmoid() if activation == "sigmoid" else p.softmax(1) if activation == "softmax" else p
+    if "ignore_index" not in of_target:
+        return p, {**of_target, **found, "target": target.to(p.dtype)}
+    ignored = of_target["ignore_index"]
+    if ignored is not None:
+        found["voxel_weight"] = target[:, 0] != ignored
+        target = torch.where(target == ignored, 0, target)
+    return p, {**found, "target": _one_hot(p, target)}
+
+
+def _split_by_sign(p: torch.Tensor, of_target: dict) -> tuple[torch.Tensor, dict]:
+    # MONAI's soft form sums |p|: a voxel with p < 0 is one with (0, g) and another with (-p, 0).
+    p, g, weight = (x if x is None else x.flatten(2 if x.dim() == p.dim() else 1) for x in (
+        p, of_target["target"], of_target.get("voxel_weight")
+    ))  # fmt: skip
+    found = {**of_target, "target": torch.cat((g, torch.zeros_like(g)), 2)}
+    if weight is not None:
+        found["voxel_weight"] = torch.cat((weight, weight), 1)
+    return torch.cat((p.relu(), (-p).relu()), 2), found
 
 
 class TverskyLoss(_Loss):
@@ -186,11 +249,9 @@ class TverskyLoss(_Loss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target."""
-        input, of_target = self._prepared(input, target)
-        return functional.tversky_loss(
-            input, **of_target, alpha=self.alpha, beta=self.beta, smooth_nr=self.smooth_nr, smooth_dr=self.smooth_dr,
-            **self._options(),
-        )  # fmt: skip
+        smoothing = {"smooth_nr": self.smooth_nr, "smooth_dr": self.smooth_dr}
+        options = {"alpha": self.alpha, "beta": self.beta, **smoothing, **self._options()}
+        return self._overlap(input, *self._prepared(input, target), options)
 
 
 class DiceLoss(_Loss):
@@ -248,16 +309,10 @@ class DiceLoss(_Loss):
             raise ValueError(f"weight: expected {classes - dropped} numbers, one a class, got {weight.numel()}")
         return torch.cat((weight.new_ones(dropped), weight))
 
-    def _dropped(self, classes: int) -> int:
-        return 0 if self.include_background or classes == 1 else 1
-
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target."""
-        input, of_target = self._prepared(input, target)
-        loss = functional.tversky_loss(input, **of_target, **{**self._options(), **self._dice(input)})
-        if self.reduction == "none":
-            loss = loss.view(*loss.shape, *(1,) * (input.dim() - 2))
-        return loss
+        loss = self._overlap(input, *self._prepared(input, target), {**self._options(), **self._dice(input)})
+        return loss.reshape((*loss.shape, *(1,) * (input.dim() - 2))) if self.reduction == "none" else loss
 
 
 _DICE_OPTIONS = (
@@ -339,12 +394,13 @@ class DiceCELoss(torch.nn.modules.loss._Loss):
         wanted = "softmax" if classes > 1 else "sigmoid"
         if classes == 1:
             ce["label_smoothing"], ce["ce_class_weight"] = 0.0, None
-        if dice_target["activation"] == wanted and not (classes == 1 and pos_weight is not None):
+        by_torch = classes == 1 and pos_weight is not None
+        if dice_target["activation"] == wanted and not by_torch and not dice._is_one_row(input):
             return functional.tversky_ce_loss(input, **dice_target, tversky_weight=self.lambda_dice, **ce, **options)
         # Two different activations, or targets: two losses. The first must not overwrite what the second reads.
         first = {**options, "inplace_backward": False}
-        overlap = functional.tversky_loss(activated, **dice_target, **first)
-        if classes == 1 and pos_weight is not None:
+        overlap = dice._overlap(input, activated, dice_target, first)
+        if by_torch:
             # In float32 at the least: half precision would round the weight, or make it infinite.
             z = input if input.dtype == torch.float64 else input.float()
             entropy = self.lambda_ce * torch.nn.functional.binary_cross_entropy_with_logits(
@@ -424,6 +480,7 @@ class FocalLoss(torch.nn.modules.loss._Loss):
         """Whether the kernels compute this loss of this target."""
         hard = (self.to_onehot_y and input.size(1) > 1) or is_hard(target)
         is_plain = self.alpha is None and self.reduction != "none" and self.ignore_index is None
+        is_plain = is_plain and input.dim() > 2  # without space MONAI's sum is a mean
         return hard and is_plain and not (self.use_softmax and (self._dropped(input.size(1)) or input.size(1) == 1))
 
     def options(self, input: torch.Tensor, factor: float = 1.0) -> dict:
@@ -589,15 +646,15 @@ class DiceFocalLoss(torch.nn.modules.loss._Loss):
         activated, dice_target = dice._prepared(input, target)
         options = {**dice._options(), **dice._dice(input)}
         fused = focal.takes_kernels(input, target)
-        if fused and dice_target["activation"] == "sigmoid":
+        if fused and dice_target["activation"] == "sigmoid" and not dice._is_one_row(input):
             of_focal = focal.options(input, self.lambda_focal)
             return functional.tversky_ce_loss(
                 input, **dice_target, tversky_weight=self.lambda_dice, **of_focal, **options
             )
         # Two losses, neither of which may overwrite what the other reads.
-        overlap = functional.tversky_loss(activated, **dice_target, **{**options, "inplace_backward": False})
+        overlap = dice._overlap(input, activated, dice_target, {**options, "inplace_backward": False})
         if dice.reduction == "none":
-            overlap = overlap.view(*overlap.shape, *(1,) * (input.dim() - 2))
+            overlap = overlap.reshape((*overlap.shape, *(1,) * (input.dim() - 2)))
         return self.lambda_dice * overlap + self.lambda_focal * focal(input, target)
 
 
@@ -681,8 +738,11 @@ class MCCLoss(_LossOfCounts):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (B, C, *spatial) and a target."""
         counts = self._counts(input, target)
+        voxels = math.prod(input.shape[2:]) * (input.size(0) if self.batch else 1)
+        if self._is_one_row(input):
+            voxels, counts = counts.size(0) * counts.size(1), counts.sum((0, 1))
         tp, fp, fn = (counts[0] if self.batch else counts).unbind(-1)
-        tn = math.prod(input.shape[2:]) * (input.size(0) if self.batch else 1) - tp - fp - fn
+        tn = voxels - tp - fp - fn
         product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) + self.smooth_dr
         score = 1 - (tp * tn - fp * fn + self.smooth_nr) / product.sqrt()
         # As there: a prediction without an error is right, also where there is nothing to be found.
