@@ -522,7 +522,7 @@ def test_a_rank_that_dies(tmp_path):
 
 def test_arguments_of_a_single_process():
     for loss in (tk.tversky_loss, tk.reference.tversky_loss, tk.generalized_dice_loss):
-        with pytest.raises(ValueError, match="grad_reduction: expected 'mean' or 'sum', got 'median'"):
+        with pytest.raises(ValueError, match="grad_reduction: expected one of 'mean', 'sum', got 'median'"):
             loss(LOGITS, TARGET, grad_reduction="median")
         for name in ("process_group", "sample_group"):
             with pytest.raises(ValueError, match=f"{name}: expected it after torch.distributed.init_process_group"):

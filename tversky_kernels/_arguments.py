@@ -15,6 +15,7 @@ from ._options import (
     Options,
     check_squared,
     checked,
+    flag_or_none,
     is_used,
     number,
 )
@@ -175,8 +176,8 @@ def check_arguments(
     What is not given has no effect: the counts alone need none of it. resample: target and voxel_weight may have
     other spatial sizes than the logits, and are read so; see `Volumes`.
     """
-    if check_target not in (None, True, False):
-        raise TypeError(f"check_target: expected None, True or False, got {check_target!r}")
+    if check_target is not None:
+        flag_or_none("check_target", check_target)
     if not (type(alpha) is type(beta) is float and class_weight is None and ce_class_weight is None):
         alpha, beta, class_weight, ce_class_weight = map(_plain, (alpha, beta, class_weight, ce_class_weight))
         alpha, beta = _host_scalar("alpha", alpha), _host_scalar("beta", beta)
@@ -195,7 +196,7 @@ def check_arguments(
         if isinstance(ignore_index, torch.Tensor) and torch.compiler.is_compiling():
             ignore_index, unknown_label = None, ignore_index
     if squared:
-        check_squared(squared, alpha, beta)
+        check_squared(alpha, beta)
     in_table = not (
         class_weight is None
         and ce_class_weight is None

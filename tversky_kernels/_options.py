@@ -171,7 +171,8 @@ def _integer(name: str, value) -> int:
     return int(value)
 
 
-def _check_target(name: str, value) -> bool | None:
+def flag_or_none(name: str, value) -> bool | None:
+    """The value, if it is None, True or False."""
     if value not in (None, True, False):
         raise TypeError(f"{name}: expected None, True or False, got {value!r}")
     return value
@@ -202,7 +203,7 @@ ALLOWED: dict[str, Callable] = {
     "loss": _choice(LOSSES),
     "weight": _choice(GENERALIZED_WEIGHTS),
     "weights": _or_none(_per_class),
-    "check_target": _check_target,
+    "check_target": flag_or_none,
     "inplace_backward": flag,
     "grad_reduction": _choice(GRAD_REDUCTIONS),
 }
@@ -228,9 +229,9 @@ def check_together(options: Options) -> None:
         raise ValueError("activation: expected 'softmax' or 'sigmoid' for a cross-entropy of logits, got 'none'")
 
 
-def check_squared(squared: bool, alpha, beta) -> None:
+def check_squared(alpha, beta) -> None:
     """Raises where squared errors would need more than one weight."""
-    if squared and not (isinstance(alpha, (int, float)) and isinstance(beta, (int, float)) and alpha == beta):
+    if not (isinstance(alpha, (int, float)) and isinstance(beta, (int, float)) and alpha == beta):
         raise ValueError(f"squared: expected alpha and beta to be one number, got {alpha!r} and {beta!r}")
 
 

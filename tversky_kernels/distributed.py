@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._options import GRAD_REDUCTIONS
+from ._options import GRAD_REDUCTIONS, one_of
 
 #: Of each exchange: whether this rank failed, 1 for each rank, and three hashes of the arguments with their squares.
 _TRAILER = 8
@@ -40,13 +40,10 @@ class Ranks(NamedTuple):
 
 def ranks_of(process_group, sample_group, grad_reduction: str) -> Ranks | None:
     """The groups, looked up and checked; None where this process computes by itself."""
+    one_of("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
     if process_group is None and sample_group is None:
-        if grad_reduction not in GRAD_REDUCTIONS:
-            raise ValueError(f"grad_reduction: expected 'mean' or 'sum', got {grad_reduction!r}")
         return None
     parts, samples = _group("process_group", process_group), _group("sample_group", sample_group)
-    if not isinstance(grad_reduction, str) or grad_reduction not in GRAD_REDUCTIONS:
-        raise ValueError(f"grad_reduction: expected 'mean' or 'sum', got {grad_reduction!r}")
     size = 1
     for group in (parts, samples):
         size *= 1 if group is None else torch.distributed.get_world_size(group)

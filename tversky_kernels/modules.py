@@ -66,8 +66,8 @@ class _Loss(torch.nn.Module):
         taken = {name: fixed[name] for name in _options.Options._fields if name in fixed}
         options = _options.Options(**{**taken, **values})
         _options.check_together(options)
-        if {"alpha", "beta"} <= set(self._options):
-            _options.check_squared(options.squared, options.alpha, options.beta)
+        if options.squared and {"alpha", "beta"} <= set(self._options):
+            _options.check_squared(options.alpha, options.beta)
 
     def __setattr__(self, name, value):
         if name in self._options:

@@ -9,7 +9,8 @@ import pytest
 try:
     import nnunetv2  # noqa: F401
 except (ImportError, RuntimeError):
-    pytest.skip("nnunetv2 is not installed (make test-peers has an environment for it)", allow_module_level=True)
+    reason = "nnunetv2 does not import here: it needs torchvision (make test-peers has an environment)"
+    pytest.skip(reason, allow_module_level=True)
 
 from peers.nnunet_run import run
 

@@ -33,7 +33,7 @@ def installed(peer):
 @pytest.mark.filterwarnings("ignore")
 def test_random_configurations(peer, block):
     if not installed(peer):
-        pytest.skip(f"{PACKAGES[peer]} is not installed (make test-peers has an environment for it)")
+        pytest.skip(f"{PACKAGES[peer]} does not import here: it needs torchvision (make test-peers has an environment)")
     for seed in range(block, block + BLOCK):
         configuration = DRAWS[peer](seed)
         value, gradient = configuration.values(configuration.theirs())

@@ -106,10 +106,8 @@ class nnUNetTrainerTverskyKernels(nnUNetTrainer):
 
     def _take_head(self) -> torch.nn.Module:
         # The layer that makes the logits of the full resolution passes its input on while it trains.
-        network = self.network
-        for wrapper, inner in ((torch.nn.parallel.DistributedDataParallel, "module"), (torch.nn.Module, "_orig_mod")):
-            if isinstance(network, wrapper) and hasattr(network, inner):
-                network = getattr(network, inner)
+        network = self.network.module if self.is_ddp else self.network
+        network = getattr(network, "_orig_mod", network)  # of torch.compile
         layers = getattr(getattr(network, "decoder", None), "seg_layers", None)
         head = layers[-1] if isinstance(layers, torch.nn.ModuleList) and len(layers) else None
         if not (isinstance(head, (torch.nn.Conv2d, torch.nn.Conv3d)) and _is_linear(head)):

@@ -293,11 +293,11 @@ class FocalLoss(torch.nn.modules.loss._Loss):
             losses.append(self._of_class(z if keep is None else z[keep], g if keep is None else g[keep]))
         if self.mode == BINARY_MODE:
             return losses[0]
-        losses = torch.stack(losses)
+        of_classes = torch.stack(losses)
         if self.class_weights is None:
-            return losses.mean()
-        weights = self.class_weights.to(losses.device)
-        return (losses * weights).sum() / weights.sum()
+            return of_classes.mean()
+        weights = self.class_weights.to(of_classes.device)
+        return (of_classes * weights).sum() / weights.sum()
 
     def _of_class(self, z: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         g = g.to(z.dtype)
