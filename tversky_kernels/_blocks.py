@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from . import _arguments, _linear, _options, reference
-from ._ops import ACTIVATIONS, CHECKS, LINEAR_OPERATORS, OPERATORS, OVERLAPS, LinearOperators, Operators
+from . import _arguments, _options, reference
+from ._ops import ACTIVATIONS, CHECKS, LINEAR_OPERATORS, OPERATORS, OVERLAPS, Operators, linear_passes
 
 #: Of one block's logits. The reference makes some ten tensors of that size.
 BLOCK_BYTES = {"cpu": 2**20}
@@ -136,19 +136,4 @@ def _not_here(*_):
 
 
 OPERATORS["blocks"] = Operators(count_pass, _not_here, _not_here, gradient_pass, gradient_pass_)
-
-
-def _linear_gradient_pass(grad_loss, coefficients, features, *arguments):
-    *arguments, to_features = arguments
-    out = torch.empty_like(features) if to_features else None
-    of_head = _linear.gradient_pass(OPERATORS["blocks"], out, grad_loss, coefficients, features, *arguments)
-    return (features.new_empty(0) if out is None else out, *of_head)
-
-
-LINEAR_OPERATORS["blocks"] = LinearOperators(
-    lambda *arguments: _linear.count_pass(OPERATORS["blocks"], *arguments),
-    _linear_gradient_pass,
-    lambda features, grad_loss, coefficients, *arguments: _linear.gradient_pass(
-        OPERATORS["blocks"], features, grad_loss, coefficients, features, *arguments
-    ),
-)
+LINEAR_OPERATORS["blocks"] = linear_passes("blocks")

@@ -163,8 +163,8 @@ class LinearOperators(NamedTuple):
     gradient_pass_: Callable
 
 
-def _register_linear(prefix: str, backend: str) -> LinearOperators:
-    """Registers the passes of `_linear` over one backend's operators."""
+def linear_passes(backend: str) -> LinearOperators:
+    """The passes of `_linear` over one backend's operators, not registered."""
 
     def count_pass(*arguments):
         return _linear.count_pass(OPERATORS[backend], *arguments)
@@ -178,7 +178,11 @@ def _register_linear(prefix: str, backend: str) -> LinearOperators:
     def gradient_pass_(features, grad_loss, coefficients, *arguments):
         return _linear.gradient_pass(OPERATORS[backend], features, grad_loss, coefficients, features, *arguments)
 
-    for name, function in zip(LINEAR_NAMES, (count_pass, gradient_pass, gradient_pass_), strict=True):
+    return LinearOperators(count_pass, gradient_pass, gradient_pass_)
+
+
+def _register_linear(prefix: str, backend: str) -> LinearOperators:
+    for name, function in zip(LINEAR_NAMES, linear_passes(backend), strict=True):
         _library.impl(f"{prefix}{name}", function, "CompositeExplicitAutograd")
     return LinearOperators(*(getattr(ops, f"{prefix}{name}").default for name in LINEAR_NAMES))
 

@@ -60,11 +60,10 @@ class _Loss(torch.nn.Module):
     def _check_together(self) -> None:
         # What excludes each other; later, when an option is set, the call checks.
         values = {name: getattr(self, name) for name in _options.Options._fields if name in self._options}
-        if self._options.get("loss") == "tversky" and self.loss == "tversky":
+        if getattr(self, "loss", None) == "tversky":
             values["ce_weight"] = 0.0
-        fixed = {"alpha": 0.5, "beta": 0.5} | _options.TVERSKY_DEFAULTS
-        taken = {name: fixed[name] for name in _options.Options._fields if name in fixed}
-        options = _options.Options(**{**taken, **values})
+        defaults = {k: v for k, v in _options.TVERSKY_DEFAULTS.items() if k in _options.Options._fields}
+        options = _options.Options(**{**defaults, **values})
         _options.check_together(options)
         if options.squared and {"alpha", "beta"} <= set(self._options):
             _options.check_squared(options.alpha, options.beta)
