@@ -2,11 +2,11 @@
 # make study  losses and samplings side by side on real images, a small setting of docs/study.md
 # make test   all tests (sets everything up)
 # make test-peers  our losses beside MONAI, nnU-Net, smp and kornia themselves, in an environment of its own
-# make docs   the site, in .site      make lint   ruff and clang-format        make bench  the benchmarks of this machine
+# make docs   the site, in .site      make lint   ruff, mypy, clang-format        make bench  the benchmarks of this machine
 # make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own
 # make bench-report  there too: everything that docs/performance.md shows, with its pictures (an hour on 2 cores)
 # make gpu    on a machine with a card: builds, tests and benchmarks with the Python and torch that are there
-# make wheel  a wheel in dist/
+# make wheel  a wheel in dist/      make release  the packages that are published, in dist/release (docs/releasing.md)
 #
 # The set-up lives in .venv and is made again only when what it depends on has changed. Nothing else is touched.
 #   make test TORCH=torch==2.14.1     another torch          make test PYTHON=python3.12     another Python
@@ -86,6 +86,7 @@ test-hostile: $(TEST_READY)
 lint: $(TEST_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Stops at a broken link, a name without a page (tests/test_docs.py), a picture of other code.
@@ -215,6 +216,28 @@ gpu-report:
 
 wheel: $(TORCH_STAMP)
 	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+
+# A wheel with CUDA code for these cards and PTX for newer ones, one without compiled code, and the sources.
+RELEASE := dist/release
+RELEASE_CUDA := 8.0;9.0;10.0;12.0+PTX
+RELEASE_READY := $(VENV)/.extras-release
+# Whose libraries a wheel leaves out: torch brings them.
+TORCH_LIBRARIES := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libc10_cuda.so
+$(RELEASE_READY): export TVERSKY_KERNELS_WITH_CUDA ?= 0
+.PHONY: release release-check
+release: $(RELEASE_READY)
+	rm -rf $(RELEASE) dist/built build && mkdir -p $(RELEASE)
+	TVERSKY_KERNELS_SKIP_EXT=1 $(PY) -m build --no-isolation --outdir $(RELEASE) .
+	TVERSKY_KERNELS_WITH_CUDA=1 TORCH_CUDA_ARCH_LIST='$(RELEASE_CUDA)' TVERSKY_KERNELS_OBJECTS=$(CURDIR)/$(VENV)/release-objects \
+	  $(PIP) wheel --no-build-isolation --no-deps -w dist/built .
+	$(PY) -m auditwheel repair $(addprefix --exclude ,$(TORCH_LIBRARIES)) --strip -w $(RELEASE) dist/built/*.whl
+	$(PY) -m twine check --strict $(RELEASE)/*
+	ls -l $(RELEASE)
+
+# A package of dist/release in an empty environment: make release-check PYTHON=python3.13 TORCH=torch==2.15.0
+PACKAGE = $(firstword $(wildcard $(RELEASE)/*manylinux*$(shell uname -m).whl))
+release-check:
+	$(PYTHON) tests/tools/release_check.py '$(PACKAGE)' $(TORCH)
 
 clean:
 	rm -rf build dist *.egg-info tversky_kernels/*.so $(VENV)

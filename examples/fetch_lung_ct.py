@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-import wheels
+import packages
 
 PACKAGE = "pycerr==2.5.1"
 SHA256 = "5c3e82cc387538c5c38143827314fc2aa743ef886e8518f7f52beff6805c635d"  # of its wheel
@@ -26,7 +26,7 @@ def fetch(directory: pathlib.Path) -> None:
     """
     if directory.is_dir() and sum(1 for p in directory.rglob("*.dcm")) == FILES:
         return
-    wheels.unpack(PACKAGE, SHA256, lambda name: True, FILES + OTHERS, FOLDER, directory)
+    packages.unpack(PACKAGE, SHA256, lambda name: True, FILES + OTHERS, FOLDER, directory)
 
 
 def main() -> None:

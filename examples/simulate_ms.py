@@ -21,8 +21,8 @@ import monai.transforms as mt
 import nibabel
 import nibabel.processing
 import numpy as np
+import packages
 import torch
-import wheels
 from scipy import ndimage
 from tqdm import tqdm
 from volumes import DataError, find_nifti
@@ -55,7 +55,7 @@ def fetch_template(directory: pathlib.Path) -> dict[str, str]:
     """Names of the files of T1 and of the shares of white and grey matter; downloads them where one is missing."""
     names = {part: f"mni_icbm152_{part}_tal_nlin_sym_09a_converted.nii.gz" for part in ("t1", *TISSUES)}
     if not all((directory / name).is_file() for name in names.values()):
-        wheels.unpack(PACKAGE, SHA256, lambda n: n.endswith(tuple(names.values())), len(names), FOLDER, directory)
+        packages.unpack(PACKAGE, SHA256, lambda n: n.endswith(tuple(names.values())), len(names), FOLDER, directory)
     return names
 
 

@@ -363,13 +363,13 @@ def test_fetch_is_not_repeated(tmp_path, monkeypatch):
     (tmp_path / "pat_1").mkdir()
     for i in range(fetch_lung_ct.FILES):
         (tmp_path / "pat_1" / f"{i}.dcm").touch()
-    monkeypatch.setattr(fetch_lung_ct.wheels.subprocess, "run", lambda *_: pytest.fail("it has all files already"))
+    monkeypatch.setattr(fetch_lung_ct.packages.subprocess, "run", lambda *_: pytest.fail("it has all files already"))
     fetch_lung_ct.fetch(tmp_path)
 
 
 def test_fetch_removes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        fetch_lung_ct.wheels.subprocess, "run", lambda *_: pytest.fail("it refuses before it downloads")
+        fetch_lung_ct.packages.subprocess, "run", lambda *_: pytest.fail("it refuses before it downloads")
     )
     precious = tmp_path / "home" / "thesis.txt"
     precious.parent.mkdir()
@@ -387,13 +387,38 @@ def test_fetch_takes_a_wheel_of_a_known_hash_alone(tmp_path, monkeypatch):
         asked.append((command, pathlib.Path(command[-1]).read_text()))
         return subprocess.CompletedProcess(command, 1)
 
-    monkeypatch.setattr(fetch_lung_ct.wheels.subprocess, "run", run)
+    monkeypatch.setattr(fetch_lung_ct.packages.subprocess, "run", run)
     with pytest.raises(SystemExit, match="could not download"):
         fetch_lung_ct.fetch(tmp_path / "new")
     ((command, requirement),) = asked
     assert {"--require-hashes", "--only-binary", ":all:"} <= set(command)
     assert f"--hash=sha256:{fetch_lung_ct.SHA256}" in requirement
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("files", [2, 3])
+def test_fetch_reads_a_source_archive(tmp_path, monkeypatch, files):
+    import tarfile
+
+    def run(command):
+        with tarfile.open(pathlib.Path(command[command.index("--dest") + 1]) / "p-1.tar.gz", "w:gz") as archive:
+            for name in ("p-1/data/a.nii", "p-1/data/sub/b.nii", "p-1/data/c.txt", "p-1/other/d.nii"):
+                (tmp_path / "x").write_text(name)
+                archive.add(tmp_path / "x", name)
+        return subprocess.CompletedProcess(command, 0)
+
+    packages = fetch_lung_ct.packages
+    monkeypatch.setattr(packages.subprocess, "run", run)
+    how = ("p==1", "0" * 64, lambda name: name.endswith(".nii"), files, "p-1/data/", tmp_path / "new", True)
+    if files == 3:
+        with pytest.raises(SystemExit, match="expected 3 files in p==1, found 2"):
+            packages.unpack(*how)
+        assert not (tmp_path / "new").exists()
+        return
+    packages.unpack(*how)
+    found = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*") if p.is_file()}
+    assert found == {"a.nii", "sub/b.nii"}
+    assert (tmp_path / "new" / "sub" / "b.nii").read_text() == "p-1/data/sub/b.nii"
 
 
 def test_help_is_complete():

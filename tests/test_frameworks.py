@@ -44,6 +44,24 @@ def test_minimal_example(folder):
     assert 0 <= dice <= 1
 
 
+@pytest.mark.parametrize("head", ["tversky", "convolution"])
+def test_whole_body_example(head, tmp_path):
+    import nibabel
+
+    label = np.zeros((20, 24, 18), np.uint8)
+    label[4:12, 6:14], label[12:16, 6:14] = 3, 90
+    image = (label * 10 - 500 + np.random.default_rng(0).standard_normal(label.shape)).astype(np.float32)
+    for name, x in (("example_ct", image), ("example_seg_fast_force_split", label)):
+        nibabel.save(nibabel.Nifti1Image(x, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    options = ["--data", tmp_path, "--head", head, "--steps", 3, "--patch", PATCH, "--workers", 0]
+    done = run([sys.executable, EXAMPLES / "whole_body.py", *options])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "over 2 structures" in done.stdout
+    loss, dice = (float(x) for x in re.findall(r"(?:loss|data) ([0-9.]+)", done.stdout))
+    assert 0 < loss < 4
+    assert 0 <= dice <= 1
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_lightning(folder, devices, tmp_path):
     pytest.importorskip("lightning")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -76,7 +77,7 @@ class Checked(NamedTuple):
     volumes: Volumes
     plan: Plan
     class_parameters: torch.Tensor | None
-    scalars: dict[str, torch.Tensor]
+    scalars: dict[str, Any]  # of tensors
 
     @property
     def options(self) -> Options:
@@ -387,7 +388,7 @@ def _values(name: str, value: torch.Tensor, classes: int, device: torch.device, 
 def _class_parameters(alpha, beta, class_weight, ce_class_weight, logits: torch.Tensor) -> torch.Tensor:
     # A (4, C) table of alpha, beta, class_weight and ce_class_weight.
     classes, device = logits.size(1), logits.device
-    given = (
+    given: Sequence[tuple[str, Any]] = (
         ("alpha", alpha),
         ("beta", beta),
         ("class_weight", 1.0 if class_weight is None else class_weight),
@@ -556,9 +557,10 @@ def is_counted(volumes: Volumes, dtype: torch.dtype, ignore_index: int | None) -
     """Which voxels of the target's size have a weight and are not ignored; True: all. dtype: of the computation."""
     target, weight, dense = volumes
     ignored = is_ignored(target, ignore_index)
-    if dense and ignored is not False:
-        ignored = ignored.all(1)
-    counted = True if ignored is False else ~ignored
+    if isinstance(ignored, bool):
+        counted: torch.Tensor | bool = True
+    else:
+        counted = ~(ignored.all(1) if dense else ignored)
     return counted if weight is None else counted & ~(weight.to(dtype).abs() < torch.finfo(dtype).tiny)
 
 
@@ -580,8 +582,9 @@ def raise_for_bad_values(logits: torch.Tensor, volumes: Volumes, ignore_index: i
     if dense:
         dtype = compute_dtype(logits)
         outside, counted = outside_of_unit(target, dtype), is_counted(volumes, dtype, ignore_index)
-        outside = outside if counted is True else outside & counted.unsqueeze(1)
-        if bool(outside.any()):
+        if not isinstance(counted, bool):
+            outside = outside & counted.unsqueeze(1)
+        if not isinstance(outside, bool) and bool(outside.any()):
             raise ValueError(
                 f"target: expected values of a dense target in [0, 1], got {target[outside][0].item():g}"
                 "; check_target=False takes any"

@@ -54,7 +54,7 @@ def _available(backend: str, index: int | None = None) -> bool | str:
 
 # What torch.compiler.assume_constant_result sets, which imports all of the compiler to do so: torch.compile calls it
 # while it traces, and traces none of what torch tells of a card.
-_available._dynamo_marked_constant = True
+_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _on_gpu(missing, index, too_old) -> bool | str:

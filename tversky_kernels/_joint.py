@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -35,21 +36,20 @@ class Part(NamedTuple):
 
 # Of everything that must be the same on all ranks, but for what only a card knows.
 def _token(parts: Sequence[Part], check_target: bool | None) -> tuple[int, ...]:
-    what = [check_target]
+    what: list[object] = [check_target]
     for part in parts:
         checked = part.checked
         parameters = checked.class_parameters
+        numbers: object = parameters is not None
         if parameters is not None and parameters.is_cpu and not parameters.requires_grad:
-            parameters = parameters.tolist()
-        else:
-            parameters = parameters is not None
+            numbers = parameters.tolist()
         of_tensors = {name: float(x) if x.is_cpu else None for name, x in checked.scalars.items()}
         what += [
             checked.plan.options,
             checked.volumes.dense,
             part.like.size(1),
             part.like.dtype,
-            parameters,
+            numbers,
             of_tensors,
         ]
     return distributed.token_of(*what)
@@ -69,9 +69,8 @@ def _summed_counts(parts: Sequence[Part], ranks: Ranks, check_target: bool | Non
     token = () if torch.compiler.is_compiling() else _token(parts, check_target)
     for part in parts:
         shape = (part.like.size(0), part.like.size(1), part.columns)
-        counts, failed = distributed.attempt(
-            part.counts, lambda s=shape, x=part.like: x.new_zeros(s, dtype=torch.float64)
-        )
+        empty = functools.partial(part.like.new_zeros, shape, dtype=torch.float64)
+        counts, failed = distributed.attempt(part.counts, empty)
         error = error or failed
         counts = counts.double()
         found.append(counts.sum(0, keepdim=True) if part.checked.plan.options.batch else counts)

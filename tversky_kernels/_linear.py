@@ -160,7 +160,7 @@ def gradient_pass(
         if out is None:
             continue
         # Last, for this may be where the features are; in half precision, what was converted of them is not used again.
-        there = block.of(out)[0]
+        (there,) = block.of(out)  # type: ignore[misc] # out is there
         if there.dtype == weight.dtype:
             torch.mm(weight.t(), gradient, out=there)
         else:

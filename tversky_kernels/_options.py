@@ -104,7 +104,8 @@ def number(name: str, value, *, positive: bool = False, most: float = math.inf) 
     bound = "> 0" if positive else ">= 0" if most == math.inf else f"in [0, {most:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # numpy's among them
         raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
-    if not 0 <= value <= most or value == math.inf or (positive and value == 0):  # NaN fails too
+    # NaN fails too. (mypy knows no order of numbers.Real.)
+    if not 0 <= value <= most or value == math.inf or (positive and value == 0):  # type: ignore[operator]
         raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
     return float(value)
 
@@ -166,7 +167,7 @@ def _per_class(name: str, value):
 def _integer(name: str, value) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected an integer or None, got {value!r}")
-    if not -(2**63) <= value < 2**63:
+    if not -(2**63) <= int(value) < 2**63:
         raise ValueError(f"{name}: expected a 64-bit integer, got {value}")
     return int(value)
 

@@ -151,7 +151,8 @@ def benchmark(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
         logits = source.clone().requires_grad_() * 1
         return peak_bytes(lambda: torch.autograd.grad(loss(logits, target), logits), device) / 2**20
 
-    losses, times, peaks = candidates(), {}, {}
+    losses, peaks = candidates(), {}
+    times: dict[str, list[float]] = {}
     for name, loss in losses.items():
         if not isinstance(loss, str):
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ._ops import LINEAR_OPERATORS, OPERATORS
 MOST_OF_FLOAT = 1e30
 
 
-def apply(function: type[torch.autograd.Function], *args):
+def apply(function: Any, *args):
     """`function.apply`, in the form of the Function that costs the least here."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
@@ -39,7 +40,7 @@ def _with_eager_form(function: type[torch.autograd.Function]) -> type[torch.auto
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
     eager = type(function.__name__, (torch.autograd.Function,), {**members, "__doc__": function.__doc__})
-    function.apply_eagerly = super(torch.autograd.Function, eager).apply
+    function.apply_eagerly = super(torch.autograd.Function, eager).apply  # type: ignore[attr-defined, misc]
     return function
 
 
@@ -171,7 +172,7 @@ def _saved_names(node: type) -> tuple[str, ...]:
 
 def _has_saved_under_hooks(node) -> bool:
     # Whether the operation that made a tensor has saved tensors, that tensor perhaps, under hooks.
-    for name in _saved_names(type(node)):
+    for name in _saved_names(type(node)):  # type: ignore[arg-type] # a type is hashable
         try:
             saved = getattr(node, name)
         except RuntimeError:  # they have been freed, so that nothing reads them

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -33,7 +34,10 @@ PerClass = float | Sequence[float] | torch.Tensor
 #: A number, or a 0-d tensor with one.
 Scalar = float | torch.Tensor
 #: True: the default group.
-Group = torch.distributed.ProcessGroup | bool | None if torch.distributed.is_available() else object
+if TYPE_CHECKING or torch.distributed.is_available():  # noqa: SIM108 (mypy takes no conditional expression)
+    Group = torch.distributed.ProcessGroup | bool | None
+else:
+    Group = object
 
 
 class OverlapCounts(NamedTuple):
@@ -80,7 +84,8 @@ def _on_backend(logits, checked, function, how, check_target, backend):
     if check_target and not on_host:
         _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index)
     # What cannot be walked is copied here, once for both passes.
-    walked, target, voxel_weight, dense = logits, *volumes
+    walked = logits
+    target, voxel_weight, dense = volumes
     if not (logits.is_contiguous() and target.is_contiguous() and voxel_weight is None):
         spatial = 2 if dense else 1
         walked = walkable(logits, 2)
@@ -508,14 +513,14 @@ def generalized_dice_loss(
     ranks = ranks_of(process_group, sample_group, grad_reduction)
     options = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label, "batch": batch}
     _options.flag("batch", batch)
-    over_samples = ranks is not None and ranks.samples is not None
-    if over_samples and (batch or reduction == "none"):
+    over_samples = ranks if ranks is not None and ranks.samples is not None else None
+    if over_samples is not None and (batch or reduction == "none"):
         raise ValueError(
             "sample_group: expected batch=False and reduction='mean' or 'sum'; one batch is a process_group"
         )
-    of_parts = ranks._replace(samples=None) if over_samples else ranks
+    of_parts = ranks if over_samples is None else over_samples._replace(samples=None)
     how = (voxel_weight, options, check_target, inplace_backward, of_parts, backend)
-    if not over_samples:
+    if over_samples is None:
         counts, error = exact_counts(logits, target, *how), None
     else:
         counts, error = attempt(
@@ -526,10 +531,10 @@ def generalized_dice_loss(
         counts = counts[:, 1:]
     loss = generalized_dice_of_counts(counts, weight, smooth_nr, smooth_dr)
     dtype = _arguments.compute_dtype(logits)
-    if over_samples:
+    if over_samples is not None:
         token = (weight, smooth_nr, smooth_dr, include_background, reduction, logits.size(1), logits.dtype)
-        scale = ranks.scale if ranks.parts is None else 1.0
-        total, samples = _joint.over_samples(loss, ranks, scale, token, error, check_target, logits)
+        scale = over_samples.scale if over_samples.parts is None else 1.0
+        total, samples = _joint.over_samples(loss, over_samples, scale, token, error, check_target, logits)
         return (total if reduction == "sum" else total / samples.clamp(min=1)).to(dtype)
     loss = loss.to(dtype)
     if reduction == "none":
@@ -618,12 +623,12 @@ def deep_supervision_loss(
         parts = [_part(level, c, *how) for level, c, w in zip(logits, levels, weights, strict=True) if w > 0]
         found = iter(_joint.losses(parts, ranks, run["check_target"]) if parts else ())
         losses = [next(found) if w > 0 else None for w in weights]
-    total = None
-    for level, checked, w, of_level in zip(logits, levels, weights, losses, strict=True):
-        # Of a level that is not computed nothing is read, but it is part of the graph, as DDP wants it.
-        part = _zero_loss(level, checked.plan.options) if of_level is None else w * of_level
-        total = part if total is None else total + part
-    return total
+    # Of a level that is not computed nothing is read, but it is part of the graph, as DDP wants it.
+    terms = [
+        _zero_loss(level, checked.plan.options) if of_level is None else w * of_level
+        for level, checked, w, of_level in zip(logits, levels, weights, losses, strict=True)
+    ]
+    return functools.reduce(torch.add, terms)
 
 
 def _checked_level(level, target, check_target, resample: str, options: dict) -> _arguments.Checked:

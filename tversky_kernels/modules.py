@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ class _Loss(torch.nn.Module):
     Tensors among them are buffers: they move with the module and are in its state_dict. Parameters are parameters.
     """
 
-    _function = staticmethod(functional.tversky_loss)
-    _takes = (functional.tversky_loss,)
-    _fixed = frozenset()
+    _function: Callable[..., torch.Tensor] = staticmethod(functional.tversky_loss)
+    _takes: tuple[Callable[..., torch.Tensor], ...] = (functional.tversky_loss,)
+    _fixed: frozenset[str] = frozenset()
     _none_before_init: frozenset[str] = frozenset()
     _options: dict[str, object]  # with their defaults
 

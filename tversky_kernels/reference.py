@@ -59,6 +59,11 @@ class Counts(NamedTuple):
     smoothing: torch.Tensor | None = None
     voxels: torch.Tensor | None = None
 
+    def over_batch(self) -> Counts:
+        """Summed over the samples: (1, C) each."""
+        tp, fp, fn, *of_ce = (None if x is None else x.sum(0, keepdim=True) for x in self)
+        return Counts(tp, fp, fn, *of_ce)  # type: ignore[arg-type] # the first three are there
+
 
 def tversky_loss(
     logits: torch.Tensor,
@@ -129,7 +134,7 @@ def checked_loss(
     volumes, options, class_parameters = checked.volumes, checked.options, checked.class_parameters
     counts = _checked_counts(logits, checked, check_target)
     if options.batch:
-        counts = Counts(*(None if x is None else x.sum(0, keepdim=True) for x in counts))
+        counts = counts.over_batch()
     return loss_of_counts(counts, options, class_parameters, volumes.dense)
 
 
@@ -211,7 +216,7 @@ def sums(
         fp, fn = predicted - tp, wanted - tp
     else:
         tp, fp, fn = (w * p * g).sum(-1), (w * p * (1 - g)).sum(-1), (w * (1 - p) * g).sum(-1)
-    found = (tp, fp, fn)
+    found: tuple[torch.Tensor, ...] = (tp, fp, fn)
     if _options.is_used(options.ce_weight):
         # Terms of g = 1 and, for the sigmoid, of g = 0: (1 - p)^f (-log p) and p^f (-log(1 - p)).
         if options.activation == "softmax":
@@ -310,10 +315,9 @@ def terms_of_counts(
     if not options.include_background and loss.size(1) > 1:
         loss, is_absent = loss[:, 1:], is_absent[:, 1:]
     kept = (~is_absent).sum() if options.absent == "skip" else loss.numel()
-    of_ce = (None, None)
-    if _is_not(options.ce_weight, 0):
-        of_ce = _cross_entropy(counts, options, ce_class_weight, dense)
-    return Terms(loss, kept, *of_ce)
+    if not _is_not(options.ce_weight, 0):
+        return Terms(loss, kept)
+    return Terms(loss, kept, *_cross_entropy(counts, options, ce_class_weight, dense))
 
 
 def reduced(terms: Terms, options: Options) -> torch.Tensor:
@@ -327,7 +331,7 @@ def reduced(terms: Terms, options: Options) -> torch.Tensor:
         loss = loss.squeeze(0)
     if _is_not(options.tversky_weight, 1):
         loss = options.tversky_weight * loss
-    if cross_entropy is not None:
+    if cross_entropy is not None and divisor is not None:
         loss = loss + _part(options.ce_weight, _reduced_cross_entropy(cross_entropy, divisor, options))
     return loss
 
@@ -353,7 +357,8 @@ def _ratio(numerator: torch.Tensor, denominator) -> torch.Tensor:
 
 def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
     # Each row's weighted sum, and what its mean is divided by: (rows, 1).
-    tp, _, fn, cross_entropy, smoothing, voxels = counts
+    tp, _, fn, *of_ce = counts
+    cross_entropy, smoothing, voxels = (x for x in of_ce if x is not None)
     softmax, smooth = options.activation == "softmax", options.label_smoothing
     weight = torch.ones_like(tp[0]) if class_weight is None else class_weight
     total = (1 - smooth) * cross_entropy

@@ -138,12 +138,16 @@ class TverskyLoss(torch.nn.Module):
 
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (N, C, *spatial) and labels (N, *spatial)."""
-        how = {"inplace_backward": self.inplace_backward, "backend": self.backend}
-        return tversky_loss(pred, target, self.alpha, self.beta, self.eps, self.ignore_index, **how)
+        return tversky_loss(
+            pred, target, self.alpha, self.beta, self.eps, self.ignore_index,
+            inplace_backward=self.inplace_backward, backend=self.backend,
+        )  # fmt: skip
 
 
 class DiceLoss(torch.nn.Module):
     """`kornia.losses.DiceLoss`: the arguments of `dice_loss`."""
+
+    weight: torch.Tensor | None
 
     def __init__(
         self,
@@ -166,5 +170,7 @@ class DiceLoss(torch.nn.Module):
 
     def forward(self, pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of (N, C, *spatial) and labels (N, *spatial)."""
-        how = {"inplace_backward": self.inplace_backward, "backend": self.backend}
-        return dice_loss(pred, target, self.average, self.eps, self.weight, self.ignore_index, **how)
+        return dice_loss(
+            pred, target, self.average, self.eps, self.weight, self.ignore_index,
+            inplace_backward=self.inplace_backward, backend=self.backend,
+        )  # fmt: skip

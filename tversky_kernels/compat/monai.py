@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -192,12 +193,10 @@ def _as_dense_probabilities(logits: torch.Tensor, of_target: dict) -> tuple[torc
 
 def _split_by_sign(p: torch.Tensor, of_target: dict) -> tuple[torch.Tensor, dict]:
     # MONAI's soft form sums |p|: a voxel with p < 0 is one with (0, g) and another with (-p, 0).
-    p, g, weight = (x if x is None else x.flatten(2 if x.dim() == p.dim() else 1) for x in (
-        p, of_target["target"], of_target.get("voxel_weight")
-    ))  # fmt: skip
+    p, g, weight = p.flatten(2), of_target["target"].flatten(2), of_target.get("voxel_weight")
     found = {**of_target, "target": torch.cat((g, torch.zeros_like(g)), 2)}
     if weight is not None:
-        found["voxel_weight"] = torch.cat((weight, weight), 1)
+        found["voxel_weight"] = torch.cat((weight.flatten(1), weight.flatten(1)), 1)
     return torch.cat((p.relu(), (-p).relu()), 2), found
 
 
@@ -287,6 +286,7 @@ class DiceLoss(_Loss):
             soft_label, ignore_index, inplace_backward, backend,
         )  # fmt: skip
         self.squared_pred, self.jaccard = squared_pred, jaccard
+        self.class_weight: torch.Tensor | None
         self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
 
     def _dice(self, input: torch.Tensor) -> dict:
@@ -303,6 +303,7 @@ class DiceLoss(_Loss):
     def _weight_a_class(self, classes: int) -> torch.Tensor:
         # One number, or one a class: that of a background which is left out is 1, for nothing reads it.
         weight, dropped = self.class_weight, self._dropped(classes)
+        assert weight is not None
         if weight.dim() == 0:
             return weight
         if weight.numel() != classes - dropped:
@@ -390,7 +391,11 @@ class DiceCELoss(torch.nn.modules.loss._Loss):
         activated, dice_target = dice._prepared(input, target)
         options = {**dice._options(), **dice._dice(input)}
         weight, pos_weight = self.cross_entropy.weight, self.binary_cross_entropy.pos_weight
-        ce = {"ce_weight": self.lambda_ce, "label_smoothing": self.label_smoothing, "ce_class_weight": weight}
+        ce: dict[str, Any] = {
+            "ce_weight": self.lambda_ce,
+            "label_smoothing": self.label_smoothing,
+            "ce_class_weight": weight,
+        }
         wanted = "softmax" if classes > 1 else "sigmoid"
         if classes == 1:
             ce["label_smoothing"], ce["ce_class_weight"] = 0.0, None
@@ -400,7 +405,7 @@ class DiceCELoss(torch.nn.modules.loss._Loss):
         # Two different activations, or targets: two losses. The first must not overwrite what the second reads.
         first = {**options, "inplace_backward": False}
         overlap = dice._overlap(input, activated, dice_target, first)
-        if by_torch:
+        if by_torch and pos_weight is not None:
             # In float32 at the least: half precision would round the weight, or make it infinite.
             z = input if input.dtype == torch.float64 else input.float()
             entropy = self.lambda_ce * torch.nn.functional.binary_cross_entropy_with_logits(
@@ -458,6 +463,7 @@ class FocalLoss(torch.nn.modules.loss._Loss):
         self.include_background, self.to_onehot_y = include_background, to_onehot_y
         self.gamma, self.use_softmax = number("gamma", gamma), use_softmax
         self.alpha = alpha if alpha is None or isinstance(alpha, (int, float)) else torch.as_tensor(alpha)
+        self.class_weight: torch.Tensor | None
         self.register_buffer("class_weight", None if weight is None else torch.as_tensor(weight))
         self.ignore_index = ignore_index
         self.inplace_backward, self.backend = inplace_backward, backend
@@ -887,7 +893,8 @@ class DeepSupervisionLoss(torch.nn.Module):
 
     def forward(self, input: torch.Tensor | Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
         """The loss of outputs (B, C, *spatial), the finest first, and a target (B, C or 1, *spatial)."""
-        if not isinstance(input, (list, tuple)):
+        if isinstance(input, torch.Tensor):
             return self.loss(input.float(), target)
         weights = self.get_weights(levels=len(input))
-        return sum(w * self.get_loss(x.float(), target) for w, x in zip(weights, input, strict=True))
+        losses = [w * self.get_loss(x.float(), target) for w, x in zip(weights, input, strict=True)]
+        return sum(losses)  # type: ignore[return-value] # there is one at least

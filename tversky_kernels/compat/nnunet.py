@@ -84,13 +84,14 @@ class MemoryEfficientSoftDiceLoss(torch.nn.Module):
         super().__init__()
         self.apply_nonlin, self.batch_dice, self.do_bg, self.ddp = apply_nonlin, batch_dice, do_bg, ddp
         self.smooth = number("smooth", smooth)
-        self.inplace_backward, self.backend, self.clip_tp = inplace_backward, backend, None
+        self.inplace_backward, self.backend = inplace_backward, backend
+        self.clip_tp: float | None = None
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, loss_mask: torch.Tensor | None = None) -> torch.Tensor:
         """-Dice of (B, C, *spatial) and labels (B, *spatial), (B, 1, *spatial), or a one-hot target."""
         activation = _activation(self.apply_nonlin)
         if activation is None:
-            x, activation = self.apply_nonlin(x), "none"
+            x, activation = self.apply_nonlin(x), "none"  # type: ignore[misc] # None has an activation
         target, options = _target(x, y), {"activation": activation}
         how = (_check_of(x, target), self.inplace_backward, None, self.backend)
         counts = functional.exact_counts(x, target, _mask(loss_mask), options, *how)
@@ -135,8 +136,9 @@ class SoftDiceLoss(MemoryEfficientSoftDiceLoss):
         inplace_backward: bool = False,
         backend: str = "auto",
     ):
-        run = {"inplace_backward": inplace_backward, "backend": backend}
-        super().__init__(apply_nonlin, batch_dice, do_bg, smooth, ddp, **run)
+        super().__init__(
+            apply_nonlin, batch_dice, do_bg, smooth, ddp, inplace_backward=inplace_backward, backend=backend
+        )
         self.clip_tp = None if clip_tp is None else float(clip_tp)
 
 

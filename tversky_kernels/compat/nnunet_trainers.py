@@ -91,10 +91,12 @@ class nnUNetTrainerTverskyKernels(nnUNetTrainer):
 
     def _default_loss(self, batch: bool):
         dice = {"batch_dice": batch, "smooth": DICE_SMOOTHING, "ddp": self.is_ddp}
-        run, ignored = {"inplace_backward": self.inplace_backward}, self.label_manager.ignore_label
+        ignored, inplace = self.label_manager.ignore_label, self.inplace_backward
         if self.label_manager.has_regions:
-            return DC_and_BCE_loss({}, {**dice, "do_bg": True}, use_ignore_label=ignored is not None, **run)
-        return DC_and_CE_loss({**dice, "do_bg": False}, {}, ignore_label=ignored, **run)
+            dice["do_bg"] = True
+            return DC_and_BCE_loss({}, dice, use_ignore_label=ignored is not None, inplace_backward=inplace)
+        dice["do_bg"] = False
+        return DC_and_CE_loss(dice, {}, ignore_label=ignored, inplace_backward=inplace)
 
     def _level_weights(self):
         if not self.enable_deep_supervision:
@@ -116,7 +118,7 @@ class nnUNetTrainerTverskyKernels(nnUNetTrainer):
                 f"got {type(network).__name__}; take the trainer without _Head"
             )
         logits = head.forward
-        head.forward = lambda features: features if head.training else logits(features)
+        head.forward = lambda features: features if head.training else logits(features)  # type: ignore
         return head
 
 

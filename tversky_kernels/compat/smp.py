@@ -89,9 +89,10 @@ class TverskyLoss(torch.nn.modules.loss._Loss):
         self.alpha, self.beta = number("alpha", alpha), number("beta", beta)
         self.gamma = number("gamma", gamma, positive=True)
         self.inplace_backward, self.backend = inplace_backward, backend
+        self.classes: torch.Tensor | None
+        self.class_weights: torch.Tensor | None
         for name, value, dtype in (("classes", classes, torch.long), ("class_weights", class_weights, torch.float)):
-            value = None if value is None else torch.as_tensor(value, dtype=dtype)
-            self.register_buffer(name, value)
+            self.register_buffer(name, None if value is None else torch.as_tensor(value, dtype=dtype))
 
     def _counts(self, y_pred: torch.Tensor, y_true: torch.Tensor):
         # tp, fp, fn of each channel, over the batch.
@@ -239,6 +240,7 @@ class FocalLoss(torch.nn.modules.loss._Loss):
         self.reduction = one_of("reduction", reduction or "none", FOCAL_REDUCTIONS)
         self.normalized, self.reduced_threshold = normalized, reduced_threshold
         weights = None if class_weights is None else torch.as_tensor(class_weights, dtype=torch.float)
+        self.class_weights: torch.Tensor | None
         self.register_buffer("class_weights", weights)
         self.inplace_backward, self.backend = inplace_backward, backend
 

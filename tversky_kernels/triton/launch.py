@@ -92,7 +92,7 @@ def programs_per_sample(logits: torch.Tensor, voxels: int, plan: Plan) -> int:
     return min(tiles, at_once * -(-tiles // (at_once * MOST_TURNS)))
 
 
-def _walkable(x: torch.Tensor, first: int) -> tuple[torch.Tensor, int]:
+def _walkable(x: torch.Tensor, first: int) -> tuple[torch.Tensor, int | None]:
     x = walkable(x, first)
     return x, voxel_stride(x, first)
 
