@@ -3,7 +3,7 @@
 Counted is the shortest way through a kernel's main loop that reads uint8 labels (or a dense uint8 target) in whole
 loads and, in the gradient pass, stores: all voxels count, none has a weight, and no logit is huge. What the lanes that
 share a voxel combine is not counted, or (dense targets: a loop) once, as by two lanes. What a multiprocessor can issue
-while the bytes arrive is in docs/performance.md.
+while the bytes arrive is in docs/lab_notes.md.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_fast_paths_read_and_write_16_bytes_at_once(tmp_path):
 
 
 def test_instructions_that_bytes_leave_time_for():
-    """A multiprocessor of an H100 issues 39 a logit while 3.0 TB/s bring 4 bytes each: see docs/performance.md."""
+    """A multiprocessor of an H100 issues 39 a logit while 3.0 TB/s bring 4 bytes each: see docs/lab_notes.md."""
     if "90" not in assemblies():
         pytest.skip("this build of the package has no code for sm_90")
     found = counts(arch="90")
