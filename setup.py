@@ -192,7 +192,9 @@ class BuildExt(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         commands = list(self.compile_commands(ext, objects))
         with concurrent.futures.ThreadPoolExecutor(jobs()) as pool:
-            list(pool.map(lambda command: compile_object(*command), commands))
+            # The largest first, so that none of them is the last to be begun.
+            by_size = sorted(commands, key=lambda command: -pathlib.Path(ROOT, command[1][-1]).stat().st_size)
+            list(pool.map(lambda command: compile_object(*command), by_size))
         # Without --no-as-needed the loader does not find the shims of a torch that splits its libraries otherwise.
         linker, flags = (
             compiler(),
@@ -202,6 +204,18 @@ class BuildExt(build_ext):
             linker, flags = [find_nvcc()], ["-Xlinker=--no-as-needed"]  # adds the static CUDA runtime
         linked = [out for out, _ in commands]
         run([*linker, "-shared", "-o", out, *linked, f"-L{library}", *flags, "-ltorch", "-ltorch_cpu"])
+
+
+def sources_of(source):
+    """A source and all that it includes of ours, in a fixed order."""
+    found, waiting = set(), [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.exists():  # what is not ours is found elsewhere
+            found.add(path)
+            names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE)
+            waiting += [(path.parent / name).resolve() for name in names]
+    return sorted(found)
 
 
 @functools.cache
@@ -215,8 +229,7 @@ def compile_object(out, command):
     if not folder:
         return run([*command, "-o", out])
     key = hashlib.sha256(repr([str(part) for part in command]).encode())
-    source = ROOT / command[-1]
-    for path in [source, *sorted((ROOT / "csrc").glob("*.*h")), *sorted(source.parent.glob("*.*h"))]:
+    for path in sources_of(ROOT / command[-1]):
         key.update(path.name.encode() + path.read_bytes())
     for tool in sorted({command[0], compiler()[0]}):
         key.update(version_of(tool))

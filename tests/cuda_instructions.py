@@ -112,7 +112,7 @@ def counts(library: pathlib.Path = LIBRARY, arch: str = "90") -> dict[tuple[str,
         dtype, size = TYPES[kernel["type"]]
         classes, ce, squared = int(kernel["classes"]), CROSS_ENTROPIES[int(kernel["ce"])], kernel["squared"] == "1"
         split, dense = "split" in kernel["kernel"], "dense" in kernel["kernel"]
-        # As kVoxelsOf, kSplitVoxels, kAhead and kDenseAhead in csrc/cuda/kernels.h.
+        # As kVoxelsOf, kSplitVoxels, kAhead and kDenseAhead in csrc/cuda.
         voxels = 4 if split else 16 // size if 16 // size * classes <= (16 if ce else 32) else 8 // size
         ahead = split and (size == 2 or "count" in kernel["kernel"]) and not (dense and classes == 2)
         load = "LDGSTS" if ahead else "LDG"

@@ -28,7 +28,7 @@ def build(folder: pathlib.Path) -> None:
     operators = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(TORCH / "include")]
     kernels = [*setup_flags.KERNEL_FLAGS, "-DTK_CAPABILITY=baseline"]
     objects, running = [], []
-    for name in ("count_pass", "gradient_pass", "ops", "gradient_memory", "capability"):
+    for name in ("count_pass", "gradient_pass", "operators", "gradient_memory", "capability"):
         objects.append(str(folder / f"{name}.o"))
         flags = kernels if name.endswith("pass") else operators
         source = str(ROOT / "csrc" / "cpu" / f"{name}.cpp")

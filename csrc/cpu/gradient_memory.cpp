@@ -21,7 +21,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "../volume.h"
+#include "../torch/volume.h"
 
 namespace tversky_kernels {
 namespace cpu {

@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "../views.h"
+#include "../common/views.h"
 
 namespace tversky_kernels {
 namespace cpu {

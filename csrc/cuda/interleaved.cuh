@@ -2,12 +2,30 @@
 // tile in shared memory, in which each lane takes neighbouring classes.
 #pragma once
 
-#include "kernels.h"
+#include "launch.h"
 #include "split.cuh"
 #include "voxels.cuh"
 
 namespace tversky_kernels {
 namespace cuda {
+
+// Whether the next tile is brought to shared memory meanwhile: two of them in float32 would leave an sm_80 one block a
+// multiprocessor.
+template <typename T>
+constexpr bool kTileAhead = sizeof(T) == 2;
+// Classes that a lane takes from a tile by one access, where it has at most so many.
+template <int kClasses>
+constexpr int kUnitOf = kClasses % 2 == 0 ? 2 : 1;
+// A row of a tile: as few packs as are whole pieces of 16 bytes.
+struct RowOfTile {
+  int packs;   // of kSplitVoxels voxels
+  int pieces;  // that it has
+  int stride;  // pieces from one row to the next, an odd number: rows begin in different banks
+  __host__ __device__ RowOfTile(int classes, int element_size)
+      : packs(classes * kSplitVoxels * element_size % 16 == 0 ? 1 : 2),
+        pieces(classes * kSplitVoxels * packs * element_size / 16),
+        stride(pieces | 1) {}
+};
 
 // kUnit_: classes that a lane takes by one access. kTurns neighbouring lanes have neighbouring units and take them in
 // turn; all such groups of lanes have as many units, the first ones perhaps one more.

@@ -6,12 +6,59 @@
 // between them. Lane q of all that share a voxel works on classes q + j * lanes, j = 0, 1, ...
 #pragma once
 
-#include "general.cuh"
-#include "kernels.h"
+#include "launch.h"
+#include "own_targets.cuh"
 #include "voxels.cuh"
 
 namespace tversky_kernels {
 namespace cuda {
+
+// Where the classes of a voxel are split over the lanes of a warp: blocks of a multiprocessor, which bounds the
+// registers, and the voxels that a lane works on at a time; the most lanes and the most classes of one, where a label
+// is the target and where every class has a target of its own.
+constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
+// Whether the next voxels are brought to shared memory while these are worked on. The gradient pass of float32 waits
+// for memory anyway, and was slower so.
+template <typename T, bool kGradient>
+constexpr bool kAhead = !kGradient || sizeof(T) == 2;
+// Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
+// bytes (64 in half precision): in smaller ones memory comes at half its speed.
+constexpr int kMostLanesOfWarp = 4;
+// Where warps share voxels, the first floats of the shared memory are for what each tells the others. Every exchange of
+// a voxel's values has a place of its own, for [warps of the block][so many of each voxel]: the next exchange may begin
+// while a warp still reads what it was told in this one.
+struct ExchangePlace {
+  int start, of_warp;
+};
+constexpr int kExchangedVoxels = kSplitVoxels * kWarp / kMostLanesOfWarp;  // of a warp
+constexpr ExchangePlace place_after(const ExchangePlace& before, int values) {
+  return {before.start + Plan::kThreads / kWarp * before.of_warp, values * kExchangedVoxels};
+}
+constexpr ExchangePlace kDiffers = place_after({0, 0}, 1), kTops = place_after(kDiffers, 1);
+constexpr ExchangePlace kTopSums = place_after(kTops, 2), kSums = place_after(kTopSums, 3);
+constexpr int kExchange = place_after(kSums, 0).start;
+
+// Lanes that share a voxel: as few as possible. 0: there are too many classes.
+inline int split_lanes(int64_t classes, int most_lanes, int most_of_lane) {
+  int lanes = 1;
+  while (lanes <= most_lanes && classes > lanes * most_of_lane) lanes *= 2;
+  return lanes <= most_lanes ? lanes : 0;
+}
+
+// The lanes that share a voxel and the warps that these are in, as logarithms.
+struct SplitShape {
+  int log_lanes;
+  int log_warps;
+
+  static int log2(int power) { return power > 1 ? 1 + log2(power / 2) : 0; }
+  explicit SplitShape(const Plan& plan) : log_lanes(log2(plan.lanes)), log_warps(log2(plan.warps)) {}
+};
+
+// The warps of a plan that has its lanes; values: of its shared memory, to which those of the exchange are added.
+inline void share_over_warps(Plan& plan, int64_t& values) {
+  plan.warps = plan.lanes > kMostLanesOfWarp ? plan.lanes / kMostLanesOfWarp : 1;
+  if (plan.warps > 1) values += kExchange;
+}
 
 // One of the lanes that share a voxel.
 struct LaneOfVoxel {
@@ -700,6 +747,39 @@ struct DensePack {
   }
   __device__ __forceinline__ unsigned char* target_slots() const {
     return reinterpret_cast<unsigned char*>(slots + kClasses * Plan::kThreads * kVoxels);
+  }
+};
+
+// The sums of split kernels, [groups of warps][lanes][kValues] in shared memory.
+template <typename A, int kValues>
+struct SplitBlockSums {
+  A* memory;
+  const LaneOfVoxel& lane;
+
+  // From the values of each thread: over the slots of a warp, in a fixed order; NaN where a thread is bad. All threads
+  // must call, and synchronise before they read.
+  __device__ __forceinline__ void store(A (&values)[kValues], bool bad) const {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = bad ? static_cast<A>(NAN) : values[i];
+#pragma unroll 1
+    for (int distance = lane.slots / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) values[i] += __shfl_xor_sync(kFullWarp, values[i], distance);
+    }
+    __syncthreads();  // the memory has been read
+    A* mine = memory + ((lane.group() << lane.shape.log_lanes) + lane.place) * kValues;
+    if (lane.slot == 0) {
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) mine[i] = values[i];
+    }
+  }
+  // Value i of the lane at this place, over the groups of warps.
+  __device__ __forceinline__ A total(int place, int i) const {
+    A sum = A(0);
+    for (int group = 0; group < lane.groups(); ++group) {
+      sum += memory[((group << lane.shape.log_lanes) + place) * kValues + i];
+    }
+    return sum;
   }
 };
 

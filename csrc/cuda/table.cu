@@ -1,6 +1,6 @@
 // The table on CUDA: partial sums of all blocks in, loss and coefficients out. Every block sums some columns, and the
 // one that is the last to finish goes on with the table.
-#include "kernels.h"
+#include "launch.h"
 #include "voxels.cuh"
 
 namespace tversky_kernels {

@@ -1,12 +1,21 @@
 // A tile of voxels of all classes in shared memory: how it is filled, and its softmax.
 #pragma once
 
-#include "general.cuh"
-#include "kernels.h"
+#include "launch.h"
+#include "own_targets.cuh"
 #include "voxels.cuh"
 
 namespace tversky_kernels {
 namespace cuda {
+
+// Dynamic shared memory of a tiled block, in elements of A.
+struct TileLayout {
+  int tile_stride;  // odd, so that a column of classes falls into different banks
+  int groups;       // threads that share a voxel
+  int halves;       // threads that share a class
+  __host__ __device__ TileLayout(int classes, int voxels, int threads)
+      : tile_stride(voxels + 1), groups(threads / voxels), halves(threads >= 2 * classes ? threads / classes : 1) {}
+};
 
 // A thread's place in a tiled block: the voxel and the share of its classes that it works on. Group 0 has one thread a
 // voxel; threads that are left over do not work.

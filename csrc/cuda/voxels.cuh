@@ -4,8 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../views.h"
-#include "kernels.h"
+#include "../common/views.h"
+#include "launch.h"
 #include "platform.h"
 
 namespace tversky_kernels {
@@ -563,43 +563,6 @@ __device__ __forceinline__ void take_off(Logits<T, kVoxels> (&z)[kClasses], A (&
     top[k] = A(0);
   }
 }
-
-// ---- What belongs to the label of a voxel alone: each thread sums it in columns of its own in shared memory, one for
-// every class that it has and one for labels that are none of them. To find a label's sum in registers would take a
-// comparison and a selection of every class.
-template <typename A, bool kCrossEntropy>
-struct LabelSums {
-  static constexpr int kColumns = kLabelColumns<kCrossEntropy>, kOfThreads = kColumns * Plan::kThreads;
-
-  A* mine;
-
-  // memory: [classes + 1][threads][kColumns], used by no other thread.
-  __device__ __forceinline__ LabelSums(A* memory, int classes) : mine(memory + threadIdx.x * kColumns) {
-    for (int i = 0; i <= classes; ++i) {
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) mine[i * kOfThreads + j] = A(0);
-    }
-  }
-  // c: which of the thread's classes the label is, -1 where none.
-  template <bool kLast>
-  __device__ __forceinline__ void add(int c, A tp, A fn, A ce, A last) const {
-    constexpr int kWord = 16 / sizeof(A) < kColumns ? 16 / sizeof(A) : kColumns;
-    const A more[] = {tp, fn, ce, last};
-    constexpr int kMore = kLast ? 4 : 3;
-    A* sums = mine + (c + 1) * kOfThreads;
-#pragma unroll
-    for (int first = 0; first < kColumns; first += kWord) {
-      Packed<A, kWord> word = load_packed<A, kWord>(sums + first);
-#pragma unroll
-      for (int j = 0; j < kWord && first + j < kMore; ++j) word.values[j] += more[first + j];
-      store_shared(sums + first, word);
-    }
-  }
-  __device__ __forceinline__ A tp(int c) const { return mine[(c + 1) * kOfThreads]; }
-  __device__ __forceinline__ A fn(int c) const { return mine[(c + 1) * kOfThreads + 1]; }
-  __device__ __forceinline__ A ce(int c) const { return mine[(c + 1) * kOfThreads + 2]; }
-  __device__ __forceinline__ A last(int c) const { return mine[(c + 1) * kOfThreads + 3]; }
-};
 
 // A block's share of the work: of one sample, the pieces from begin to last, a step apart; those that others have lie
 // between.

@@ -1,7 +1,7 @@
 // A voxel and class with a target g of its own (Volume::is_general), and all options of the cross-entropy.
 #pragma once
 
-#include "kernels.h"
+#include "launch.h"
 #include "voxels.cuh"
 
 namespace tversky_kernels {

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "table.h"
+#include "../common/table.h"
 #include "volume.h"
 
 namespace tversky_kernels {

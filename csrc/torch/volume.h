@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "../common/views.h"
 #include "checks.h"
-#include "views.h"
 
 namespace tversky_kernels {
 

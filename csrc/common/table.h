@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-#include "tversky_math.h"
+#include "mathematics.h"
 
 namespace tversky_kernels {
 

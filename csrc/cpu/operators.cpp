@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../operators.h"
+#include "../torch/operators.h"
 #include "capability.h"
 #include "gradient_memory.h"
 

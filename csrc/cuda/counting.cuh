@@ -1,0 +1,99 @@
+// What the count passes share: the sums of a block, and of each label.
+#pragma once
+
+#include "launch.h"
+#include "voxels.cuh"
+
+namespace tversky_kernels {
+namespace cuda {
+
+// The values of each thread that has its classes in registers: the counts' columns, of which a cross-entropy has one or
+// (smoothed) two more and, from kWeights on, the sum of the weights (of squares, those of each label: see
+// Volume::sums_label_weights).
+template <CrossEntropy kCeForm>
+constexpr int kWeights = kCeForm == CrossEntropy::kSmoothed ? kVoxels : kSmoothing;
+template <CrossEntropy kCeForm, bool kSquared>
+constexpr int count_values(int classes) {
+  return kCeForm == CrossEntropy::kNone ? kOverlapCounts * classes
+                                        : kWeights<kCeForm> * classes + (kSquared ? classes : 1);
+}
+
+// What LabelSums keeps of each class, in whole words: tp, fn and with a cross-entropy ce and, of squares,
+// the weights, of smoothing, the logarithms; and the values of a block whose threads have so many classes.
+template <bool kCrossEntropy>
+constexpr int kLabelColumns = kCrossEntropy ? 4 : 2;
+template <bool kCrossEntropy>
+constexpr int label_sum_values(int classes) {
+  return (classes + 1) * kLabelColumns<kCrossEntropy> * Plan::kThreads;
+}
+
+// Unnamed, as the kernels are: so their shared memory and this function's are one symbol to the compiler.
+namespace {
+
+// What every block does first. finished: TableArguments::finished.
+__device__ __forceinline__ void begin_count(unsigned* finished) {
+  let_next_launch_begin();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;
+}
+
+// Sums kValues values of every thread over the block, in a fixed order, and calls store(i, sum), each in one thread;
+// NaN where a thread is bad.
+template <typename A, int kValues, typename F>
+__device__ void block_sums(A (&values)[kValues], bool bad, F&& store) {
+  TK_SHARED(memory);
+  A* sums = reinterpret_cast<A*>(memory);  // [warps][kValues]
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    const A sum = warp_sum(bad ? static_cast<A>(NAN) : values[i]);
+    if (lane == 0) sums[warp * kValues + i] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kValues; i += blockDim.x) {
+    A total = 0;
+    for (int w = 0; w < warps; ++w) total += sums[w * kValues + i];
+    store(i, total);
+  }
+}
+
+}  // namespace
+
+// What belongs to the label of a voxel alone: each thread sums it in columns of its own in shared memory, one for
+// every class that it has and one for labels that are none of them. To find a label's sum in registers would take a
+// comparison and a selection of every class.
+template <typename A, bool kCrossEntropy>
+struct LabelSums {
+  static constexpr int kColumns = kLabelColumns<kCrossEntropy>, kOfThreads = kColumns * Plan::kThreads;
+
+  A* mine;
+
+  // memory: [classes + 1][threads][kColumns], used by no other thread.
+  __device__ __forceinline__ LabelSums(A* memory, int classes) : mine(memory + threadIdx.x * kColumns) {
+    for (int i = 0; i <= classes; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) mine[i * kOfThreads + j] = A(0);
+    }
+  }
+  // c: which of the thread's classes the label is, -1 where none.
+  template <bool kLast>
+  __device__ __forceinline__ void add(int c, A tp, A fn, A ce, A last) const {
+    constexpr int kWord = 16 / sizeof(A) < kColumns ? 16 / sizeof(A) : kColumns;
+    const A more[] = {tp, fn, ce, last};
+    constexpr int kMore = kLast ? 4 : 3;
+    A* sums = mine + (c + 1) * kOfThreads;
+#pragma unroll
+    for (int first = 0; first < kColumns; first += kWord) {
+      Packed<A, kWord> word = load_packed<A, kWord>(sums + first);
+#pragma unroll
+      for (int j = 0; j < kWord && first + j < kMore; ++j) word.values[j] += more[first + j];
+      store_shared(sums + first, word);
+    }
+  }
+  __device__ __forceinline__ A tp(int c) const { return mine[(c + 1) * kOfThreads]; }
+  __device__ __forceinline__ A fn(int c) const { return mine[(c + 1) * kOfThreads + 1]; }
+  __device__ __forceinline__ A ce(int c) const { return mine[(c + 1) * kOfThreads + 2]; }
+  __device__ __forceinline__ A last(int c) const { return mine[(c + 1) * kOfThreads + 3]; }
+};
+
+}  // namespace cuda
+}  // namespace tversky_kernels
