@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from tversky_kernels.triton import kernels, launch
+from tversky_kernels.triton import launch
 
 FEW_BYTES = 16
 
@@ -151,8 +151,8 @@ def cases(quick: bool):
 
 def compile_case(classes, dtype, label_dtype, options) -> list:
     found: list = []
-    stand_ins = {n: Collector(k, found) for n, k in vars(kernels).items() if n.endswith("_kernel")}
-    saved = {n: getattr(kernels, n) for n in stand_ins}
+    stand_ins = {n: Collector(k, found) for n, k in launch.KERNELS.items()}
+    saved = dict(launch.KERNELS)
     space = (2, 2, 2) if options.get("tiny") else (32, 32, 16)  # one program, and a constant in the kernel
     logits = torch.zeros(1 if options.get("tiny") else 2, classes, *space, dtype=dtype)
     if options.get("channels_last"):
@@ -166,8 +166,7 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
         options.get("nearest_exact", False),
     )  # fmt: skip
     try:
-        for name, stand_in in stand_ins.items():
-            setattr(kernels, name, stand_in)
+        launch.KERNELS.update(stand_ins)
         _, coefficients = launch.tversky_loss(
             logits,
             target,
@@ -192,8 +191,7 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
         grad = torch.ones((), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         launch.gradient_pass(grad, coefficients, logits, target, weight, *arguments)
     finally:
-        for name, kernel in saved.items():
-            setattr(kernels, name, kernel)
+        launch.KERNELS.update(saved)
     return found
 
 

@@ -9,7 +9,7 @@ from triton.runtime import driver
 from triton_aot import StubDriver
 
 from tversky_kernels import _backends, _ops
-from tversky_kernels.triton import kernels, launch
+from tversky_kernels.triton import launch
 
 SCALARS = {
     "i1": ctypes.c_bool,
@@ -62,9 +62,7 @@ def install(library: str, arch: str = "90") -> None:
     host = ctypes.CDLL(library)
     host.tk_launch_ptx.restype = ctypes.c_char_p
     driver.set_active(StubDriver(arch))
-    for name, kernel in list(vars(kernels).items()):
-        if name.endswith("_kernel"):
-            setattr(kernels, name, OnHost(kernel, host))
+    launch.KERNELS.update({name: OnHost(kernel, host) for name, kernel in launch.KERNELS.items()})
     for name in _ops.NAMES:
         _ops._library.impl(f"triton_{name}", getattr(launch, name), "CPU")
     _ops.TRITON_MISSING = None
