@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._ops import ABSENT, ACTIVATIONS, CE_MEANS, CHECKS, OVERLAPS, REDUCTIONS
 from ._options import (
+    CHECKS,
     IN_TENSOR,
     SCALARS,
     Options,
+    PassArguments,
+    TableArguments,
     check_squared,
     checked,
     flag_or_none,
-    is_used,
     number,
 )
 
@@ -64,8 +65,8 @@ class Plan(NamedTuple):
 
     options: Options
     layout: Layout
-    of_pass: tuple
-    of_table: tuple
+    of_pass: PassArguments
+    of_table: TableArguments
 
 
 class Checked(NamedTuple):
@@ -316,43 +317,10 @@ def _check_facts(logits, target, weight: Facts | None, alpha, beta, *values) -> 
     options = checked(Options(alpha, beta, *values))
     _check_logits(logits, options.activation)
     layout = _check_volumes(logits, target, weight, options.resample is not None)
-    return Plan(options, layout, _of_pass(options), _of_table(options, layout.dense))
+    return Plan(options, layout, options.pass_arguments(), options.table_arguments(layout.dense))
 
 
 _check_facts_once = functools.lru_cache(maxsize=256, typed=True)(_check_facts)  # typed: True is not 1.0
-
-
-# In the order of the operators' schemas, as _ops has them.
-def _of_pass(options: Options) -> tuple:
-    return (
-        ACTIVATIONS[options.activation],
-        options.ignore_index,
-        OVERLAPS[options.overlap],
-        0 if not is_used(options.ce_weight) else 2 if is_used(options.label_smoothing) else 1,
-        options.focal_gamma,
-        options.resample == "nearest-exact",
-    )
-
-
-# Not for operators where a tensor has one of the numbers.
-def _of_table(options: Options, dense: bool) -> tuple:
-    of_labels = "labels" if options.squared else "class weights"
-    mean = "channels" if options.activation == "sigmoid" else "voxels" if dense else of_labels
-    return (
-        options.alpha,
-        options.beta,
-        options.gamma,
-        options.smooth_nr,
-        options.smooth_dr,
-        options.include_background,
-        options.batch,
-        ABSENT[options.absent],
-        REDUCTIONS[options.reduction],
-        options.tversky_weight,
-        options.ce_weight,
-        options.label_smoothing,
-        CE_MEANS[mean],
-    )
 
 
 def _numbers(name: str, value, classes: int) -> tuple[float, ...]:

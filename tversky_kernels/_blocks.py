@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from . import _arguments, _options, reference
-from ._ops import ACTIVATIONS, CHECKS, LINEAR_OPERATORS, OPERATORS, OVERLAPS, Operators, linear_passes
+from ._ops import LINEAR_OPERATORS, OPERATORS, Operators, linear_passes
+from ._options import ACTIVATIONS, CHECKS, OVERLAPS, PassArguments
 
 #: Of one block's logits. The reference makes some ten tensors of that size.
 BLOCK_BYTES = {"cpu": 2**20}
@@ -21,15 +22,15 @@ _ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
 _OVERLAP_NAMES = {number: name for name, number in OVERLAPS.items()}
 
 
-def _options_of(activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact) -> _options.Options:
+def _options_of(of: PassArguments) -> _options.Options:
     # What the passes depend on; what they do not has any value.
-    form = _OVERLAP_NAMES[overlap]
+    form = _OVERLAP_NAMES[of.overlap]
     return _options.Options(
-        alpha=0.5, beta=0.5, gamma=1.0, smooth_nr=0.0, smooth_dr=0.0, activation=_ACTIVATION_NAMES[activation],
-        include_background=True, ignore_index=ignore_index, batch=False, absent="keep", soft_label=form == "absolute",
-        squared=form == "squared", reduction="none", ce_weight=float(cross_entropy > 0),
-        label_smoothing=float(cross_entropy > 1), focal_gamma=focal_gamma,
-        resample="nearest-exact" if nearest_exact else "nearest",
+        alpha=0.5, beta=0.5, gamma=1.0, smooth_nr=0.0, smooth_dr=0.0, activation=_ACTIVATION_NAMES[of.activation],
+        include_background=True, ignore_index=of.ignore_index, batch=False, absent="keep",
+        soft_label=form == "absolute", squared=form == "squared", reduction="none",
+        ce_weight=float(of.cross_entropy > 0), label_smoothing=float(of.cross_entropy > 1), focal_gamma=of.focal_gamma,
+        resample="nearest-exact" if of.nearest_exact else "nearest",
     )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def _of(sample: int, voxels: slice, z, target, voxel_weight, dense: bool):
 def count_pass(logits, target, voxel_weight, *arguments) -> torch.Tensor:
     """As the operator: (N, C, 3 or 6) in float64."""
     *of_pass, check = arguments
-    options = _options_of(*of_pass)
+    options = _options_of(PassArguments(*of_pass))
     z, target, voxel_weight, dense = _flat(logits, target, voxel_weight, options)
     columns = 6 if options.ce_weight else 3
     counts = logits.new_zeros((*logits.shape[:2], columns), dtype=torch.float64)
@@ -104,7 +105,7 @@ def _upstream(grad_loss, coefficients, options: _options.Options) -> torch.Tenso
 
 
 def _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, *arguments) -> None:
-    options = _options_of(*arguments)
+    options = _options_of(PassArguments(*arguments))
     z, target, voxel_weight, dense = _flat(logits, target, voxel_weight, options)
     upstream = _upstream(grad_loss, coefficients, options).to(_arguments.compute_dtype(logits))
     for sample, voxels in _blocks(z):

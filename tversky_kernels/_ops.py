@@ -15,26 +15,14 @@ from typing import NamedTuple
 import torch
 
 from . import _linear
+from ._options import REDUCTIONS, PassArguments, TableArguments, schema_of
 
 NAMESPACE = "tversky_kernels"
-ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}  # as in csrc/tversky_math.h
-ABSENT = {"keep": 0, "zero": 1, "skip": 2}
-REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
 
-CHECKS = {"ignore": 0, "poison": 1, "raise": 2}  # enum Check
-OVERLAPS = {"product": 0, "absolute": 1, "squared": 2}
-CE_MEANS = {"class weights": 0, "voxels": 1, "channels": 2, "labels": 3}
-
-# target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken,
-# by their corners or (nearest_exact) their centres.
-# cross_entropy: 0 none, 1 its sums too, 2 and those for label smoothing.
+# target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken.
 _TARGET = "Tensor target, Tensor? voxel_weight"
-_PASS = "int activation, int? ignore_index, int overlap, int cross_entropy, float focal_gamma, bool nearest_exact"
-_TABLE = (
-    "Tensor? class_parameters, float alpha, float beta, float gamma, float smooth_nr, float smooth_dr, "
-    "bool include_background, bool batch, int absent, int reduction, float tversky_weight, float ce_weight, "
-    "float label_smoothing, int ce_mean"
-)
+_PASS = schema_of(PassArguments)
+_TABLE = f"Tensor? class_parameters, {schema_of(TableArguments)}"
 SCHEMAS = (
     # -> (N, C, 3) float64: tp, fp, fn; (N, C, 6) with a cross-entropy: its sum, that for smoothing, the voxels' weight
     f"count_pass(Tensor logits, {_TARGET}, {_PASS}, int check) -> Tensor",
@@ -191,11 +179,11 @@ _any_device = _register_linear("", "cpu")
 LINEAR_OPERATORS = {"cpu": _any_device, "cuda": _any_device, "triton": _register_linear("triton_", "triton")}
 
 
-def _loss_shape(samples, classes, include_background, batch, reduction):
-    if reduction != REDUCTIONS["none"]:
+def _loss_shape(samples, classes, table: TableArguments):
+    if table.reduction != REDUCTIONS["none"]:
         return []
-    kept = classes if include_background or classes == 1 else classes - 1
-    return [kept] if batch else [samples, kept]
+    kept = classes if table.include_background or classes == 1 else classes - 1
+    return [kept] if table.batch else [samples, kept]
 
 
 def _fake(name):
@@ -218,30 +206,30 @@ def _fake(name):
 
 
 @_fake("count_pass")
-def _(logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, *_):
-    columns = 6 if cross_entropy else 3
+def _(logits, target, voxel_weight, *arguments):
+    *of_pass, _check = arguments
+    columns = 6 if PassArguments(*of_pass).cross_entropy else 3
     return logits.new_empty([logits.size(0), logits.size(1), columns], dtype=torch.float64)
 
 
 @_fake("table")
-def _(counts, *table):
-    include_background, batch, _, reduction = table[6:10]
+def _(counts, class_parameters, *arguments):
+    table = TableArguments(*arguments)
     samples, classes, columns = counts.shape
-    loss = counts.new_empty(_loss_shape(samples, classes, include_background, batch, reduction))
-    return loss, counts.new_empty([1 if batch else samples, classes, 4 if columns == 6 else 2])
+    loss = counts.new_empty(_loss_shape(samples, classes, table))
+    return loss, counts.new_empty([1 if table.batch else samples, classes, 4 if columns == 6 else 2])
 
 
 @_fake("tversky_loss")
-def _(
-    logits, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact, check,
-    *table,
-):  # fmt: skip
-    include_background, batch, _, reduction = table[6:10]
+def _(logits, target, voxel_weight, *arguments):
+    of_pass = PassArguments(*arguments[: len(PassArguments._fields)])
+    _check, _class_parameters, *of_table = arguments[len(PassArguments._fields) :]
+    table = TableArguments(*of_table)
     samples, classes = logits.size(0), logits.size(1)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    loss = logits.new_empty(_loss_shape(samples, classes, include_background, batch, reduction), dtype=dtype)
-    columns = 4 if cross_entropy else 2
-    return loss, logits.new_empty([1 if batch else samples, classes, columns], dtype=torch.float64)
+    loss = logits.new_empty(_loss_shape(samples, classes, table), dtype=dtype)
+    columns = 4 if of_pass.cross_entropy else 2
+    return loss, logits.new_empty([1 if table.batch else samples, classes, columns], dtype=torch.float64)
 
 
 @_fake("gradient_pass")
@@ -255,14 +243,16 @@ def _(logits, *_):
 
 
 @_fake("linear_count_pass")
-def _(features, weight, bias, target, voxel_weight, activation, ignore_index, overlap, cross_entropy, *_):
-    columns = 6 if cross_entropy else 3
+def _(features, weight, bias, target, voxel_weight, *arguments):
+    *of_pass, _check = arguments
+    columns = 6 if PassArguments(*of_pass).cross_entropy else 3
     return features.new_empty([features.size(0), weight.size(0), columns], dtype=torch.float64)
 
 
 @_fake("linear_gradient_pass")
 def _(grad_loss, coefficients, features, weight, *arguments):
-    of_features = torch.empty_like(features) if arguments[-1] else features.new_empty(0)
+    *_, to_features = arguments
+    of_features = torch.empty_like(features) if to_features else features.new_empty(0)
     return of_features, torch.empty_like(weight), weight.new_empty(weight.size(0))
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
-
-from ._ops import ABSENT, ACTIVATIONS, REDUCTIONS
 
 #: The arguments that say what a loss is, with their defaults: of the Tversky loss, and what its compound adds.
 TVERSKY_DEFAULTS = {
@@ -59,6 +57,54 @@ GENERALIZED_WEIGHTS = ("square", "simple", "uniform")
 SCALARS = ("gamma", "smooth_nr", "smooth_dr", "tversky_weight", "ce_weight", "label_smoothing")
 
 
+#: What the operators call the values, as in csrc/common/mathematics.h.
+ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}
+ABSENT = {"keep": 0, "zero": 1, "skip": 2}
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+OVERLAPS = {"product": 0, "absolute": 1, "squared": 2}
+CE_MEANS = {"class weights": 0, "voxels": 1, "channels": 2, "labels": 3}
+CHECKS = {"ignore": 0, "poison": 1, "raise": 2}
+
+
+class PassArguments(NamedTuple):
+    """What a pass over the volume depends on, beside its tensors: the operators' arguments, in their order.
+
+    cross_entropy: 0 none, 1 its sums too, 2 and those for label smoothing. nearest_exact: where a target's spatial
+    sizes are not the logits', its voxels are found by the centres of the logits' voxels, not by their corners.
+    """
+
+    activation: int
+    ignore_index: int | None
+    overlap: int
+    cross_entropy: int
+    focal_gamma: float
+    nearest_exact: bool
+
+
+class TableArguments(NamedTuple):
+    """What the table depends on, beside its tensors: the operators' arguments, in their order."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    smooth_nr: float
+    smooth_dr: float
+    include_background: bool
+    batch: bool
+    absent: int
+    reduction: int
+    tversky_weight: float
+    ce_weight: float
+    label_smoothing: float
+    ce_mean: int
+
+
+def schema_of(record: type) -> str:
+    """A record's fields as an operator's schema has them: "int activation, int? ignore_index, ..."."""
+    kinds = {int: "int", float: "float", bool: "bool", int | None: "int?"}
+    return ", ".join(f"{kinds[kind]} {name}" for name, kind in get_type_hints(record).items())
+
+
 class InTensor:
     """Stands for an option whose value only a tensor has."""
 
@@ -95,6 +141,38 @@ class Options(NamedTuple):
     def overlap(self) -> str:
         """How a voxel's part of the counts is measured."""
         return "squared" if self.squared else "absolute" if self.soft_label else "product"
+
+    def pass_arguments(self) -> PassArguments:
+        """As the passes take them."""
+        cross_entropy = 0 if not is_used(self.ce_weight) else 2 if is_used(self.label_smoothing) else 1
+        return PassArguments(
+            activation=ACTIVATIONS[self.activation],
+            ignore_index=self.ignore_index,
+            overlap=OVERLAPS[self.overlap],
+            cross_entropy=cross_entropy,
+            focal_gamma=self.focal_gamma,
+            nearest_exact=self.resample == "nearest-exact",
+        )
+
+    def table_arguments(self, dense: bool) -> TableArguments:
+        """As the table takes them, where no tensor has one of the numbers."""
+        of_labels = "labels" if self.squared else "class weights"
+        mean = "channels" if self.activation == "sigmoid" else "voxels" if dense else of_labels
+        return TableArguments(
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            smooth_nr=self.smooth_nr,
+            smooth_dr=self.smooth_dr,
+            include_background=self.include_background,
+            batch=self.batch,
+            absent=ABSENT[self.absent],
+            reduction=REDUCTIONS[self.reduction],
+            tversky_weight=self.tversky_weight,
+            ce_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            ce_mean=CE_MEANS[mean],
+        )
 
 
 def number(name: str, value, *, positive: bool = False, most: float = math.inf) -> float:

@@ -12,8 +12,8 @@ from ._arguments import Checked, Plan, Volumes
 from ._layout import is_dense
 from ._ops import LINEAR_OPERATORS, OPERATORS
 
-#: The largest coefficient that the table gives kernels which compute in float32; see csrc/tversky_math.h. The operator
-#: `table` does not know them.
+#: The largest coefficient that the table gives kernels which compute in float32; see csrc/common/mathematics.h. The
+#: operator `table` does not know them.
 MOST_OF_FLOAT = 1e30
 
 
