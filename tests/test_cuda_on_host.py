@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import sys
 
 import pytest
@@ -358,7 +359,8 @@ def test_planted_bugs_are_found(bug, host_build, tmp_path):
     dtype = "bfloat16" if bug in IN_BFLOAT16 else "float32"
     library = plant(tmp_path, host_build[1], {file: change}, source, dtype)
     result = run_planted(library, FOUND_BY.get(bug, ANY_OTHER), dtype)
-    assert result.returncode == 1, result.stdout[-2000:]
+    # Some write where they should not, and the process dies of it.
+    assert result.returncode in (1, -signal.SIGABRT, -signal.SIGSEGV), result.stdout[-2000:]
 
 
 def test_a_wrong_mask_is_found(host_build, tmp_path):

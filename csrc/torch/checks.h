@@ -75,17 +75,27 @@ inline void check_voxel_weight(const std::optional<Tensor>& weight, const Tensor
   check_volume("voxel_weight", *weight, logits, false);
 }
 
+// How a pass reads the volumes: the operators' arguments, as they come.
+struct PassOptions {
+  int64_t activation;
+  std::optional<int64_t> ignore_index;
+  int64_t overlap;
+  int64_t cross_entropy;
+  double focal_gamma;
+  bool nearest_exact;
+};
+
 // What both passes read.
 inline void check_inputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                         int64_t activation, int64_t overlap, int64_t cross_entropy, double focal_gamma) {
+                         const PassOptions& a) {
   check_logits(logits);
   check_target(target, logits);
   check_voxel_weight(voxel_weight, logits);
-  check_range("activation", activation, 2);
-  check_range("overlap", overlap, 2);
-  STD_TORCH_CHECK(cross_entropy >= 0 && cross_entropy <= (activation == 2 ? 0 : 2),
-                  "cross_entropy: expected 0, 1 or 2 (0 without an activation), got ", cross_entropy);
-  STD_TORCH_CHECK(focal_gamma >= 0, "focal_gamma: expected a number >= 0, got ", focal_gamma);
+  check_range("activation", a.activation, 2);
+  check_range("overlap", a.overlap, 2);
+  STD_TORCH_CHECK(a.cross_entropy >= 0 && a.cross_entropy <= (a.activation == 2 ? 0 : 2),
+                  "cross_entropy: expected 0, 1 or 2 (0 without an activation), got ", a.cross_entropy);
+  STD_TORCH_CHECK(a.focal_gamma >= 0, "focal_gamma: expected a number >= 0, got ", a.focal_gamma);
 }
 
 // The (N, C, 3) counts table: tp, fp, fn; with a cross-entropy (N, C, 6).

@@ -16,53 +16,61 @@
 #include "../common/table.h"
 #include "volume.h"
 
+// The dispatcher hands an operator its arguments one by one. These lists and the records that they become have each of
+// them once, in the order of PassArguments and TableArguments in tversky_kernels/_options.py.
+#define TK_PASS_ARGUMENTS                                                                                              \
+  int64_t activation, std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy, double focal_gamma, \
+      bool nearest_exact
+#define TK_PASS_RECORD                                                           \
+  PassOptions {                                                                  \
+    activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact \
+  }
+#define TK_TABLE_ARGUMENTS                                                                                             \
+  const std::optional<Tensor>&class_parameters, double alpha, double beta, double gamma, double smooth_nr,             \
+      double smooth_dr, bool include_background, bool batch, int64_t absent, int64_t reduction, double tversky_weight, \
+      double ce_weight, double label_smoothing, int64_t ce_mean
+#define TK_TABLE_RECORD                                                                                              \
+  TableOptions {                                                                                                     \
+    class_parameters, {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent, reduction, \
+        {tversky_weight, ce_weight, label_smoothing, CeMean{}}, ce_mean                                              \
+  }
+
 namespace tversky_kernels {
+
+struct TableOptions {
+  const std::optional<Tensor>& class_parameters;
+  TverskyParameters tversky;
+  bool include_background, batch;
+  int64_t absent, reduction;
+  CeParameters ce;
+  int64_t ce_mean;
+};
 
 template <typename Backend>
 struct Operators {
   static Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                           int64_t activation, std::optional<int64_t> ignore_index, int64_t overlap,
-                           int64_t cross_entropy, double focal_gamma, bool nearest_exact, int64_t check) {
-    check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
-    check_range("check", check, 2);
-    const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact},
-                               static_cast<Check>(check));
+                           TK_PASS_ARGUMENTS, int64_t check) {
+    const VolumeTensors volume(logits, target, voxel_weight, TK_PASS_RECORD, checked_mode(check));
     const std::vector<int64_t> shape{volume.view.samples, volume.view.classes, volume.view.count_columns()};
     Tensor counts = torch::stable::new_empty(logits, shape, ScalarType::Double);
     Backend::count(logits, volume.view, static_cast<Check>(check), counts);
     return counts;
   }
 
-  static std::tuple<Tensor, Tensor> table(const Tensor& counts, const std::optional<Tensor>& class_parameters,
-                                          double alpha, double beta, double gamma, double smooth_nr, double smooth_dr,
-                                          bool include_background, bool batch, int64_t absent, int64_t reduction,
-                                          double tversky_weight, double ce_weight, double label_smoothing,
-                                          int64_t ce_mean) {
+  static std::tuple<Tensor, Tensor> table(const Tensor& counts, TK_TABLE_ARGUMENTS) {
     check_counts(counts);
     const Tensor in_order = contiguous(counts);
-    const Table t = make_table(counts, counts.size(0), counts.size(1), counts.size(2) == kAllCounts, class_parameters,
-                               {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent,
-                               reduction, {tversky_weight, ce_weight, label_smoothing, CeMean{}}, ce_mean);
+    const Table t = make_table(counts, counts.size(0), counts.size(1), counts.size(2) == kAllCounts, TK_TABLE_RECORD);
     auto [loss, coefficients] = results(counts, t, ScalarType::Double, batch);
     Backend::evaluate(t, in_order, loss, coefficients);
     return {loss, coefficients};
   }
 
-  static std::tuple<Tensor, Tensor> tversky_loss(
-      const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight, int64_t activation,
-      std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy, double focal_gamma,
-      bool nearest_exact, int64_t check, const std::optional<Tensor>& class_parameters, double alpha, double beta,
-      double gamma, double smooth_nr, double smooth_dr, bool include_background, bool batch, int64_t absent,
-      int64_t reduction, double tversky_weight, double ce_weight, double label_smoothing, int64_t ce_mean) {
-    check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
-    check_range("check", check, 2);
-    const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact},
-                               static_cast<Check>(check));
-    const Table t = make_table(logits, volume.view.samples, volume.view.classes, cross_entropy != 0, class_parameters,
-                               {alpha, beta, gamma, smooth_nr, smooth_dr, 1.0}, include_background, batch, absent,
-                               reduction, {tversky_weight, ce_weight, label_smoothing, CeMean{}}, ce_mean);
+  static std::tuple<Tensor, Tensor> tversky_loss(const Tensor& logits, const Tensor& target,
+                                                 const std::optional<Tensor>& voxel_weight, TK_PASS_ARGUMENTS,
+                                                 int64_t check, TK_TABLE_ARGUMENTS) {
+    const VolumeTensors volume(logits, target, voxel_weight, TK_PASS_RECORD, checked_mode(check));
+    const Table t = make_table(logits, volume.view.samples, volume.view.classes, cross_entropy != 0, TK_TABLE_RECORD);
     const ScalarType type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     auto [loss, coefficients] = results(logits, t, type, batch);
     Backend::forward(logits, volume.view, static_cast<Check>(check), t, loss, coefficients);
@@ -70,26 +78,19 @@ struct Operators {
   }
 
   static Tensor gradient_pass(const Tensor& grad_loss, const Tensor& coefficients, const Tensor& logits,
-                              const Tensor& target, const std::optional<Tensor>& voxel_weight, int64_t activation,
-                              std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy,
-                              double focal_gamma, bool nearest_exact) {
-    check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
-    const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact});
+                              const Tensor& target, const std::optional<Tensor>& voxel_weight, TK_PASS_ARGUMENTS) {
+    const VolumeTensors volume(logits, target, voxel_weight, TK_PASS_RECORD);
     Tensor gradient = Backend::new_gradient(volume.logits);
     write_gradient(gradient, volume.view, grad_loss, coefficients);
     return gradient;
   }
 
   static void gradient_pass_(Tensor logits, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& target,
-                             const std::optional<Tensor>& voxel_weight, int64_t activation,
-                             std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy,
-                             double focal_gamma, bool nearest_exact) {
-    check_inputs(logits, target, voxel_weight, activation, overlap, cross_entropy, focal_gamma);
+                             const std::optional<Tensor>& voxel_weight, TK_PASS_ARGUMENTS) {
+    check_logits(logits);
     STD_TORCH_CHECK(single_stride(logits, 2).has_value(), "logits: in place, its voxels must lie one stride apart");
     STD_TORCH_CHECK(is_dense(logits), "logits: in place, each must have a place of its own, with nothing in between");
-    const VolumeTensors volume(logits, target, voxel_weight,
-                               {activation, ignore_index, overlap, cross_entropy, focal_gamma, nearest_exact});
+    const VolumeTensors volume(logits, target, voxel_weight, TK_PASS_RECORD);
     write_gradient(logits, volume.view, grad_loss, coefficients);
   }
 
@@ -103,33 +104,36 @@ struct Operators {
   }
 
  private:
+  static Check checked_mode(int64_t check) {
+    check_range("check", check, 2);
+    return static_cast<Check>(check);
+  }
+
   static Table make_table(const Tensor& like, int64_t samples, int64_t classes, bool has_cross_entropy,
-                          const std::optional<Tensor>& class_parameters, const TverskyParameters& tversky,
-                          bool include_background, bool batch, int64_t absent, int64_t reduction,
-                          const CeParameters& ce, int64_t ce_mean) {
-    if (class_parameters.has_value()) {
-      STD_TORCH_CHECK(class_parameters->scalar_type() == ScalarType::Double && class_parameters->is_contiguous() &&
-                          class_parameters->dim() == 2 && class_parameters->size(0) == 4 &&
-                          class_parameters->size(1) == classes,
+                          const TableOptions& a) {
+    if (a.class_parameters.has_value()) {
+      const Tensor& given = *a.class_parameters;
+      STD_TORCH_CHECK(given.scalar_type() == ScalarType::Double && given.is_contiguous() && given.dim() == 2 &&
+                          given.size(0) == 4 && given.size(1) == classes,
                       "class_parameters: expected a contiguous (4, C) tensor of float64 on the logits' device");
-      check_device("class_parameters", *class_parameters, like);
+      check_device("class_parameters", given, like);
     }
-    check_range("absent", absent, 2);
-    check_range("reduction", reduction, 2);
-    check_range("ce_mean", ce_mean, 3);
+    check_range("absent", a.absent, 2);
+    check_range("reduction", a.reduction, 2);
+    check_range("ce_mean", a.ce_mean, 3);
     Table t{};
     t.samples = samples;
     t.classes = classes;
-    t.first_class = include_background || classes == 1 ? 0 : 1;
-    t.rows = batch ? 1 : samples;
+    t.first_class = a.include_background || classes == 1 ? 0 : 1;
+    t.rows = a.batch ? 1 : samples;
     t.has_cross_entropy = has_cross_entropy;
     t.most_coefficient = like.scalar_type() == ScalarType::Double ? kMostOfDouble : kMostOfFloat;
-    t.reduction = static_cast<Reduction>(reduction);
-    t.absent = static_cast<Absent>(absent);
-    t.tversky = tversky;
-    t.ce = ce;
-    t.ce.mean = static_cast<CeMean>(ce_mean);
-    t.class_parameters = class_parameters.has_value() ? class_parameters->const_data_ptr<double>() : nullptr;
+    t.reduction = static_cast<Reduction>(a.reduction);
+    t.absent = static_cast<Absent>(a.absent);
+    t.tversky = a.tversky;
+    t.ce = a.ce;
+    t.ce.mean = static_cast<CeMean>(a.ce_mean);
+    t.class_parameters = a.class_parameters.has_value() ? a.class_parameters->const_data_ptr<double>() : nullptr;
     return t;
   }
 

@@ -105,25 +105,15 @@ inline Tensor readable(const Tensor& x, int64_t first, const Tensor& logits) {
   return same_sizes(x, first, logits) ? walkable(x, first) : x;
 }
 
-// How both passes read the volumes: the operators' arguments, as they come.
-struct PassArguments {
-  int64_t activation;
-  std::optional<int64_t> ignore_index;
-  int64_t overlap;
-  int64_t cross_entropy;
-  double focal_gamma;
-  bool nearest_exact;
-};
-
-// Owns what the views of a Volume point to.
+// Owns what the views of a Volume point to. The one place where the arguments of a pass are checked.
 struct VolumeTensors {
   Tensor logits, target;
   std::optional<Tensor> weight;
   Volume view{};
 
   VolumeTensors(const Tensor& logits_in, const Tensor& target_in, const std::optional<Tensor>& weight_in,
-                const PassArguments& a, Check check = Check::kIgnore)
-      : logits(walkable(logits_in, 2)),
+                const PassOptions& a, Check check = Check::kIgnore)
+      : logits(walkable(checked(logits_in, target_in, weight_in, a), 2)),
         target(readable(target_in, target_in.dim() == logits_in.dim() ? 2 : 1, logits_in)) {
     if (weight_in.has_value()) weight = readable(*weight_in, 1, logits);
     view.samples = logits.size(0);
@@ -144,6 +134,13 @@ struct VolumeTensors {
     view.ignore_index = a.ignore_index.value_or(0);
     view.cross_entropy = static_cast<CrossEntropy>(a.cross_entropy);
     view.focal_gamma = a.focal_gamma;
+  }
+
+ private:
+  static const Tensor& checked(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                               const PassOptions& a) {
+    check_inputs(logits, target, weight, a);
+    return logits;
   }
 };
 
