@@ -81,7 +81,7 @@ SANITIZED := $(VENV)/sanitized
 HOSTILE := --calls 2500
 test-hostile: $(TEST_READY)
 	rm -rf $(SANITIZED)
-	$(PY) tests/sanitized.py $(SANITIZED) tests/hostile.py $(HOSTILE)
+	$(PY) tests/tools/sanitized.py $(SANITIZED) tests/tools/hostile.py $(HOSTILE)
 
 lint: $(TEST_READY)
 	$(PY) -m ruff check .
@@ -181,7 +181,7 @@ gpu-check-memcheck:
 	$(GPU_SANITIZE) compute-sanitizer --error-exitcode 9 --tool memcheck $(PYTHON) -m pytest -q -x tests/gpu_kernels \
 	  -k '$(GPU_SANITIZED)' 2>&1 | tee $(OUT)/sanitizer_memcheck.log
 gpu-check-racecheck:
-	$(GPU_SANITIZE) $(PYTHON) tests/racecheck.py --tests '$(GPU_SANITIZED)' --shared '$(GPU_SANITIZED_SHARED)' \
+	$(GPU_SANITIZE) $(PYTHON) tests/tools/racecheck.py --tests '$(GPU_SANITIZED)' --shared '$(GPU_SANITIZED_SHARED)' \
 	  2>&1 | tee $(OUT)/sanitizer_racecheck.log
 
 # First ours and exacta on all shapes, then the other losses on some.

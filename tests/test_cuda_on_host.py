@@ -130,7 +130,7 @@ def test_known_programs_for_racecheck(host_build, tmp_path):
 @pytest.mark.usefixtures("needs_ptx")
 def test_the_volume_is_read_once_a_pass(host_build, ptx):
     """By the sectors that the loads and stores of compiled code take, and nothing that is not asked for."""
-    result = run([sys.executable, "tests/memory_traffic.py", "--quick", host_build[0], *ptx], where=ROOT)
+    result = run([sys.executable, "tests/tools/memory_traffic.py", "--quick", host_build[0], *ptx], where=ROOT)
     assert result.returncode == 0, result.stderr
     rows = re.findall(r"(\w+)_pass_kernel +C=(\d+) .* read ([\d.]+), written +([\d.]*)", result.stdout)
     assert len(rows) == 2 * 2 * 6  # passes, types, numbers of classes

@@ -22,7 +22,7 @@ def changed(values, at, value):
 
 
 def test_hostile_calls_do_not_crash():
-    result = run([sys.executable, "tests/hostile.py", "--calls", "2500", "--seed", "1"], where=ROOT)
+    result = run([sys.executable, "tests/tools/hostile.py", "--calls", "2500", "--seed", "1"], where=ROOT)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert re.search(r"2500 calls: .*'returned': \d{3,}", result.stdout)
 

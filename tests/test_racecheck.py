@@ -35,7 +35,7 @@ def asked_with(tmp_path):
     tool.chmod(0o755)
 
     def asked(reported):
-        command = [sys.executable, "tests/racecheck.py", "--tests", "a or b", "--shared", "b"]
+        command = [sys.executable, "tests/tools/racecheck.py", "--tests", "a or b", "--shared", "b"]
         return run(command, {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REPORTED": reported}, where=ROOT)
 
     return asked

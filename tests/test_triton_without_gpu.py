@@ -45,7 +45,7 @@ def test_triton_kernels_in_the_interpreter():
 @pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
 def test_triton_kernels_compile_without_spills(arch, tmp_path):
     result = run(
-        [sys.executable, "tests/triton_aot.py", "--arch", arch, "--quick"], {"TRITON_CACHE_DIR": str(tmp_path)}
+        [sys.executable, "tests/tools/triton_aot.py", "--arch", arch, "--quick"], {"TRITON_CACHE_DIR": str(tmp_path)}
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if " registers, " in line]

@@ -55,7 +55,6 @@ def tree_of(commit: str, where: pathlib.Path):
 
 def cuda_ptx(tree: pathlib.Path, arch: str, out: pathlib.Path) -> str:
     """The PTX of all CUDA sources of a tree."""
-    sys.path.insert(0, str(ROOT / "tests"))
     import setup_flags
     import torch
 

@@ -70,8 +70,8 @@ def plan(
     heavy: what takes about twice the registers, as a target of its own for every class. packed: the voxels lie one
     beside the other. more_sums: the cross-entropy has another sum for each class, as for label smoothing or squares.
 
-    Few enough elements a thread that nothing spills (tests/triton_aot.py reads what the compiler says), and pieces of
-    a class that are as long as that allows, of 32 bytes at least. Measured on an H100.
+    Few enough elements a thread that nothing spills (tests/tools/triton_aot.py reads what the compiler says), and
+    pieces of a class that are as long as that allows, of 32 bytes at least. Measured on an H100.
     """
     pack = (2 if itemsize == 8 else 4) if packed else 1
     if classes == 2 and not heavy:

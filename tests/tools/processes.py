@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 TORCH = pathlib.Path(torch.__file__).parent
 
 

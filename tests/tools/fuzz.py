@@ -1,8 +1,8 @@
 """Draws combinations of arguments, thousands of them, and compares each with the float64 reference.
 
-    python tests/fuzz.py --cases 50000                               the CPU kernels
-    python tests/fuzz.py --cases 10000 --kernels PATH                the CUDA kernels' host build (tests/cuda_on_host)
-    TRITON_INTERPRET=1 python tests/fuzz.py --cases 2000 --kernels interpreter
+    python tests/tools/fuzz.py --cases 50000                               the CPU kernels
+    python tests/tools/fuzz.py --cases 10000 --kernels PATH          the CUDA kernels' host build (tests/cuda_on_host)
+    TRITON_INTERPRET=1 python tests/tools/fuzz.py --cases 2000 --kernels interpreter
 
 goes on after a case that fails, names it and its seed, and ends with a summary: docs/testing.md has those of long runs.
 """

@@ -1,4 +1,4 @@
-"""Instructions a logit of the CUDA kernels in registers, without a GPU: python tests/cuda_instructions.py.
+"""Instructions a logit of the CUDA kernels in registers, without a GPU: python tests/tools/cuda_instructions.py.
 
 Counted is the shortest way through a kernel's main loop that reads uint8 labels (or a dense uint8 target) in whole
 loads and, in the gradient pass, stores: all voxels count, none has a weight, and no logit is huge. What the lanes that

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import pathlib
 
-_TREE = ast.parse((pathlib.Path(__file__).parent.parent / "setup.py").read_text())
+_TREE = ast.parse((pathlib.Path(__file__).parent.parent.parent / "setup.py").read_text())
 _VALUES = {
     node.targets[0].id: ast.literal_eval(node.value)
     for node in _TREE.body

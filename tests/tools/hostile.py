@@ -1,6 +1,6 @@
 """Calls every operator with arguments that nobody should give it: an error or a result, never a crash.
 
-    python tests/hostile.py --calls 2000 --seed 0
+    python tests/tools/hostile.py --calls 2000 --seed 0
 
 prints how many calls raised and returned. tests/test_operators.py runs it in a process of its own, so that a crash is
 seen; `make test-hostile` runs it with the CPU kernels under sanitizers.

@@ -1,6 +1,6 @@
 """Builds the CPU library with sanitizers and runs a script with it, in a Python that is not built with them.
 
-    python tests/sanitized.py FOLDER tests/hostile.py --calls 2500
+    python tests/tools/sanitized.py FOLDER tests/tools/hostile.py --calls 2500
 
 The portable kernels alone, for a library with all instruction sets takes a quarter of an hour to compile so.
 tests/test_portability.py runs the kernels of every instruction set under sanitizers.

@@ -1,4 +1,6 @@
-"""What the compiled kernels read, write and execute, counted on the host: python tests/memory_traffic.py LIBRARY PTX...
+"""What the compiled kernels read, write and execute, counted on the host:
+
+    python tests/tools/memory_traffic.py LIBRARY PTX...
 
 LIBRARY is the host build of the CUDA kernels (tests/test_cuda_on_host.py makes one), PTX what nvcc compiled of them;
 "triton:LIBRARY" counts what Triton compiles. For every kernel: PTX instructions a logit that do something; bytes of

@@ -1,7 +1,10 @@
 """Compiles the Triton kernels for real GPUs without one, as the launchers would specialise them, and reads the
-compiler's resource report: python tests/triton_aot.py [--arch 80 --arch gfx942] [--quick] [--loops]. Exit code 1: more
-than a few bytes are spilled (ptxas spills one or two registers where it has plenty left, and differently in every
-version).
+compiler's resource report:
+
+    python tests/tools/triton_aot.py [--arch 80 --arch gfx942] [--quick] [--loops]
+
+Exit code 1: more than a few bytes are spilled (ptxas spills one or two registers where it has plenty left, and
+differently in every version).
 
 The launchers run as they are, with tensors on the CPU; a stub driver names the target, and a launch only compiles.
 """

@@ -4,7 +4,7 @@ First it is asked about small programs of which the answer is known (named_barri
 that has none and synchronises as our kernels do, it cannot be asked about those whose warps share voxels: their tests
 are left out, and that is said. They are run with the races looked for in compiled code on the host (test_cuda_on_host).
 
-    python tests/racecheck.py --tests EXPRESSION --shared EXPRESSION    of pytest's -k; --shared: those left out then
+    python tests/tools/racecheck.py --tests EXPRESSION --shared EXPRESSION   of pytest's -k; --shared: those left out
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 from processes import ROOT, TORCH
 
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool", "racecheck")
-PROGRAM = ROOT / "tests" / "named_barriers.cu"
+PROGRAM = ROOT / "tests" / "tools" / "named_barriers.cu"
 #: What it is called with (see there), and whether it has a race.
 PROGRAMS = {
     "barriers of warps as ours": (("0", "even"), False),
