@@ -1,6 +1,7 @@
 # make demo   trains the paper's network on real CT with our loss (sets everything up; a quarter of an hour on 2 cores)
 # make study  losses and samplings side by side on real images, a small setting of docs/study.md
-# make test   all tests (sets everything up)
+# make test   the tests (sets everything up)      make test-quick  two minutes of them
+# make test-compiled  what is left out there: what watches the compiled GPU kernels, on the host
 # make test-peers  our losses beside MONAI, nnU-Net, smp and kornia themselves, in an environment of its own
 # make docs   the site, in .site      make lint   ruff, mypy, clang-format        make bench  the benchmarks of this machine
 # make bench-peers  the same beside nnU-Net, segmentation_models_pytorch, kornia and exacta, in an environment of its own
@@ -21,7 +22,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f) setup.py
 OUT ?= benchmarks/results
 
-.PHONY: demo study test test-hostile lint format bench bench-peers bench-all bench-report gpu gpu-build wheel clean
+.PHONY: demo study test test-quick test-compiled test-hostile lint format bench bench-peers bench-all bench-report gpu gpu-build wheel clean
 # What has been compiled is there for a test that builds a wheel, and for the next change of one source.
 export TVERSKY_KERNELS_OBJECTS ?= $(CURDIR)/$(VENV)/objects
 SHELL := /bin/bash -o pipefail
@@ -73,8 +74,19 @@ study: $(DEMO_READY) .data/lung
 
 # A file of tests to each process: the compilers and emulators that some of them run take one core.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(TEST_READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 $(TESTS)
+	$(PYTEST) -m 'not compiled' --durations 20 $(TESTS)
+
+# What only watches compiled code: all of it, or the SHAREd part "0/4" to "3/4".
+SHARE := 0/1
+test-compiled: $(TEST_READY)
+	TK_SHARE=$(SHARE) $(PYTEST) -m compiled --durations 20 tests/test_cuda_compiled.py tests/test_triton_without_gpu.py
+
+# For whoever changes a line of the package.
+QUICK_TESTS := tests/test_reference.py tests/test_arguments.py
+test-quick: $(TEST_READY)
+	$(PYTEST) -m 'not slow and not compiled' $(QUICK_TESTS)
 
 # The operators called wrongly, under sanitizers: some minutes.
 SANITIZED := $(VENV)/sanitized

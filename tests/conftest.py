@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 from common import CPU_CAPABILITIES
+from cuda_instructions import ptx_files
+from host_build import build_on_host
+from processes import ROOT, once
 
 import tversky_kernels as tk
 from tversky_kernels._ops import ops
@@ -20,6 +23,8 @@ collect_ignore = [] if "TK_GPU_KERNELS" in os.environ else ["gpu_kernels"]
 #: finish together.
 SLOW_FILES = (
     "test_triton_without_gpu.py",
+    "test_cuda_compiled.py",
+    "test_cuda_planted.py",
     "test_cuda_on_host.py",
     "test_build.py",
     "test_portability.py",
@@ -28,9 +33,21 @@ SLOW_FILES = (
 )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     order = {name: i for i, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    # TK_SHARE: which part of the tests that only watch compiled code, and of the GPU kernels' where they run compiled.
+    number, parts = (int(x) for x in os.environ.get("TK_SHARE", "0/1").split("/"))
+    if parts > 1:
+        in_turn = [x for x in items if "TK_EMULATION_PTX" in os.environ or is_shared(x)]
+        left_out = {id(x) for i, x in enumerate(in_turn) if i % parts != number}
+        config.hook.pytest_deselected(items=[x for x in items if id(x) in left_out])
+        items[:] = [x for x in items if id(x) not in left_out]
+
+
+def is_shared(item) -> bool:
+    marker = item.get_closest_marker("compiled")
+    return marker is not None and not marker.kwargs.get("shares_within", False)
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +79,22 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def host_build(tmp_path_factory):
+    """The library of the CUDA kernels on the host, and its objects; made once for all of pytest-xdist's workers."""
+    folder = once(tmp_path_factory, "host_build", lambda f: build_on_host(ROOT / "csrc" / "cuda", f / "host.so", "-O1"))
+    return folder / "host.so", sorted(folder.glob("*.o"))
+
+
+@pytest.fixture(scope="session")
+def ptx(tmp_path_factory):
+    """What nvcc compiled for sm_90, a file for each source; none: see ptx_files."""
+    return sorted(once(tmp_path_factory, "ptx", ptx_files).glob("*.ptx"))
+
+
+@pytest.fixture
+def needs_ptx(ptx):
+    if not ptx:
+        pytest.skip("this build of the package has no PTX, or no cuobjdump is there to read it")

@@ -42,6 +42,7 @@ def test_triton_kernels_in_the_interpreter():
 
 
 @needs_triton
+@pytest.mark.compiled
 @pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
 def test_triton_kernels_compile_without_spills(arch, tmp_path):
     result = run(
@@ -74,6 +75,7 @@ def emulator(tmp_path_factory):
 
 
 @needs_triton
+@pytest.mark.compiled
 def test_what_triton_compiles_on_the_host(emulator, tmp_path):
     """For sm_90; each test takes a second for the compiler."""
     tests = "(test_softmax and (33 or 5) and not float64) or test_channels_last or test_nearly_perfect"

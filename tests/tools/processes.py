@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pathlib
 import re
@@ -19,6 +20,20 @@ def run(command, environment=None, timeout=900, where=ROOT):
     return subprocess.run(
         [str(c) for c in command], cwd=where, env=environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def once(tmp_path_factory, name: str, make) -> pathlib.Path:
+    """A folder that make(folder) has filled, by the first of pytest-xdist's workers that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / name
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 def under_sanitizers() -> dict[str, str]:
