@@ -84,7 +84,7 @@ test-compiled: $(TEST_READY)
 	TK_SHARE=$(SHARE) $(PYTEST) -m compiled --durations 20 tests/test_cuda_compiled.py tests/test_triton_without_gpu.py
 
 # For whoever changes a line of the package.
-QUICK_TESTS := tests/test_reference.py tests/test_arguments.py
+QUICK_TESTS := tests/test_reference.py tests/test_arguments.py tests/test_modules.py tests/test_counts.py tests/test_blocks.py tests/test_inplace.py
 test-quick: $(TEST_READY)
 	$(PYTEST) -m 'not slow and not compiled' $(QUICK_TESTS)
 

@@ -27,6 +27,50 @@ def test_counts_are_the_sums(backend, dense):
     assert counts.tp is counts[0]
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "blocks"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", ["index", "dense", "ignored"])
+def test_cross_entropy_in_the_counts(backend, activation, form):
+    logits, target = inputs(2, 3, (5, 7), torch.float64)
+    g = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).double()
+    dense = (g + torch.rand_like(g)) / 2
+    w = torch.rand(2, 5, 7, dtype=torch.float64)
+    options = {"voxel_weight": w, "activation": activation, "backend": backend, "cross_entropy": True}
+    if form == "ignored":
+        options["ignore_index"], w = 1, w * (target != 1)
+    g = dense if form == "dense" else g
+    found = tk.overlap_counts(logits, dense if form == "dense" else target, **options)
+    plain = tk.overlap_counts(logits, dense if form == "dense" else target, **{**options, "cross_entropy": False})
+    for x, y in zip(found[:3], plain, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
+    if activation == "softmax":
+        terms = -g * logits.log_softmax(1)
+    else:
+        terms = torch.nn.functional.binary_cross_entropy_with_logits(logits, g, reduction="none")
+    torch.testing.assert_close(found.ce, (w.unsqueeze(1) * terms).sum((2, 3)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.voxels, w.sum((1, 2)), rtol=1e-12, atol=0)
+    batch = tk.overlap_counts(logits, dense if form == "dense" else target, batch=True, **options)
+    torch.testing.assert_close(batch.ce, found.ce.sum(0, keepdim=True), rtol=1e-12, atol=0)
+    assert batch.voxels.shape == (1,)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "blocks"])
+def test_a_loss_with_a_cross_entropy_built_from_counts_is_the_loss(backend):
+    logits, target = inputs(2, 4, (6, 9), torch.float64)
+
+    def built(z, t, **o):
+        tp, fp, fn, ce, voxels = tk.overlap_counts(z, t, cross_entropy=True, **o)
+        return (1 - (tp + 1e-5) / (tp + 0.3 * fp + 0.7 * fn + 1e-5)).mean() + ce.sum() / voxels.sum()
+
+    found = loss_and_gradient(built, logits, target, backend=backend)
+    expected = loss_and_gradient(tk.tversky_ce_loss, logits, target, backend=backend)
+    for x, y in zip(found, expected, strict=True):
+        assert relative(x, y) < 1e-12
+    z = logits[:1, :, :2, :3].clone().requires_grad_()
+    small = target[:1, :2, :3]
+    assert torch.autograd.gradcheck(lambda z: tk.overlap_counts(z, small, cross_entropy=True, backend=backend).ce, z)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"activation": "sigmoid"}])
 def test_a_loss_built_from_counts_is_the_loss(dtype, options):

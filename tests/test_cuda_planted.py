@@ -132,6 +132,7 @@ PLANTED = {
 }
 #: The source that a bug in a header is compiled for, where it is not few.cu.
 COMPILED_FOR = {
+    "a voxel too few": "channels",
     "interleaved.cuh": "split_labels",
     "own_targets.cuh": "channels",
     "split.cuh": "split_labels",
@@ -145,6 +146,7 @@ COMPILED_FOR = {
 #: The tests that find one, where it is not these.
 ANY_OTHER = "test_softmax"
 FOUND_BY = {
+    "a voxel too few": "test_many_blocks_of_dense_targets and sigmoid",
     "two blocks take the same voxels": "test_many_blocks",
     "shared memory is used again too early": "test_many_blocks or test_channels_last",
     "the next voxels are brought too early": "test_many_blocks",

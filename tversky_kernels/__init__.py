@@ -4,6 +4,7 @@ from . import compat, reference
 from ._backends import available_backends
 from .functional import (
     OverlapCounts,
+    OverlapCountsCE,
     deep_supervision_loss,
     dice_loss,
     focal_tversky_loss,
@@ -34,6 +35,7 @@ __all__ = [
     "GeneralizedDiceLoss",
     "JaccardLoss",
     "OverlapCounts",
+    "OverlapCountsCE",
     "TverskyCELoss",
     "TverskyHead",
     "TverskyLoss",

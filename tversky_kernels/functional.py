@@ -17,6 +17,7 @@ from .distributed import Ranks, attempt, ranks_of
 
 __all__ = [
     "OverlapCounts",
+    "OverlapCountsCE",
     "deep_supervision_loss",
     "dice_loss",
     "focal_tversky_loss",
@@ -46,6 +47,20 @@ class OverlapCounts(NamedTuple):
     tp: torch.Tensor
     fp: torch.Tensor
     fn: torch.Tensor
+
+
+class OverlapCountsCE(NamedTuple):
+    """`OverlapCounts`, and a cross-entropy: (N, C) each but voxels, (N).
+
+    ce: the sums of w (-log p) over the voxels of each class (sigmoid: of both terms of each channel), w the voxel_weight;
+    ce.sum(1) / voxels is the mean cross-entropy of each sample. voxels: the sum of w.
+    """
+
+    tp: torch.Tensor
+    fp: torch.Tensor
+    fn: torch.Tensor
+    ce: torch.Tensor
+    voxels: torch.Tensor
 
 
 def _is_transformed() -> bool:
@@ -421,12 +436,13 @@ def overlap_counts(
     voxel_weight: torch.Tensor | None = None,
     soft_label: bool = False,
     batch: bool = False,
+    cross_entropy: bool = False,
     process_group: Group = None,
     grad_reduction: str = "mean",
     inplace_backward: bool = False,
     check_target: bool | None = None,
     backend: str = "auto",
-) -> OverlapCounts:
+) -> OverlapCounts | OverlapCountsCE:
     """The sums that every overlap loss is made of, differentiable: build your own loss from them in a few lines.
 
     Per sample and class, over the voxels that count: tp = sum p g, fp = sum p (1 - g), fn = sum (1 - p) g. So sum p is
@@ -434,8 +450,14 @@ def overlap_counts(
     small; the passes over the volume, forward and backward, are fused as they are there. With process_group each rank
     holds a part of the same samples' volumes or, with ``batch``, of one batch, and gets the counts of the whole.
 
+    Args:
+        logits: See `tversky_loss`, as for all that is not named here.
+        target: See `tversky_loss`.
+        cross_entropy: True gives the sums of a cross-entropy too, in the same passes (not with activation="none").
+
     Returns:
         OverlapCounts(tp, fp, fn), each (N, C), or (1, C) with ``batch``, in float32, or float64 for float64 logits.
+        With ``cross_entropy`` OverlapCountsCE(tp, fp, fn, ce, voxels): ce (N, C), voxels (N).
 
     Examples:
         >>> tp, fp, fn = tk.overlap_counts(model(image), label)
@@ -443,15 +465,20 @@ def overlap_counts(
         >>> dice.cosh().log().mean().backward()
     """
     options = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label, "batch": batch}
+    options["ce_weight"] = float(_options.flag("cross_entropy", cross_entropy))
     how = (check_target, inplace_backward, ranks_of(process_group, None, grad_reduction), backend)
     counts = exact_counts(logits, target, voxel_weight, options, *how)
-    return OverlapCounts(*counts.to(_arguments.compute_dtype(logits)).unbind(-1))
+    tp, fp, fn, *of_ce = counts.to(_arguments.compute_dtype(logits)).unbind(-1)
+    if not of_ce:
+        return OverlapCounts(tp, fp, fn)
+    ce, _smoothing, voxels = of_ce
+    return OverlapCountsCE(tp, fp, fn, ce, voxels[:, 0])
 
 
 def exact_counts(
     logits, target, voxel_weight, options: dict, check_target, inplace_backward, ranks: Ranks | None, backend
 ) -> torch.Tensor:
-    """(rows, C, 3) as `overlap_counts`, in float64: a loss that takes differences of them loses no digits."""
+    """(rows, C, 3, or 6 with a ce_weight) as `overlap_counts`, in float64: a loss that takes differences of them loses no digits."""
     checked = _arguments.check_arguments(logits, target, voxel_weight, check_target=check_target, **options)
     if ranks is not None and ranks.parts is not None:
         part = _part(logits, checked, ranks, check_target, inplace_backward, backend)
