@@ -52,8 +52,8 @@ class OverlapCounts(NamedTuple):
 class OverlapCountsCE(NamedTuple):
     """`OverlapCounts`, and a cross-entropy: (N, C) each but voxels, (N).
 
-    ce: the sums of w (-log p) over the voxels of each class (sigmoid: of both terms of each channel), w the voxel_weight;
-    ce.sum(1) / voxels is the mean cross-entropy of each sample. voxels: the sum of w.
+    ce: the sums of w (-log p) over the voxels of each class (sigmoid: of both terms of each channel), w the
+    voxel_weight; ce.sum(1) / voxels is the mean cross-entropy of each sample. voxels: the sum of w.
     """
 
     tp: torch.Tensor
@@ -464,8 +464,9 @@ def overlap_counts(
         >>> dice = 2 * tp / (2 * tp + fp + fn)
         >>> dice.cosh().log().mean().backward()
     """
-    options = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label, "batch": batch}
-    options["ce_weight"] = float(_options.flag("cross_entropy", cross_entropy))
+    ce_weight = float(_options.flag("cross_entropy", cross_entropy))
+    options: dict[str, Any] = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label}
+    options |= {"batch": batch, "ce_weight": ce_weight}
     how = (check_target, inplace_backward, ranks_of(process_group, None, grad_reduction), backend)
     counts = exact_counts(logits, target, voxel_weight, options, *how)
     tp, fp, fn, *of_ce = counts.to(_arguments.compute_dtype(logits)).unbind(-1)
@@ -478,7 +479,7 @@ def overlap_counts(
 def exact_counts(
     logits, target, voxel_weight, options: dict, check_target, inplace_backward, ranks: Ranks | None, backend
 ) -> torch.Tensor:
-    """(rows, C, 3, or 6 with a ce_weight) as `overlap_counts`, in float64: a loss that takes differences of them loses no digits."""
+    """(rows, C, 3, or 6 with a ce_weight), in float64: a loss that takes differences of them loses no digits."""
     checked = _arguments.check_arguments(logits, target, voxel_weight, check_target=check_target, **options)
     if ranks is not None and ranks.parts is not None:
         part = _part(logits, checked, ranks, check_target, inplace_backward, backend)
