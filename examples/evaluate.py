@@ -8,8 +8,11 @@ in recall between them, and the straight line lies above the curve.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy import ndimage
 from sklearn import metrics
+
+import tversky_kernels as tk
 
 NAMES = ("DSC", "sensitivity", "specificity", "F2", "APR")
 LESION_NAMES = ("lesion_sensitivity", "false_lesions")
@@ -22,14 +25,14 @@ CONNECTIVITY = np.ones((3, 3, 3), bool)
 def scores(truth: np.ndarray, probability: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
     """The paper's figures of one patient, as fractions; NaN where the patient has no lesion to find."""
     truth, probability = truth.ravel().astype(bool), probability.ravel()
-    predicted = probability >= threshold
-    (tn, fp), (_, _) = metrics.confusion_matrix(truth, predicted, labels=[False, True])
+    label, channel = torch.from_numpy(truth)[None], torch.from_numpy(np.ascontiguousarray(probability))[None, None]
+    counts = tk.hard_counts(channel, label, activation="none", threshold=threshold)
     found = truth.any()
     return {
-        "DSC": metrics.f1_score(truth, predicted, zero_division=0.0) if found else np.nan,
-        "sensitivity": metrics.recall_score(truth, predicted, zero_division=0.0) if found else np.nan,
-        "specificity": tn / (tn + fp) if tn + fp else np.nan,
-        "F2": metrics.fbeta_score(truth, predicted, beta=2, zero_division=0.0) if found else np.nan,
+        "DSC": tk.metrics.dice(counts).item() if found else np.nan,
+        "sensitivity": tk.metrics.sensitivity(counts).item(),
+        "specificity": tk.metrics.specificity(counts).item(),
+        "F2": tk.metrics.f_beta(counts, 2).item() if found else np.nan,
         "APR": metrics.average_precision_score(truth, probability) if found else np.nan,
     }
 

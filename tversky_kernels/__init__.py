@@ -1,6 +1,6 @@
 """Fused softmax + Tversky loss, forward and backward, for large volumes in PyTorch."""
 
-from . import compat, reference
+from . import compat, metrics, reference
 from ._backends import available_backends
 from .functional import (
     OverlapCounts,
@@ -15,6 +15,7 @@ from .functional import (
     tversky_ce_loss,
     tversky_loss,
 )
+from .metrics import HardCounts, hard_counts
 from .modules import (
     DeepSupervisionLoss,
     DiceLoss,
@@ -33,6 +34,7 @@ __all__ = [
     "DiceLoss",
     "FocalTverskyLoss",
     "GeneralizedDiceLoss",
+    "HardCounts",
     "JaccardLoss",
     "OverlapCounts",
     "OverlapCountsCE",
@@ -45,8 +47,10 @@ __all__ = [
     "dice_loss",
     "focal_tversky_loss",
     "generalized_dice_loss",
+    "hard_counts",
     "jaccard_loss",
     "linear_tversky_loss",
+    "metrics",
     "overlap_counts",
     "reference",
     "tversky_ce_loss",

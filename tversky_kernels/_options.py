@@ -179,7 +179,10 @@ def number(name: str, value, *, positive: bool = False, most: float = math.inf) 
     """The value as a float; an error that names the argument where it is out of range."""
     if isinstance(value, torch.Tensor):
         value = _one_value(name, value)
-    bound = "> 0" if positive else ">= 0" if most == math.inf else f"in [0, {most:g}]"
+    if most == math.inf:
+        bound = "> 0" if positive else ">= 0"
+    else:
+        bound = f"in {'(' if positive else '['}0, {most:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # numpy's among them
         raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
     # NaN fails too. (mypy knows no order of numbers.Real.)
