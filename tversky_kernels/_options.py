@@ -179,9 +179,8 @@ def number(name: str, value, *, positive: bool = False, most: float = math.inf) 
     """The value as a float; an error that names the argument where it is out of range."""
     if isinstance(value, torch.Tensor):
         value = _one_value(name, value)
-    if most == math.inf:
-        bound = "> 0" if positive else ">= 0"
-    else:
+    bound = "> 0" if positive else ">= 0"
+    if most < math.inf:
         bound = f"in {'(' if positive else '['}0, {most:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # numpy's among them
         raise TypeError(f"{name}: expected a number {bound}, got {type(value).__name__}")
