@@ -53,7 +53,7 @@ class Facts(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What follows from a target's facts, and a voxel_weight's: whether it is dense, and has a channel too many."""
+    """The form of target and voxel_weight: whether the target is dense, and which of them has a channel of 1."""
 
     dense: bool
     squeeze_target: bool
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What follows from all arguments but from what the tensors hold. of_pass, of_table: as the operators take it."""
+    """All that a call needs to know beside the values of its tensors. of_pass, of_table: the operators' arguments."""
 
     options: Options
     layout: Layout
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What `check_arguments` returns.
+    """The result of `check_arguments`.
 
     class_parameters: (4, C) float64 or None, see `_class_parameters`. scalars: the options that tensors have, by name.
     """
@@ -99,7 +99,7 @@ def _shape(x) -> str:
 
 
 def check_mode(check_target: bool | None, on_host: bool) -> int:
-    """What the count pass does about values out of range, as the operators take it.
+    """How the count pass treats values out of range, as the operators' number.
 
     on_host: the kernels can raise, and None asks them to.
     """
@@ -117,7 +117,7 @@ def with_defaults(function: str, defaults: dict, options: dict) -> dict:
 
 
 def check_head(features, weight, bias) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Checks a head and what it is applied to. Returns them in autocast's type where that is on, weight as (C, K)."""
+    """Checks features and head. Returns them in autocast's type where autocast is on, weight as (C, K)."""
     facts = _facts("features", features)
     if facts.dtype not in LOGITS_DTYPES:
         raise TypeError(f"features: expected float16, bfloat16, float32 or float64, got {facts.dtype}")
@@ -217,7 +217,7 @@ def check_arguments(
         _refuse_distributed("logits", logits)
         _refuse_distributed("target", target)
     what = (
-        # Not yet Facts, whose making takes longer than finding them remembered.
+        # Plain tuples: making Facts takes longer than the lookup.
         (logits.shape, logits.dtype, logits.device),
         (target.shape, target.dtype, target.device),
         None if voxel_weight is None else _facts("voxel_weight", voxel_weight),
@@ -312,7 +312,7 @@ def check_strided(name: str, x: torch.Tensor) -> None:
 
 
 def _check_facts(logits, target, weight: Facts | None, alpha, beta, *values) -> Plan:
-    # All that does not depend on what the tensors hold. alpha and beta are None where a table has them.
+    # Every check that reads no values of tensors. alpha and beta are None where a table has them.
     logits, target = Facts(*logits), Facts(*target)
     options = checked(Options(alpha, beta, *values))
     _check_logits(logits, options.activation)
@@ -504,7 +504,7 @@ def label_count(logits: torch.Tensor) -> int:
 
 
 def compute_dtype(logits: torch.Tensor) -> torch.dtype:
-    """The type in which is computed, and of the loss."""
+    """The type of the computation and of the loss."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 

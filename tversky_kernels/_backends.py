@@ -15,12 +15,12 @@ NAMES = ("cpu", "cuda", "triton", "blocks", "reference")
 VARIABLE = "TVERSKY_KERNELS_BACKEND"
 #: What "auto" tries first, read once: os.environ raises and catches two exceptions for a variable that is not set.
 PREFERRED = os.environ.get(VARIABLE) or None
-#: Logits from which on "auto" takes triton where its kernels are the faster ones: below it a call's time on the host,
-#: four times cuda's, is more than what they save.
+#: From so many logits on "auto" takes triton where its kernels are faster. Below, its calls cost more on the host (four
+#: times cuda's) than its kernels save.
 MANY_LOGITS = 2**24
 #: The oldest compute capability that Triton compiles for.
 OLDEST_FOR_TRITON = (7, 0)
-#: Whether Triton finds what it compiles its launchers with, so that "auto" does not leave cuda for an error.
+#: Whether Triton finds a C compiler for its launchers. Without one "auto" must not leave cuda for triton.
 TRITON_CAN_COMPILE = bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) and os.path.exists(
     os.path.join(sysconfig.get_config_var("INCLUDEPY") or "", "Python.h")
 )
@@ -52,8 +52,8 @@ def _available(backend: str, index: int | None = None) -> bool | str:
     return True
 
 
-# What torch.compiler.assume_constant_result sets, which imports all of the compiler to do so: torch.compile calls it
-# while it traces, and traces none of what torch tells of a card.
+# torch.compile calls this function while it traces and takes its result for a constant. torch.compiler's
+# assume_constant_result sets the same attribute, but imports all of the compiler.
 _available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -23,7 +23,7 @@ _OVERLAP_NAMES = {number: name for name, number in OVERLAPS.items()}
 
 
 def _options_of(of: PassArguments) -> _options.Options:
-    # What the passes depend on; what they do not has any value.
+    # The passes do not read the other options, so these have any value.
     form = _OVERLAP_NAMES[of.overlap]
     return _options.Options(
         alpha=0.5, beta=0.5, gamma=1.0, smooth_nr=0.0, smooth_dr=0.0, activation=_ACTIVATION_NAMES[of.activation],
@@ -85,7 +85,7 @@ def count_pass(logits, target, voxel_weight, *arguments) -> torch.Tensor:
 
 
 def _upstream(grad_loss, coefficients, options: _options.Options) -> torch.Tensor:
-    # The gradient of the counts (rows, C, 3 or 6) whose derivative by p the coefficients are.
+    # The gradient of the counts (rows, C, 3 or 6); the coefficients are its derivatives by p.
     rows, classes, columns = coefficients.shape
     grad_loss = grad_loss.double()
     if grad_loss.dim() == 0:

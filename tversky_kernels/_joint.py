@@ -1,4 +1,4 @@
-"""Losses of which several ranks hold parts: each rank's counts, their sum, and the arithmetic of the loss on it."""
+"""Losses over several ranks: each rank counts its part, the counts are summed, the loss is computed from the sum."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Part(NamedTuple):
         return 6 if _options.is_used(self.checked.plan.options.ce_weight) else 3
 
 
-# Of everything that must be the same on all ranks, but for what only a card knows.
+# A hash of everything that must be the same on all ranks. Values that are on a GPU are left out.
 def _token(parts: Sequence[Part], check_target: bool | None) -> tuple[int, ...]:
     what: list[object] = [check_target]
     for part in parts:
@@ -119,7 +119,7 @@ def losses(parts: Sequence[Part], ranks: Ranks, check_target: bool | None) -> li
 
 
 def _over_samples(parts, terms, ranks, scale, token, error, reads):
-    # Sums and what they are divided by, over the ranks that hold other samples.
+    # Sums, and their divisors, over the ranks that hold other samples.
     values = []
     for of in terms:
         kept = of.kept if isinstance(of.kept, torch.Tensor) else of.loss.new_tensor(float(of.kept))

@@ -1,4 +1,4 @@
-"""Which tensors the kernels walk where they are: those whose voxels lie one stride apart."""
+"""Which tensors the kernels read without a copy: their voxels must lie one stride apart."""
 
 from __future__ import annotations
 

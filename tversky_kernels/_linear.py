@@ -57,7 +57,7 @@ class _Block:
 
 
 def _blocks(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Iterator[_Block]:
-    # Each block's tensors are where those of the one before were. weight and bias: of the type of the computation.
+    # All blocks share the same memory. weight and bias have the type of the computation.
     (samples, channels, voxels), classes = features.shape, weight.size(0)
     step = min(_block_voxels(features, classes), voxels)
     memory = weight.new_empty(classes * step)
@@ -119,7 +119,7 @@ def _check_gradient(features, weight, grad_loss, coefficients, out, cross_entrop
 
 
 def count_pass(operators, features, weight, bias, target, voxel_weight, *arguments) -> torch.Tensor:
-    """As the operators' count_pass, which it calls with the same arguments: (N, C, 3 or 6)."""
+    """The counts (N, C, 3 or 6), by the operator count_pass on one block after the other."""
     _check(features, weight, bias, target, voxel_weight)
     features, target, voxel_weight = _flat(features, target, voxel_weight)
     *of_pass, _mode = arguments
@@ -160,7 +160,7 @@ def gradient_pass(
         grad_bias += gradient.sum(1)
         if out is None:
             continue
-        # Last, for this may be where the features are; in half precision, what was converted of them is not used again.
+        # Last: `there` may be the features' own memory. The block's converted features are not used after this.
         (there,) = block.of(out)  # type: ignore[misc] # out is there
         if there.dtype == weight.dtype:
             torch.mm(weight.t(), gradient, out=there)

@@ -1,4 +1,4 @@
-"""Registers the operators with torch.library: their schemas and what they return without running (fake kernels).
+"""Registers the operators with torch.library: their schemas and fake kernels (the shapes of their results).
 
 The compiled libraries only add implementations, so that the operators exist, and say what is missing, without them.
 """
@@ -84,7 +84,7 @@ def _load(name: str) -> str | None:
 
 
 class CudaLibrary(NamedTuple):
-    """What the library of the CUDA kernels tells of itself."""
+    """Facts about the library of the CUDA kernels."""
 
     code: tuple[str, ...]  # like ("sm_80", "sm_90", "compute_90")
     version: tuple[int, int]  # of the CUDA that compiled it
@@ -93,7 +93,7 @@ class CudaLibrary(NamedTuple):
 
 @functools.cache
 def cuda_library() -> CudaLibrary:
-    """What it has code for and which CUDA it is of, where CUDA_MISSING is None."""
+    """The architectures and the CUDA version of the library; only where CUDA_MISSING is None."""
     library = ctypes.CDLL(str(pathlib.Path(__file__).with_name("_C_cuda.so")))
     library.tversky_kernels_cuda_code.restype = ctypes.c_char_p
     code = library.tversky_kernels_cuda_code().decode().split(".")
@@ -135,7 +135,7 @@ class Operators(NamedTuple):
     gradient_pass_: Callable
 
 
-#: By backend; cpu and cuda are one set of operators, which the dispatcher tells apart by the tensors.
+#: By backend. cpu and cuda share their operators: the dispatcher chooses by the tensors' device.
 OPERATORS = {
     "cpu": Operators(*(getattr(ops, name).default for name in NAMES)),
     "cuda": Operators(*(getattr(ops, name).default for name in NAMES)),
@@ -187,7 +187,7 @@ def _loss_shape(samples, classes, table: TableArguments):
 
 
 def _fake(name):
-    """Registers what an operator and its Triton twin return without running."""
+    """Registers the fake kernel of an operator and of its Triton twin."""
 
     def register(function):
         @functools.wraps(function)

@@ -9,7 +9,7 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 
-#: The arguments that say what a loss is, with their defaults: of the Tversky loss, and what its compound adds.
+#: The arguments that define a loss, with their defaults: the Tversky loss, and what the compound loss adds.
 TVERSKY_DEFAULTS = {
     "alpha": 0.3,
     "beta": 0.7,
@@ -35,7 +35,7 @@ CE_DEFAULTS = {
     "focal_gamma": 0.0,
 }
 
-#: What a function of several losses calls them.
+#: The names of the losses where a function offers several.
 LOSSES = ("tversky", "tversky_ce")
 
 #: Where a target of another resolution is read: at a voxel's corner or at its centre, as `interpolate`'s modes do.
@@ -53,11 +53,11 @@ RUN_DEFAULTS = {
 GRAD_REDUCTIONS = ("mean", "sum")
 GENERALIZED_WEIGHTS = ("square", "simple", "uniform")
 
-#: Options that may be tensors with one value, which is then never read on the host (but focal_gamma's).
+#: Options that may be 0-d tensors. Their values are never read on the host (focal_gamma's is).
 SCALARS = ("gamma", "smooth_nr", "smooth_dr", "tversky_weight", "ce_weight", "label_smoothing")
 
 
-#: What the operators call the values, as in csrc/common/mathematics.h.
+#: The operators' numbers for the values, as in csrc/common/mathematics.h.
 ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}
 ABSENT = {"keep": 0, "zero": 1, "skip": 2}
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
@@ -67,7 +67,7 @@ CHECKS = {"ignore": 0, "poison": 1, "raise": 2}
 
 
 class PassArguments(NamedTuple):
-    """What a pass over the volume depends on, beside its tensors: the operators' arguments, in their order.
+    """The options of a pass over the volume: the operators' arguments, in their order.
 
     cross_entropy: 0 none, 1 its sums too, 2 and those for label smoothing. nearest_exact: where a target's spatial
     sizes are not the logits', its voxels are found by the centres of the logits' voxels, not by their corners.
@@ -82,7 +82,7 @@ class PassArguments(NamedTuple):
 
 
 class TableArguments(NamedTuple):
-    """What the table depends on, beside its tensors: the operators' arguments, in their order."""
+    """The options of the table: the operators' arguments, in their order."""
 
     alpha: float
     beta: float
@@ -106,7 +106,7 @@ def schema_of(record: type) -> str:
 
 
 class InTensor:
-    """Stands for an option whose value only a tensor has."""
+    """Stands for an option that is a tensor: its value is not known on the host."""
 
     def __repr__(self):
         return "IN_TENSOR"
@@ -199,7 +199,7 @@ def _one_value(name: str, value: torch.Tensor):
 
 
 def one_of(name: str, value, allowed) -> str:
-    """The value, if it is one of those that are allowed."""
+    """The value, if it is allowed; a ValueError that lists the allowed values otherwise."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
@@ -259,7 +259,7 @@ def flag_or_none(name: str, value) -> bool | None:
     return value
 
 
-#: What each option may be: a function of its name and a value, which returns it in one form or raises.
+#: A check for each option: a function of its name and a value. It returns the value in one form, or raises.
 ALLOWED: dict[str, Callable] = {
     "alpha": _per_class,
     "beta": _per_class,

@@ -1,4 +1,4 @@
-"""What `python -m tversky_kernels` tells: this installation, whether its numbers are right, what a loss costs here."""
+"""The report of `python -m tversky_kernels`: versions and backends, a check of their numbers, a small benchmark."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _compare(logits, target, options: dict, backend: str, tolerance) -> tuple[bo
 
 
 def _lean(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    # What one writes by hand for a compiler, which fuses the mask into the sums.
+    # A plain loss that suits a compiler: it can fuse the mask into the sums.
     p = logits.softmax(1).flatten(2)
     is_class = target.flatten(2) == torch.arange(p.size(1), device=p.device)[:, None]
     zero = p.new_zeros(())
@@ -139,7 +139,7 @@ def benchmark(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     source = torch.randn(shape, device=device, dtype=dtype)
 
     def step(loss):
-        # A leaf may not be overwritten: the logits are what an operation has computed, a copy that is not timed.
+        # A leaf may not be overwritten: so the logits are the result of an operation, which is not timed.
         logits = source.clone().requires_grad_() * 1
         _wait(device)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The autograd Functions: what is kept between the passes, and how the gradient is differentiated again."""
+"""The autograd Functions: they keep the coefficients between the passes, and define second derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._arguments import Checked, Plan, Volumes
 from ._layout import is_dense
 from ._ops import LINEAR_OPERATORS, OPERATORS
 
-#: The largest coefficient that the table gives kernels which compute in float32; see csrc/common/mathematics.h. The
+#: The largest coefficient of kernels that compute in float32; see csrc/common/mathematics.h. The
 #: operator `table` does not know them.
 MOST_OF_FLOAT = 1e30
 
@@ -25,7 +25,7 @@ def apply(function: Any, *args):
 
 
 _Tensor = torch.Tensor
-# Of a tensor that has outlived the transform of torch.func that wrapped it, what was wrapped; as Function.apply does.
+# Unwraps a tensor whose torch.func transform has ended, as Function.apply does.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
@@ -151,7 +151,7 @@ def inplace_allowed(name: str, x: torch.Tensor, asked: bool) -> bool:
             f"inplace_backward: the {name} are {what} that requires a gradient, and would be lost; expected what a "
             "network has computed, or inplace_backward=False"
         )
-    # A part of a larger tensor has its version in common with all others, which autograd would call overwritten.
+    # A view shares its version counter with the whole tensor: autograd would call all other views overwritten.
     if base is not None and base.numel() != x.numel():
         return False
     if hooks_are_active():
@@ -184,7 +184,7 @@ def _has_saved_under_hooks(node) -> bool:
 
 
 def may_overwrite_now(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the backward may write over x: each element has a place of its own, in which nothing else is read."""
+    """Whether the backward may write over x: no two elements share memory, and x is not a part of a larger tensor."""
     if torch.compiler.is_compiling() or hooks_are_active() or not is_dense(x):
         return False
     memory = x.untyped_storage()._cdata

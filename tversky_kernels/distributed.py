@@ -19,7 +19,7 @@ from ._options import GRAD_REDUCTIONS, one_of
 #: Of each exchange: whether this rank failed, 1 for each rank, and three hashes of the arguments with their squares.
 _TRAILER = 8
 _HASHES = 3
-#: The tables' sizes that ranks of a group have agreed on, of which GPUs do not ask again.
+#: Sizes of tables that the ranks of a group have agreed on: on GPUs they are not compared again.
 _agreed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 

@@ -98,7 +98,7 @@ def _on_backend(logits, checked, function, how, check_target, backend):
         return function(chosen, check, logits, checked, not torch.compiler.is_exporting(), *how)
     if check_target and not on_host:
         _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index)
-    # What cannot be walked is copied here, once for both passes.
+    # Tensors that the kernels cannot read in place are copied here, once for both passes.
     walked = logits
     target, voxel_weight, dense = volumes
     if not (logits.is_contiguous() and target.is_contiguous() and voxel_weight is None):
@@ -120,7 +120,7 @@ def _on_backend(logits, checked, function, how, check_target, backend):
         raise ValueError(found[0]) from None
 
 
-#: What the CPU kernels say of a bad value, in a line.
+#: The CPU kernels' error about a bad value.
 _BAD_VALUE = re.compile(r"(target|voxel_weight): expected (labels|values) .*, got .*")
 
 
@@ -578,7 +578,7 @@ def generalized_dice_of_counts(counts: torch.Tensor, weight: str, smooth_nr: flo
     infinite = torch.isinf(w)
     w = torch.where(infinite, 0.0, w)
     w = torch.where(infinite, w.amax(1, keepdim=True), w)
-    # 1 - Dice without cancellation: the numerator is what the denominator has more.
+    # 1 - Dice without cancellation: denominator - numerator is computed directly.
     wrong = (w * (fp + fn)).sum(1) + (smooth_dr - smooth_nr)
     denominator = (w * (2 * tp + fp + fn)).sum(1) + smooth_dr
     some = denominator != 0
@@ -586,7 +586,7 @@ def generalized_dice_of_counts(counts: torch.Tensor, weight: str, smooth_nr: flo
 
 
 def _split_options(function: str, loss: str, options: dict) -> tuple[dict, dict]:
-    # The arguments of a loss that a function calls by its name, completed: what it is, and how it is run.
+    # The arguments of a loss that is called by its name, with defaults: what defines it, and how it runs.
     _options.one_of("loss", loss, _options.LOSSES)
     defaults = {**_options.TVERSKY_DEFAULTS, **(_options.CE_DEFAULTS if loss == "tversky_ce" else {})}
     all_options = _arguments.with_defaults(f"{function} with loss={loss!r}", {**defaults, **RUN_DEFAULTS}, options)
@@ -651,7 +651,7 @@ def deep_supervision_loss(
         parts = [_part(level, c, *how) for level, c, w in zip(logits, levels, weights, strict=True) if w > 0]
         found = iter(_joint.losses(parts, ranks, run["check_target"]) if parts else ())
         losses = [next(found) if w > 0 else None for w in weights]
-    # Of a level that is not computed nothing is read, but it is part of the graph, as DDP wants it.
+    # A level of weight 0 is not read, but stays a part of the graph, as DDP wants it.
     terms = [
         _zero_loss(level, checked.plan.options) if of_level is None else w * of_level
         for level, checked, w, of_level in zip(logits, levels, weights, losses, strict=True)
@@ -675,7 +675,7 @@ def _of_no_voxels(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
 
 
 def _zero_loss(logits: torch.Tensor, options) -> torch.Tensor:
-    # 0 in the shape of the loss, whose gradient is 0.
+    # A loss of 0 in the right shape. Its gradient is 0.
     nothing = logits[:0].sum(dtype=_arguments.compute_dtype(logits))
     if options.reduction != "none":
         return nothing

@@ -59,7 +59,7 @@ class _Loss(torch.nn.Module):
         self._check_together()
 
     def _check_together(self) -> None:
-        # What excludes each other; later, when an option is set, the call checks.
+        # Options that exclude each other. When an option is set later, the call checks it.
         values = {name: getattr(self, name) for name in _options.Options._fields if name in self._options}
         if getattr(self, "loss", None) == "tversky":
             values["ce_weight"] = 0.0
@@ -72,7 +72,7 @@ class _Loss(torch.nn.Module):
     def __setattr__(self, name, value):
         if name in self._options:
             if hasattr(value, "tolist") and not isinstance(value, torch.Tensor):
-                value = value.tolist()  # numpy's, which a compiled graph would take for a tensor
+                value = value.tolist()  # numpy's: a compiled graph would take it for a tensor
             if name == "backend":
                 check_name(value)
             elif not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-r"""The definition of the loss in plain PyTorch: what is right, and what to fall back to.
+r"""The definition of the loss in plain PyTorch. It says which numbers are right, and computes where no kernel can.
 
 With the probabilities p = softmax(z) or sigmoid(z) and the target g, one-hot or soft, per sample n and class c over the
 voxels v that count, each with its weight w (1 where none is given):
@@ -200,7 +200,7 @@ def sums(
     if weight is not None:
         bad = bad | ~(weight >= 0).all() if weight.dtype.is_floating_point else bad
         w = w * weight.to(z.dtype)
-    # What does not count is replaced, not multiplied by 0: a NaN there must not count either.
+    # Voxels that do not count are replaced, not multiplied by 0: 0 times NaN is NaN.
     w, counts = w.unsqueeze(1), counts.unsqueeze(1)
     z = torch.where(counts, z, torch.zeros_like(z))
     g = torch.where(counts, g, torch.zeros_like(g))
@@ -259,7 +259,7 @@ def _focal(log_p: torch.Tensor, focal_gamma: float) -> torch.Tensor:
 
 
 class Terms(NamedTuple):
-    """What a loss is reduced from. With a cross-entropy: its weighted sum and what its mean is divided by, (rows, 1).
+    """A loss before its reduction. With a cross-entropy: its weighted sum and the divisor of its mean, (rows, 1).
 
     loss: (rows, C') with its class weights. kept: how many of these are in a mean.
     """
@@ -356,7 +356,7 @@ def _ratio(numerator: torch.Tensor, denominator) -> torch.Tensor:
 
 
 def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    # Each row's weighted sum, and what its mean is divided by: (rows, 1).
+    # Each row's weighted sum, and the divisor of its mean: (rows, 1).
     tp, _, fn, *of_ce = counts
     cross_entropy, smoothing, voxels = (x for x in of_ce if x is not None)
     softmax, smooth = options.activation == "softmax", options.label_smoothing

@@ -24,13 +24,13 @@ enum class Activation : int { kSoftmax = 0, kSigmoid = 1, kNone = 2 };
 enum class Absent : int { kKeep = 0, kZero = 1, kSkip = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 enum class CrossEntropy : int { kNone = 0, kPlain = 1, kSmoothed = 2 };
-// What is done about labels and weights out of range, and values of a dense target outside [0, 1]. kIgnore: labels and
+// How labels and weights out of range, and values of a dense target outside [0, 1], are treated. kIgnore: labels and
 // weights make the counts NaN, a dense target may hold anything. kPoison: all of them make the counts NaN. kRaise: they
 // raise, where the kernels run on the host (elsewhere it is kPoison).
 enum class Check : int { kIgnore = 0, kPoison = 1, kRaise = 2 };
 // How a voxel's part of TP, FP and FN is measured: by products, by |p - g|, or by (p - g)^2, for which alpha = beta.
 enum class OverlapForm : int { kProduct = 0, kAbsolute = 1, kSquared = 2 };
-// What the mean of the cross-entropy is divided by: sum w b_label, sum w, or C sum w. kLabels: sum w b_label again,
+// The divisor of the mean cross-entropy: sum w b_label, sum w, or C sum w. kLabels: sum w b_label again,
 // where tp + fn is not the weight of a label and column kVoxels is.
 enum class CeMean : int { kClassWeights = 0, kVoxels = 1, kChannels = 2, kLabels = 3 };
 
@@ -274,7 +274,7 @@ struct TverskyRow {
 template <typename A>
 constexpr A kSmallestNormal = sizeof(A) == 8 ? A(2.2250738585072014e-308) : A(1.17549435e-38f);
 
-// What overlap_slope takes where g = 1: dL/dp or, of squares, dL/dTP, for dL/dFN is dL/dFP then. u: in double.
+// The coefficient of overlap_slope for g = 1: dL/dp; of squares dL/dTP, because dL/dFN is dL/dFP there. u: in double.
 TK_MATH double foreground_coefficient(const double* u, OverlapForm form) {
   return form == OverlapForm::kSquared ? u[kForeground] + u[kBackground] : u[kForeground];
 }
@@ -324,7 +324,7 @@ struct CeParameters {
   CeMean mean;
 };
 
-// What one class adds to the cross-entropy and to its divisor, before ce_weight.
+// A class's part of the cross-entropy and of its divisor, before ce_weight.
 struct CeTerms {
   double sum, divisor;
 };

@@ -18,7 +18,7 @@ struct LogitsView {
 
 // Which voxel of a finer (or coarser) volume the voxels of this one take their value from: the one that torch's
 // interpolate takes, with mode="nearest" (the voxel's corner) or "nearest-exact" (its centre). Three dimensions, the
-// last one innermost; those that there are not have size 1.
+// last one innermost; missing dimensions have size 1.
 struct Resampling {
   bool active;
   int64_t sizes[3];         // of this volume

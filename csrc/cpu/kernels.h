@@ -1,4 +1,4 @@
-// What the operators (compiled once) and the kernels (compiled once per instruction set) tell each other.
+// The interface between the operators (compiled once) and the kernels (compiled once per instruction set).
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 namespace tversky_kernels {
 namespace cpu {
 
-// What a pass found in the data that no check beforehand could see.
+// Bad values that a pass has found. Only reading the data can find them.
 struct BadInput {
   bool label = false;   // one that is neither a class nor ignore_index
   int64_t value = 0;    // that label

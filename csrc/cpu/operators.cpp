@@ -92,7 +92,7 @@ bool is_bad(const BadInput& bad) {
   return bad.label || bad.weight || bad.target;
 }
 
-// What a pass found, in the words of the error. The first line is all that Python shows of it.
+// The error about a bad value. Python shows its first line.
 void raise_bad_input(const Volume& v, const BadInput& bad) {
   STD_TORCH_CHECK(!bad.label, "target: expected labels in [0, ", v.classes + v.first_label, ")",
                   v.has_ignore_index ? " or the ignore_index " + std::to_string(v.ignore_index) : std::string(),

@@ -146,7 +146,7 @@ TK_INLINE void add_overlap(Probability<Vector<A>> p, Vector<A> g, bool weighted,
   fn += overlap.fn;
 }
 
-// The sums of one class. They go on from what there is, so that a sum does not depend on how many voxels a tile has.
+// The sums of one class. They continue from the sums so far, so that the size of a tile changes no bits.
 template <typename A, bool kCrossEntropy>
 struct GeneralSums {
   Vector<A> tp, fp, fn, ce{}, smoothing{};

@@ -1,4 +1,4 @@
-// What the families of a pass share: the counts of a tile, and where a tile's gradient goes.
+// Shared by the families: the counts of a tile, and the place of a tile's gradient.
 #pragma once
 
 #include "tile.h"

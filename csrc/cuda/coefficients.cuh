@@ -1,4 +1,4 @@
-// What the gradient passes share: the coefficients of every class, times the upstream gradient.
+// Shared by the gradient passes: the coefficients of every class, times the upstream gradient.
 #pragma once
 
 #include "launch.h"
@@ -31,8 +31,8 @@ __device__ Coefficients<A> coefficients_of(const Volume& v, const GradientArgume
   return result;
 }
 
-// The same of all classes in shared memory, memory[C + 1], once a block; the first are 0, those of a label that is
-// kUncounted. Returns those of class 0. All threads must call, and synchronise before they read.
+// The coefficients of all classes in shared memory, memory[C + 1], once a block. The first is 0: the coefficient of a
+// label that is kUncounted. Returns the place of class 0. All threads must call, and synchronise before they read.
 template <bool kCrossEntropy, typename A>
 [[nodiscard]] __device__ __forceinline__ const Coefficients<A>* fill_coefficients(const Volume& v,
                                                                                   const GradientArguments& a,

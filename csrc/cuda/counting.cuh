@@ -1,4 +1,4 @@
-// What the count passes share: the sums of a block, and of each label.
+// Shared by the count passes: the sums of a block, and of each label.
 #pragma once
 
 #include "launch.h"
@@ -30,7 +30,7 @@ constexpr int label_sum_values(int classes) {
 // Unnamed, as the kernels are: so their shared memory and this function's are one symbol to the compiler.
 namespace {
 
-// What every block does first. finished: TableArguments::finished.
+// Every block begins with it. finished: TableArguments::finished.
 __device__ __forceinline__ void begin_count(unsigned* finished) {
   let_next_launch_begin();
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;

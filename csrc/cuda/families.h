@@ -59,13 +59,13 @@ extern const Family
 extern const Family kChannels;  // every channel by itself                     sigmoid, none
 extern const Family kTiled;     // a block's voxels in shared memory           all
 
-// ---- What several families ask of a volume
+// ---- Shared by the families' plans
 
 int bytes_of(ElementType type);
 bool is_half(const Volume& volume);
 bool is_resampled(const Volume& volume);
-// Whether kernels can read it whose threads take whole loads of so many voxels, and not too many of them where a target
-// or weight is resampled. A fresh gradient has the logits' strides or contiguous ones, which are as good.
+// Whether threads can read the volume by whole loads of so many voxels. (A resampled target or weight bounds the number
+// of voxels.) A fresh gradient has the logits' strides or contiguous ones, which are as good.
 bool can_be_read(const Volume& volume, int64_t element_size, int voxels);
 // Whether the classes of a voxel lie side by side, for whole loads, in the logits and in the gradient.
 bool lies_side_by_side(const Volume& volume, const GradientView* out, int64_t element_size);
@@ -75,7 +75,7 @@ bool takes_labels(const Volume& v) {
   const bool smooths = v.smooths_labels() && sizeof(T) < 8;
   return v.activation == Activation::kSoftmax && v.classes >= 2 && (!v.is_general() || smooths) && !is_resampled(v);
 }
-// Of a gradient pass whose blocks have nothing in common: more of them end closer together.
+// Blocks of a gradient pass that share nothing: the more there are, the closer together they end.
 int gradient_blocks(const Volume& volume);
 
 }  // namespace cuda

@@ -9,8 +9,8 @@ namespace tversky_kernels {
 namespace cuda {
 
 // The blocks of a sample (or of a channel), in groups of about as many as run at the same time. A group has
-// neighbouring pieces of the volume, through which its blocks step side by side: so what is read at one time is at one
-// place in memory, and the groups, which start one after another, go from one end of it to the other.
+// neighbouring pieces of the volume. Its blocks step through them side by side, so that they read one place of memory
+// at a time. The groups start one after another and go from one end of the volume to the other.
 struct Blocks {
   int programs;  // how many: whole groups
   int group;     // blocks of each
@@ -19,8 +19,8 @@ struct Blocks {
   int longer;    // so many groups have one more
 };
 
-// The count pass goes through the volume from its end, where what wrote the logits has stopped, and the gradient pass
-// from its beginning, where the count pass has: there the L2 cache has them.
+// The count pass goes through the volume from its end: there the layer that wrote the logits has stopped, and the L2
+// cache holds them. The gradient pass begins where the count pass has stopped, at the beginning.
 enum class Order { kForward, kBackward };
 
 struct Family;  // families.h

@@ -149,7 +149,7 @@ STABLE_TORCH_LIBRARY_IMPL(TK_NAMESPACE, TK_DISPATCH_KEY, m) {
 #if !defined(TK_CUDA_ON_HOST)
 #define TK_STRING_OF(x) #x
 #define TK_STRING(x) TK_STRING_OF(x)
-// What setup.py had nvcc compile for, like "sm_80.sm_90.compute_90".
+// The architectures that nvcc compiled for, like "sm_80.sm_90.compute_90".
 extern "C" __attribute__((visibility("default"))) const char* tversky_kernels_cuda_code() {
   return TK_STRING(TK_CUDA_CODE);
 }

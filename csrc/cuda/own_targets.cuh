@@ -29,7 +29,7 @@ __device__ __forceinline__ A with_focal_factor(const Volume& v, A complement, A 
   return v.focal_gamma != 0 ? term * focal_factor(complement, static_cast<A>(v.focal_gamma), FocalPower{}) : term;
 }
 
-// What a focal exponent makes of dL/dCE of a softmax's label: see focal_slope.
+// dL/dCE of a softmax's label, changed by the focal exponent: see focal_slope.
 template <typename A>
 __device__ __forceinline__ A with_focal_slope(const Volume& v, const SoftmaxSums<A>& sums, A inverse, A k_target) {
   if (v.focal_gamma == 0) return k_target;

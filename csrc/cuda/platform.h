@@ -218,8 +218,8 @@ struct FocalPower {
   }
 };
 
-// x, in a way that the compiler does not see through: what follows from it is made again instead of kept, for which
-// registers are few, and predicates fewer.
+// x, computed so that the compiler does not know it is x: it computes again what follows from x and does not keep it,
+// for registers are few, and predicates fewer.
 __device__ __forceinline__ int recomputed(int x) {
   asm("" : "+r"(x));
   return x;

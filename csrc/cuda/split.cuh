@@ -2,7 +2,7 @@
 //
 // Lane l of a warp works on the voxels of slot l % slots, a pack of them at once: neighbouring lanes take neighbouring
 // packs, so that a warp reads `slots` packs of a class at once. These are whole lines of memory: where more lanes are
-// needed, neighbouring warps share the voxels, and what goes over the classes of a voxel goes through shared memory
+// needed, neighbouring warps share the voxels, and combine their maxima and sums through shared memory
 // between them. Lane q of all that share a voxel works on classes q + j * lanes, j = 0, 1, ...
 #pragma once
 
@@ -24,9 +24,9 @@ constexpr bool kAhead = !kGradient || sizeof(T) == 2;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 in half precision): in smaller ones memory comes at half its speed.
 constexpr int kMostLanesOfWarp = 4;
-// Where warps share voxels, the first floats of the shared memory are for what each tells the others. Every exchange of
+// Where warps share voxels, they exchange values in the first floats of the shared memory. Every exchange of
 // a voxel's values has a place of its own, for [warps of the block][so many of each voxel]: the next exchange may begin
-// while a warp still reads what it was told in this one.
+// while a warp still reads the values of this one.
 struct ExchangePlace {
   int start, of_warp;
 };
@@ -172,8 +172,8 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const LaneO
   }
 }
 
-// How the lanes of a warp that share a voxel combine what they have: in one or two steps, or in a loop, which needs no
-// registers for it.
+// How the lanes of a warp that share a voxel combine their values: in one or two steps, or in a loop, which needs fewer
+// registers.
 enum class Combine { kSteps, kLoop };
 
 // combine(.., ..) of the first kCombined values over the lanes of a warp that share a voxel, in all of them the same.
@@ -294,8 +294,8 @@ __device__ __forceinline__ bool take_split_labels(const Volume& v, const LabelRo
   return row.whole() ? row.take(slots, labels, bad) : row.load(at, labels, bad);
 }
 
-// What a pack's load does with the logits of the labels: it does not tell them; it tells them, and they stay; or it
-// takes them, and -inf stays in their place, so that no class has to ask whether it is the label's.
+// How a pack's load treats the labels' logits: it does not return them (kUntold); it returns them, and they stay
+// (kStay); or it takes them out and leaves -inf, so that no class is compared with the label (kTaken).
 enum class Targets { kUntold, kStay, kTaken };
 
 // The logits of the labels that are of this lane's classes, -inf of the others. place(label, k): where that of voxel k

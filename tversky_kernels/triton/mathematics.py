@@ -18,7 +18,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # libdevice is
 
 @triton.jit
 def _exp(x):
-    # What would be below the smallest normal number is 0: tl.exp takes three instructions more for such results.
+    # Results below the smallest normal number are 0: tl.exp takes three instructions more to make them.
     if x.dtype == tl.float64:
         e = tl.where(x < -708.3964185322641, 0.0, tl.exp(x))
     elif INTERPRETED:
@@ -224,8 +224,8 @@ def _split(z, top, c, label):
 
 @triton.jit
 def _again(x, sum_of_exponentials):
-    # x, in a way that the compiler does not see through: no sum of exponentials is negative. What follows from it is
-    # made again instead of kept, for which registers are few.
+    # x, computed so that the compiler does not know it is x (no sum of exponentials is negative). So it computes again
+    # what follows from x, and does not keep it in registers.
     return x + tl.where(sum_of_exponentials < 0.0, 1, 0)
 
 

@@ -40,7 +40,7 @@ def _column(counts, first, together, c, there, q, C: tl.constexpr, COLUMNS: tl.c
 
 @triton.jit
 def _bounded(x, loss):
-    # A coefficient of at most what bounded_coefficient in csrc/common/mathematics.h says
+    # Bounds a coefficient, as bounded_coefficient in csrc/common/mathematics.h
     most = 1e290 if loss.dtype.element_ty == tl.float64 else 1e30
     return tl.where(x > most, most, tl.where(x < -most, -most, x))
 

@@ -8,8 +8,8 @@ from .mathematics import CENTRES, SQUARED
 
 @triton.jit
 def _offsets(start, BLOCK: tl.constexpr, PACK: tl.constexpr):
-    # PACK of them a thread, whatever the type of what is read there, so that it need not change threads; and no more is
-    # known of where these begin, or what follows from it is taken for aligned
+    # PACK neighbouring ones in a thread for every type, so that values need not move between threads. The compiler is
+    # told nothing about where rows begin: else it would take unaligned rows for aligned.
     return start + tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK), PACK), PACK)
 
 
