@@ -50,7 +50,7 @@ def test_whole_body_example(head, tmp_path):
 
     label = np.zeros((20, 24, 18), np.uint8)
     label[4:12, 6:14], label[12:16, 6:14] = 3, 90
-    image = (label * 10 - 500 + np.random.default_rng(0).standard_normal(label.shape)).astype(np.float32)
+    image = (label * 10.0 - 500.0 + np.random.default_rng(0).standard_normal(label.shape)).astype(np.float32)
     for name, x in (("example_ct", image), ("example_seg_fast_force_split", label)):
         nibabel.save(nibabel.Nifti1Image(x, np.eye(4)), tmp_path / f"{name}.nii.gz")
     options = ["--data", tmp_path, "--head", head, "--steps", 3, "--patch", PATCH, "--workers", 0]

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../csrc/cuda/platform.h"
+#include "../../csrc/cuda/platform.h"
 
 namespace tversky_kernels {
 namespace cuda {

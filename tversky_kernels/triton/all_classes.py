@@ -52,22 +52,21 @@ from .voxels import (
 
 
 @triton.jit
-def _all_classes(rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0,
-                 w1, w2, f0, f1, f2, ignore_index, C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-                 TILES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, ACTIVATION: tl.constexpr,
-                 FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, RESAMPLED: tl.constexpr, HAS_IGNORE: tl.constexpr,
-                 HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
+def _all_classes(rows, target, weight, start, voxels, ls_c, ls_v, ts, geometry, ignore_index, C: tl.constexpr,
+                 MAIN: tl.constexpr, TAIL: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
+                 ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, DENSE: tl.constexpr, RESAMPLED: tl.constexpr,
+                 HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # -> label, weight and whether a voxel counts, as _voxels; of each tile of classes the dense target and the logits;
     # the largest logit of a softmax
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
     label, w, counts, at = _voxels(
-        target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+        target, weight, start, voxels, ts, geometry,
         ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
     dense = ()
     for i in tl.static_range(TILES):
         g = label
         if DENSE:
-            g = _dense_targets(target, at, ts_c, i * MAIN, start, voxels, C, MAIN if i == 0 else TAIL,
+            g = _dense_targets(target, at, ts.c, i * MAIN, start, voxels, C, MAIN if i == 0 else TAIL,
                                (MAIN if i == 0 else MAIN + TAIL) <= C, BLOCK)  # fmt: skip
         dense += (g,)
     if DENSE and HAS_IGNORE:
@@ -91,8 +90,7 @@ def _all_classes(rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws
 
 @triton.jit(do_not_specialize=["focal_gamma"])
 def all_classes_count_kernel(
-    logits, target, weight, partial, voxels, ls_n, ls_c, ls_v, ts_n, ts_c, ts_v, ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1,
-    t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
+    logits, target, weight, partial, voxels, ls, ts, geometry, ignore_index, focal_gamma: tl.int64, programs,
     C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
     PACK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
@@ -100,6 +98,7 @@ def all_classes_count_kernel(
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, C] of tiles that hold all classes at once: MAIN and, where TILES is 2, TAIL more."""
+    ls_c, ls_v = ls.c, ls.v
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
     if INTERLEAVED:  # the classes of a voxel lie side by side, and how these are aligned follows from C
         ls_v = C
@@ -107,7 +106,7 @@ def all_classes_count_kernel(
     # Of all voxels, or (CE's divisor where tp + fn is not that) of those with each label.
     LABEL_WEIGHTS: tl.constexpr = OVERLAP == SQUARED and ACTIVATION == SOFTMAX and not DENSE
     n, program, begin, step, last = _share(programs, voxels, BLOCK)
-    rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
+    rows, target, weight = logits + n * ls.n, target + n * ts.n, weight + n * ts.weight_n
     gamma = _double(focal_gamma).to(REAL)
     sums = ()  # of each tile: tp, fp, fn, cross-entropy, smoothing, weights by label
     for i in tl.static_range(TILES):
@@ -117,9 +116,8 @@ def all_classes_count_kernel(
     for at in tl.range(begin, voxels, step):
         start = begin + last - at  # from the end: see enum Order in csrc/cuda/launch.h
         label, w, counts, dense, zs, top = _all_classes(
-            rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1,
-            w2, f0, f1, f2, ignore_index, C, MAIN, TAIL, TILES, BLOCK, PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED,
-            HAS_IGNORE, HAS_WEIGHT, REAL)  # fmt: skip
+            rows, target, weight, start, voxels, ls_c, ls_v, ts, geometry, ignore_index, C, MAIN, TAIL, TILES, BLOCK,
+            PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, REAL)  # fmt: skip
         if CE > 0:
             weights += w
         new_sums = ()
@@ -212,9 +210,8 @@ def all_classes_count_kernel(
 
 @triton.jit(do_not_specialize=["focal_gamma"])
 def all_classes_gradient_kernel(
-    grad_loss, logits, target, weight, coefficients, out, voxels, ls_n, ls_c, ls_v, gs_n, gs_c, gs_v, ts_n, ts_c, ts_v,
-    ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
-    row_stride,
+    grad_loss, logits, target, weight, coefficients, out, voxels, ls, gs, ts, geometry, ignore_index,
+    focal_gamma: tl.int64, programs, row_stride,
     C: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
     PACK: tl.constexpr, ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr,
     KEPT: tl.constexpr,
@@ -223,12 +220,13 @@ def all_classes_gradient_kernel(
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits by tiles that hold all classes at once. row_stride: 0 where the batch shares one row, else 1."""
+    ls_c, ls_v, gs_c, gs_v = ls.c, ls.v, gs.c, gs.v
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
     if INTERLEAVED:  # as in the count pass
         ls_v = C
         gs_v = C
     n, _program, begin, step, _last = _share(programs, voxels, BLOCK)
-    rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
+    rows, target, weight, out = logits + n * ls.n, target + n * ts.n, weight + n * ts.weight_n, out + n * gs.n
     gamma = _double(focal_gamma).to(REAL)
     coefficients_of = ()  # each tile
     for i in tl.static_range(TILES):
@@ -242,9 +240,8 @@ def all_classes_gradient_kernel(
             s_all += tl.sum(coefficients_of[i][3])
     for start in tl.range(begin, voxels, step):
         label, w, counts, dense, zs, top = _all_classes(
-            rows, target, weight, start, voxels, ls_c, ls_v, ts_c, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1,
-            w2, f0, f1, f2, ignore_index, C, MAIN, TAIL, TILES, BLOCK, PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED,
-            HAS_IGNORE, HAS_WEIGHT, REAL)  # fmt: skip
+            rows, target, weight, start, voxels, ls_c, ls_v, ts, geometry, ignore_index, C, MAIN, TAIL, TILES, BLOCK,
+            PACK, ACTIVATION, FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, REAL)  # fmt: skip
         if GENERAL and ACTIVATION == SOFTMAX:
             beyond_one, inverse = _sum_beyond_one(zs, top, TILES, BLOCK, REAL)
             rest_u = tl.zeros([BLOCK], REAL)

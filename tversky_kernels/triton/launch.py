@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,6 +30,44 @@ KERNELS = {
         tables.table_kernel,
     )
 }
+
+
+class Strides(NamedTuple):
+    """In elements: of samples, classes and voxels."""
+
+    n: int
+    c: int
+    v: int | None
+
+
+class TargetStrides(NamedTuple):
+    """The same of the target and of the voxel_weight."""
+
+    n: int
+    c: int
+    v: int | None
+    weight_n: int
+    weight_v: int | None
+
+
+class Geometry(NamedTuple):
+    """Of a target and weight of another size: the two inner sizes of the logits' volume, the sizes of the one that is
+    read, its strides in the target (t) and in the weight (w), and their sizes over the logits' (f)."""
+
+    sy: int = 1
+    sx: int = 1
+    n0: int = 1
+    n1: int = 1
+    n2: int = 1
+    t0: int = 1
+    t1: int = 1
+    t2: int = 1
+    w0: int = 1
+    w1: int = 1
+    w2: int = 1
+    f0: float = 1.0
+    f1: float = 1.0
+    f2: float = 1.0
 
 
 def _walkable(x: torch.Tensor, first: int) -> tuple[torch.Tensor, int | None]:
@@ -68,7 +107,7 @@ class _Volume:
         if voxel_weight is not None:
             self.weight, ws_v = (voxel_weight, 1) if resampled else _walkable(voxel_weight, 1)
             ws_n = self.weight.stride(0)
-        geometry = (1,) * 11 + (1.0,) * 3
+        geometry = Geometry()
         if resampled:
             geometry = _resampling(logits.shape[2:], target.shape[first:], self.target.stride()[first:],
                                    self.weight.stride()[-len(target.shape[first:]):])  # fmt: skip
@@ -97,7 +136,7 @@ class _Volume:
             limits = torch.iinfo(self.target.dtype)
             ignorable = limits.min <= ignore_index <= limits.max
         target_strides = (self.target.stride(0), self.target.stride(1) if dense else 1, ts_v)
-        self.strides = (*target_strides, ws_n, ws_v, *geometry)
+        self.strides = (TargetStrides(*target_strides, ws_n, ws_v), geometry)
         self.tail = (ignore_index if ignorable else 0, _bits(options.focal_gamma), self.programs)
         self.flags = {
             "BLOCK": self.plan.block,
@@ -138,7 +177,7 @@ def _resampling(sizes, source_sizes, target_strides, weight_strides):
     sizes, source_sizes = (1,) * missing + tuple(sizes), (1,) * missing + tuple(source_sizes)
     strides = ((0,) * missing + tuple(s) for s in (target_strides, weight_strides))
     scales = (torch.tensor(source_sizes, dtype=torch.float32) / torch.tensor(sizes, dtype=torch.float32)).tolist()
-    return (*sizes[1:], *source_sizes, *(x for s in strides for x in s), *scales)
+    return Geometry(*sizes[1:], *source_sizes, *(x for s in strides for x in s), *scales)
 
 
 def _bits(x: float) -> int:
@@ -157,7 +196,7 @@ def count_pass(logits, target, voxel_weight, *arguments):
     z = v.logits
     with _device_of(logits):
         v.kernel("count")(
-            z, v.target, v.weight, partial, v.voxels, z.stride(0), z.stride(1), v.ls_v, *v.strides, *v.tail,
+            z, v.target, v.weight, partial, v.voxels, Strides(z.stride(0), z.stride(1), v.ls_v), *v.strides, *v.tail,
             **v.flags, **v.interleaved(z), num_warps=v.plan.num_warps,
         )  # fmt: skip
         together = 8  # 32 bytes of a row
@@ -207,7 +246,7 @@ def _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, 
     with _device_of(logits):
         v.kernel("gradient")(
             grad_loss.contiguous(), z, v.target, v.weight, coefficients.contiguous(), out, v.voxels,
-            z.stride(0), z.stride(1), v.ls_v, out.stride(0), out.stride(1), voxel_stride(out, 2),
+            Strides(z.stride(0), z.stride(1), v.ls_v), Strides(out.stride(0), out.stride(1), voxel_stride(out, 2)),
             *v.strides, *v.tail, row_stride,
             **v.flags, **v.interleaved(z, out), GRAD_CLASSES=grad_classes, KEPT=next_power_of_two(max(grad_classes, 1)),
             num_warps=v.plan.num_warps,

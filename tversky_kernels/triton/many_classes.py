@@ -132,24 +132,25 @@ def _ignored_by_chunks(target, at, ts_c, start, voxels, w, counts, ignore_index,
 
 @triton.jit(do_not_specialize=["focal_gamma"])
 def many_classes_count_kernel(
-    logits, target, weight, partial, voxels, ls_n, ls_c, ls_v, ts_n, ts_c, ts_v, ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1,
-    t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
+    logits, target, weight, partial, voxels, ls, ts, geometry, ignore_index, focal_gamma: tl.int64, programs,
     C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
     ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, C], the classes in chunks."""
+    ls_c, ls_v = ls.c, ls.v
+    ts_c = ts.c
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
     WHOLE: tl.constexpr = C % CHUNK == 0
     n, program, begin, step, last = _share(programs, voxels, BLOCK)
-    rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
+    rows, target, weight = logits + n * ls.n, target + n * ts.n, weight + n * ts.weight_n
     gamma = _double(focal_gamma).to(REAL)
     partial += (n * programs + program) * (6 if CE > 0 else 3) * C
     for passed in tl.range(begin, voxels, step):
         start = begin + last - passed  # from the end: see enum Order in csrc/cuda/launch.h
         label, w, counts, at = _voxels(
-            target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            target, weight, start, voxels, ts, geometry,
             ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
         if DENSE and HAS_IGNORE:
             w, counts = _ignored_by_chunks(
@@ -251,24 +252,25 @@ def _general_sums_of_chunk(rows, target, first, start, voxels, ls_c, ls_v, ts_c,
 
 @triton.jit(do_not_specialize=["focal_gamma"])
 def many_classes_gradient_kernel(
-    grad_loss, logits, target, weight, coefficients, out, voxels, ls_n, ls_c, ls_v, gs_n, gs_c, gs_v, ts_n, ts_c, ts_v,
-    ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
-    row_stride,
+    grad_loss, logits, target, weight, coefficients, out, voxels, ls, gs, ts, geometry, ignore_index,
+    focal_gamma: tl.int64, programs, row_stride,
     C: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
     ACTIVATION: tl.constexpr, FIRST_LABEL: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits, the classes in chunks. A chunk is read again only before it is written: out may be logits."""
+    ls_c, ls_v, gs_c, gs_v = ls.c, ls.v, gs.c, gs.v
+    ts_c = ts.c
     CLEAR: tl.constexpr = HAS_IGNORE or HAS_WEIGHT
     WHOLE: tl.constexpr = C % CHUNK == 0
     n, _program, begin, step, _last = _share(programs, voxels, BLOCK)
-    rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
+    rows, target, weight, out = logits + n * ls.n, target + n * ts.n, weight + n * ts.weight_n, out + n * gs.n
     gamma = _double(focal_gamma).to(REAL)
     row = n * row_stride
     for start in tl.range(begin, voxels, step):
         label, w, counts, at = _voxels(
-            target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            target, weight, start, voxels, ts, geometry,
             ignore_index, C + FIRST_LABEL, DENSE, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
         if DENSE and HAS_IGNORE:
             w, counts = _ignored_by_chunks(

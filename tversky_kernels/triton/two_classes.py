@@ -18,15 +18,15 @@ from .voxels import _coefficients, _offsets, _share, _two_logits, _voxels
 
 @triton.jit(do_not_specialize=["focal_gamma"])
 def two_classes_count_kernel(
-    logits, target, weight, partial, voxels, ls_n, ls_c, ls_v, ts_n, ts_c, ts_v, ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1,
-    t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
+    logits, target, weight, partial, voxels, ls, ts, geometry, ignore_index, focal_gamma: tl.int64, programs,
     BLOCK: tl.constexpr, PACK: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """partial[n, program, column, 2]: the softmax of two classes is one sigmoid."""
+    ls_c, ls_v = ls.c, ls.v
     n, program, begin, step, last = _share(programs, voxels, BLOCK)
-    rows, target, weight = logits + n * ls_n, target + n * ts_n, weight + n * ws_n
+    rows, target, weight = logits + n * ls.n, target + n * ts.n, weight + n * ts.weight_n
     gamma = _double(focal_gamma).to(REAL)
     right0 = tl.zeros([BLOCK], REAL)
     right1 = tl.zeros([BLOCK], REAL)
@@ -41,7 +41,7 @@ def two_classes_count_kernel(
     for at in tl.range(begin, voxels, step):
         start = begin + last - at  # from the end: see enum Order in csrc/cuda/launch.h
         label, w, counts, _ = _voxels(
-            target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            target, weight, start, voxels, ts, geometry,
             ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
         difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, PACK, REAL)
         p1, p0, _ = _logistic(difference)
@@ -87,16 +87,16 @@ def two_classes_count_kernel(
 
 @triton.jit(do_not_specialize=["focal_gamma"])
 def two_classes_gradient_kernel(
-    grad_loss, logits, target, weight, coefficients, out, voxels, ls_n, ls_c, ls_v, gs_n, gs_c, gs_v, ts_n, ts_c, ts_v,
-    ws_n, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2, ignore_index, focal_gamma: tl.int64, programs,
-    row_stride,
+    grad_loss, logits, target, weight, coefficients, out, voxels, ls, gs, ts, geometry, ignore_index,
+    focal_gamma: tl.int64, programs, row_stride,
     BLOCK: tl.constexpr, PACK: tl.constexpr, GRAD_CLASSES: tl.constexpr, KEPT: tl.constexpr,
     DENSE: tl.constexpr, RESAMPLED: tl.constexpr, OVERLAP: tl.constexpr, CE: tl.constexpr, FOCAL: tl.constexpr,
     GENERAL: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, REAL: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits of two classes: dz_1 = p_0 p_1 (u_1 - u_0) = -dz_0."""
+    ls_c, ls_v, gs_c, gs_v = ls.c, ls.v, gs.c, gs.v
     n, _program, begin, step, _last = _share(programs, voxels, BLOCK)
-    rows, target, weight, out = logits + n * ls_n, target + n * ts_n, weight + n * ws_n, out + n * gs_n
+    rows, target, weight, out = logits + n * ls.n, target + n * ts.n, weight + n * ts.weight_n, out + n * gs.n
     gamma = _double(focal_gamma).to(REAL)
     background, foreground, ce, smoothing = _coefficients(
         coefficients, grad_loss, tl.arange(0, 2), n * row_stride, 2, GRAD_CLASSES, KEPT, OVERLAP, CE, REAL
@@ -116,7 +116,7 @@ def two_classes_gradient_kernel(
     smoothing_0 = tl.sum(tl.where(is_class_1, 0.0, smoothing))
     for start in tl.range(begin, voxels, step):
         label, w, counts, _ = _voxels(
-            target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+            target, weight, start, voxels, ts, geometry,
             ignore_index, 2, False, RESAMPLED, HAS_IGNORE, HAS_WEIGHT, BLOCK, PACK, REAL)  # fmt: skip
         difference = _two_logits(rows, start, voxels, ls_c, ls_v, counts, HAS_IGNORE or HAS_WEIGHT, BLOCK, PACK, REAL)
         p1, p0, product = _logistic(difference)

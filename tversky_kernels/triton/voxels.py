@@ -20,15 +20,15 @@ def _place(x, scale, RESAMPLED: tl.constexpr):
 
 
 @triton.jit
-def _source(offsets, stride, sy, sx, n0, n1, n2, s0, s1, s2, f0, f1, f2, RESAMPLED: tl.constexpr):
+def _source(offsets, stride, g, s0, s1, s2, RESAMPLED: tl.constexpr):
     # Where the voxels are found: one stride apart, or where torch's interpolate takes them from, with the mode
-    # "nearest" (1) or "nearest-exact" (2).
+    # "nearest" (1) or "nearest-exact" (CENTRES). g: launch.Geometry; s0, s1, s2: strides of the volume that is read.
     if RESAMPLED:
-        row = offsets // sx
-        z, y, x = row // sy, row % sy, offsets % sx
-        z = tl.minimum(_place(z.to(tl.float32), f0, RESAMPLED).to(tl.int64), n0 - 1)
-        y = tl.minimum(_place(y.to(tl.float32), f1, RESAMPLED).to(tl.int64), n1 - 1)
-        x = tl.minimum(_place(x.to(tl.float32), f2, RESAMPLED).to(tl.int64), n2 - 1)
+        row = offsets // g.sx
+        z, y, x = row // g.sy, row % g.sy, offsets % g.sx
+        z = tl.minimum(_place(z.to(tl.float32), g.f0, RESAMPLED).to(tl.int64), g.n0 - 1)
+        y = tl.minimum(_place(y.to(tl.float32), g.f1, RESAMPLED).to(tl.int64), g.n1 - 1)
+        x = tl.minimum(_place(x.to(tl.float32), g.f2, RESAMPLED).to(tl.int64), g.n2 - 1)
         at = z * s0 + y * s1 + x * s2
     else:
         at = offsets * stride
@@ -36,14 +36,14 @@ def _source(offsets, stride, sy, sx, n0, n1, n2, s0, s1, s2, f0, f1, f2, RESAMPL
 
 
 @triton.jit
-def _voxels(target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t1, t2, w0, w1, w2, f0, f1, f2,
+def _voxels(target, weight, start, voxels, ts, geometry,
             ignore_index, LABELS, DENSE: tl.constexpr, RESAMPLED: tl.constexpr, HAS_IGNORE: tl.constexpr,
             HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr, REAL: tl.constexpr):  # fmt: skip
     # -> label (0 of a dense target); weight: 0 where the voxel does not count, NaN where label or weight are out of
     # range; whether it counts; the voxels' offsets in the target
     offsets = _offsets(start, BLOCK, PACK)
     inside = offsets < voxels
-    at = _source(offsets, ts_v, sy, sx, n0, n1, n2, t0, t1, t2, f0, f1, f2, RESAMPLED)
+    at = _source(offsets, ts.v, geometry, geometry.t0, geometry.t1, geometry.t2, RESAMPLED)
     counts = inside
     if DENSE:
         label = tl.zeros([BLOCK], tl.int32)
@@ -59,7 +59,7 @@ def _voxels(target, weight, start, voxels, ts_v, ws_v, sy, sx, n0, n1, n2, t0, t
         label = label.to(tl.int32)
     w = tl.full([BLOCK], 1.0, REAL)
     if HAS_WEIGHT:
-        w_at = _source(offsets, ws_v, sy, sx, n0, n1, n2, w0, w1, w2, f0, f1, f2, RESAMPLED)
+        w_at = _source(offsets, ts.weight_v, geometry, geometry.w0, geometry.w1, geometry.w2, RESAMPLED)
         w = tl.load(weight + w_at, mask=inside, other=0).to(REAL)
         good = good & (w >= 0)
         counts = counts & (tl.abs(w) >= (2.2250738585072014e-308 if tl.float64 == REAL else 1.17549435e-38))
