@@ -81,7 +81,7 @@ test: $(TEST_READY)
 # What only watches compiled code: all of it, or the SHAREd part "0/4" to "3/4".
 SHARE := 0/1
 test-compiled: $(TEST_READY)
-	TK_SHARE=$(SHARE) $(PYTEST) -m compiled --durations 20 tests/test_cuda_compiled.py tests/test_triton_without_gpu.py
+	TK_SHARE=$(SHARE) $(PYTEST) -m compiled --durations 20 tests/test_cuda_compiled.py tests/test_triton_without_gpu.py tests/test_cuda_by_nvcc.py
 
 # For whoever changes a line of the package.
 QUICK_TESTS := tests/test_reference.py tests/test_arguments.py tests/test_modules.py tests/test_counts.py tests/test_blocks.py tests/test_inplace.py

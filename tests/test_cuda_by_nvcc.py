@@ -52,6 +52,7 @@ def test_kernels_stay_in_registers(arch):
         assert registers <= MOST_REGISTERS, (name, registers)
 
 
+@pytest.mark.compiled
 def test_kernels_stay_in_registers_on_a_newer_card(tmp_path):
     """What the driver makes of the PTX there."""
     kernels = 0
@@ -97,6 +98,7 @@ def test_fast_paths_read_and_write_16_bytes_at_once(tmp_path):
             assert len(re.findall(copy, body)) >= copies
 
 
+@pytest.mark.compiled
 def test_instructions_that_bytes_leave_time_for():
     """A multiprocessor of an H100 issues 39 a logit while 3.0 TB/s bring 4 bytes each: see docs/lab_notes.md."""
     if "90" not in assemblies():
