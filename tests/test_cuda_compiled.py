@@ -24,8 +24,10 @@ def test_what_nvcc_compiled_on_the_host(host_build, ptx):
     # memory that no barrier orders fail, also where they do no harm.
     left_out = ("squared_of_labels", "any_combination", "targets_of_another_size", "targets_outside", "nan_is_nowhere")
     only = ("-k", " and ".join(f"not test_{name}" for name in (*left_out, "upstream_gradients")))
-    parts = int(os.environ.get("TK_SHARE", "0/1").split("/")[1])
-    assert_passed(run_compiled_kernels_of(host_build[0], ptx, *only, TK_EMULATION_RACES="1"), 800 // parts)
+    share = os.environ.get("TK_SHARE", "0/1")
+    parts = int(share.split("/")[1])
+    result = run_compiled_kernels_of(host_build[0], ptx, *only, TK_EMULATION_RACES="1", TK_SHARE=share)
+    assert_passed(result, 800 // parts)
 
 
 @pytest.mark.usefixtures("needs_ptx")

@@ -33,5 +33,6 @@ def build_on_host(sources, out, *flags, only=SOURCES, objects=()):
 
 
 def run_compiled_kernels_of(library, ptx, *options, **environment):
-    """The tests of the GPU kernels with what nvcc compiled (PTX), run by this library."""
-    return run_kernels_of(library, *options, environment={"TK_EMULATION_PTX": ":".join(map(str, ptx)), **environment})
+    """The tests of the GPU kernels with what nvcc compiled (PTX), run by this library: all, or a TK_SHARE."""
+    whole = {"TK_EMULATION_PTX": ":".join(map(str, ptx)), "TK_SHARE": "0/1"}
+    return run_kernels_of(library, *options, environment={**whole, **environment})
