@@ -242,7 +242,7 @@ release: $(RELEASE_READY)
 	TVERSKY_KERNELS_SKIP_EXT=1 $(PY) -m build --no-isolation --outdir $(RELEASE) .
 	TVERSKY_KERNELS_WITH_CUDA=1 TORCH_CUDA_ARCH_LIST='$(RELEASE_CUDA)' TVERSKY_KERNELS_OBJECTS=$(CURDIR)/$(VENV)/release-objects \
 	  $(PIP) wheel --no-build-isolation --no-deps -w dist/built .
-	$(PY) -m auditwheel repair $(addprefix --exclude ,$(TORCH_LIBRARIES)) --strip -w $(RELEASE) dist/built/*.whl
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH $(PY) -m auditwheel repair $(addprefix --exclude ,$(TORCH_LIBRARIES)) --strip -w $(RELEASE) dist/built/*.whl
 	$(PY) -m twine check --strict $(RELEASE)/*
 	ls -l $(RELEASE)
 
