@@ -24,6 +24,7 @@ import tversky_kernels as tk
 
 CLASSES = 3
 LOGITS, TARGET = inputs(4, CLASSES, (6, 8, 5), torch.float64)
+WEIGHT = torch.rand(4, 6, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 OPTIONS = {"alpha": 0.2, "beta": 0.8, "gamma": 0.75}
 COMPOUND = {**OPTIONS, "ce_class_weight": [1.0, 2.0, 3.0], "label_smoothing": 0.1, "ce_weight": 0.5}
 #: Samples of each rank, unequal.
@@ -256,6 +257,25 @@ def no_voxels(rank, world):
     return found
 
 
+def hard(rank, world):
+    """Counts of predicted classes: of slabs of a volume, and where a label is bad or options differ on one rank."""
+    slab = SLABS[world][rank]
+    z, target = LOGITS[..., slab, :], TARGET[..., slab, :]
+    weight = WEIGHT[..., slab, :]
+    bad = target.clone()
+    if rank == 1:
+        bad[0, 0, 0, 0] = 9
+    run = {"process_group": True}
+    return {
+        "whole": list(tk.hard_counts(z, target, **run)),
+        "weighted": list(tk.hard_counts(z, target, voxel_weight=weight, activation="sigmoid", **run)),
+        "bad label": error_of(tk.hard_counts, z, bad, **run),
+        "threshold": error_of(tk.hard_counts, z, target, activation="sigmoid", threshold=0.3 + rank / 10, **run),
+        "samples": error_of(tk.hard_counts, z[: 1 + rank], target[: 1 + rank], **run),
+        "after that": list(tk.hard_counts(z, target, **run)),
+    }
+
+
 def modules(rank, world, early):
     part = SHARDS[world][rank]
     x, target = LOGITS[part], TARGET[part]
@@ -301,7 +321,7 @@ def nnunet_levels(rank, world, joined=True):
 
 
 SCENARIOS = (batch_under_ddp, volume_under_ddp, samples_under_ddp, sums_of_gradients, fsdp)
-SCENARIOS += (ranks_differ_in_their_backend, failures, no_voxels, modules, nnunet, nnunet_levels)
+SCENARIOS += (ranks_differ_in_their_backend, failures, no_voxels, hard, modules, nnunet, nnunet_levels)
 
 
 def worker(rank, world, path, results):
@@ -466,6 +486,22 @@ def test_a_rank_without_voxels(ranks):
                 torch.testing.assert_close(value, expected.detach())
                 assert gradient.isfinite().all()
                 assert bool(gradient.any()) == (rank != 1)
+
+
+def test_hard_counts_of_slabs(ranks):
+    whole = tk.hard_counts(LOGITS, TARGET)
+    weighted = tk.hard_counts(LOGITS, TARGET, voxel_weight=WEIGHT, activation="sigmoid")
+    for rank, f in enumerate(f["hard"] for f in ranks):
+        for name in ("whole", "after that"):
+            assert all(torch.equal(x, y) for x, y in zip(f[name], whole, strict=True))
+        for x, y in zip(f["weighted"], weighted, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        kind, message = f["bad label"]
+        assert kind == ("ValueError" if rank == 1 else "RankError"), message
+        assert f["threshold"][0] == "ValueError"
+        assert "same options" in f["threshold"][1]
+        assert f["samples"][0] == "ValueError"
+        assert "tables of counts of one size" in f["samples"][1]
 
 
 def test_modules_made_before_there_are_groups(ranks):

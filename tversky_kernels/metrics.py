@@ -6,6 +6,7 @@ one-hot tensor of the volume's size is made. Tables of patches, of a sliding win
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -45,13 +46,14 @@ def hard_counts(
     Args:
         logits: (N, C, *spatial), as in `tversky_kernels.tversky_loss`.
         target: Class indices (N, *spatial) or (N, 1, *spatial); or a dense target (N, C, *spatial) of 0 and 1.
-        activation: "softmax": the predicted class is the one with the largest logit, the lowest index of equals.
+        activation: "softmax": the predicted class is the one with the largest logit, the lowest index of equals; NaN is
+            larger than any number, as in torch.
             "sigmoid" and "none": each channel by itself, predicted where its probability is >= threshold.
         threshold: In (0, 1]. Not read with "softmax".
         ignore_index: Voxels with this label do not count.
         voxel_weight: (N, *spatial) or (N, 1, *spatial), >= 0: each voxel counts so much.
         process_group: A group whose ranks hold parts of the same samples; True: the default group. Every rank gets the
-            counts of the whole.
+            counts of the whole. A bad label on one rank raises on all.
         check_target: None: a label out of range, or a dense value that is neither 0 nor 1, raises on the CPU.
             Elsewhere reading it would wait for the device: such a label counts nowhere, and a dense value is 1 from 0.5
             on. True: always raise. False: never raise.
@@ -68,13 +70,38 @@ def hard_counts(
     checked = _arguments.check_arguments(logits, target, voxel_weight, check_target=check_target, **options)
     ranks = distributed.ranks_of(process_group, None, "sum")
     raises = check_target is True or (check_target is None and logits.device.type == "cpu")
-    target, weight, dense = checked.volumes
+    count = functools.partial(_sums, logits, checked, activation, threshold, raises)
+    sums = count() if ranks is None or ranks.parts is None else _joined(count, ranks.parts, logits, checked, raises)
+    tp, positive, true, total = (sums if checked.volumes.voxel_weight is not None else sums.long()).unbind()
+    return HardCounts(tp, positive - tp, true - tp, total - positive - true + tp)
+
+
+def _joined(count, group, logits: torch.Tensor, checked, raises: bool) -> torch.Tensor:
+    # Of all ranks. What fails on one of them raises on all, so that none waits for another.
     samples, classes = logits.shape[:2]
-    z = logits.detach().reshape(samples, classes, -1)
+    empty = functools.partial(logits.new_zeros, (4, samples, classes), dtype=torch.float64)
+    sums, error = distributed.attempt(count, empty)
+    try:
+        distributed.agree_on_sizes(group, [(samples, classes, 4)], logits.device, "process_group")
+    except ValueError as different:
+        raise (error or different) from None
+    options = (checked.plan.options, checked.volumes.voxel_weight is None, checked.volumes.dense)
+    token = distributed.token_of(*options, count.args[2:])
+    joined = distributed.sum_over(group, [sums], 1.0, token, error, raises, "process_group")
+    if joined.error or error:
+        raise joined.error or error
+    return joined.values[0]
+
+
+def _sums(logits: torch.Tensor, checked, activation: str, threshold: float, raises: bool) -> torch.Tensor:
+    # (4, N, C) in float64, exact up to 2^53: true positives, predicted, true and all voxels.
+    target, weight, dense = checked.volumes
+    ignore_index = checked.options.ignore_index
+    samples, classes = logits.shape[:2]
+    z = logits.reshape(samples, classes, -1)
     labels = target.reshape(samples, classes, -1) if dense else target.reshape(samples, -1)
     weights = None if weight is None else weight.reshape(samples, -1)
-    table = torch.zeros(3, samples, classes, dtype=torch.int64 if weight is None else torch.float64, device=z.device)
-    total = table.new_zeros(samples, 1)
+    sums = torch.zeros(4, samples, classes, dtype=torch.float64, device=z.device)
     first_label = 1 if classes == 1 and activation != "softmax" else 0
     step = max(1, BLOCK // classes)
     for n in range(samples):
@@ -83,28 +110,24 @@ def hard_counts(
             block, g = z[n, :, part], labels[n, ..., part]
             w = None if weights is None else weights[n, part].double()
             if raises:
-                _raise_for_bad_values(logits, g, w, checked.options.ignore_index, dense)
-            counted = _counted(g, checked.options.ignore_index, dense, classes + first_label)
-            total[n] += _sum(counted.unsqueeze(0), w)[0]
-            # max gives the first of equals, as argmax does, and is up to sixteen times as fast on the CPU.
-            if activation == "softmax" and not dense:
-                table[:, n] += _of_labels(block.max(0).indices, g, counted, w, classes)
-                continue
+                _raise_for_bad_values(logits, g, w, ignore_index, dense)
+            counted = _counted(g, ignore_index, dense, classes + first_label)
+            sums[3, n] += _sum(counted, w)
             if activation == "softmax":
-                predicted = torch.nn.functional.one_hot(block.max(0).indices, classes).T.bool()
+                # max gives the first of equals, as argmax does, and is up to sixteen times as fast on the CPU.
+                largest = block.max(0).indices
+                if not dense:
+                    sums[:3, n] += _of_labels(largest, g, counted, w, classes)
+                    continue
+                predicted = torch.nn.functional.one_hot(largest, classes).T.bool()
             else:
                 p = block.float() if block.dtype in (torch.float16, torch.bfloat16) else block
                 predicted = (p.sigmoid() if activation == "sigmoid" else p) >= threshold
             channels = torch.arange(first_label, first_label + classes, device=z.device).unsqueeze(1)
             true = g >= 0.5 if dense else g.unsqueeze(0) == channels
             true, predicted = true & counted, predicted & counted
-            table[:, n] += torch.stack([_sum(x, w) for x in (true & predicted, predicted, true)])
-    if ranks is not None and ranks.parts is not None:
-        distributed.agree_on_sizes(ranks.parts, [(samples, classes, 4)], z.device, "process_group")
-        for x in (table, total):
-            torch.distributed.all_reduce(x, group=ranks.parts)
-    tp, positive, true = table.unbind()
-    return HardCounts(tp, positive - tp, true - tp, total - positive - true + tp)
+            sums[:3, n] += torch.stack([_sum(x, w) for x in (true & predicted, predicted, true)])
+    return sums
 
 
 def _counted(g: torch.Tensor, ignore_index: int | None, dense: bool, labels: int) -> torch.Tensor:
@@ -133,7 +156,6 @@ def _of_labels(predicted, g, counted, weight, classes: int) -> torch.Tensor:
         rows = torch.nn.functional.one_hot(torch.where(counted, g.long(), classes), classes + 1)[:, :classes].double()
         columns = torch.nn.functional.one_hot(predicted, classes).double()
         table = (rows if weight is None else rows * weight.unsqueeze(1)).T @ columns
-        table = table if weight is not None else table.round().long()
     table = table.view(classes, classes)
     return torch.stack([table.diagonal(), table.sum(0), table.sum(1)])
 
