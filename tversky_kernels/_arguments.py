@@ -14,8 +14,8 @@ from ._options import (
     IN_TENSOR,
     SCALARS,
     Options,
-    PassArguments,
-    TableArguments,
+    PassOptions,
+    TableOptions,
     check_squared,
     checked,
     flag_or_none,
@@ -65,8 +65,8 @@ class Plan(NamedTuple):
 
     options: Options
     layout: Layout
-    of_pass: PassArguments
-    of_table: TableArguments
+    of_pass: PassOptions
+    of_table: TableOptions
 
 
 class Checked(NamedTuple):
@@ -317,7 +317,7 @@ def _check_facts(logits, target, weight: Facts | None, alpha, beta, *values) -> 
     options = checked(Options(alpha, beta, *values))
     _check_logits(logits, options.activation)
     layout = _check_volumes(logits, target, weight, options.resample is not None)
-    return Plan(options, layout, options.pass_arguments(), options.table_arguments(layout.dense))
+    return Plan(options, layout, options.pass_options(), options.table_options(layout.dense))
 
 
 _check_facts_once = functools.lru_cache(maxsize=256, typed=True)(_check_facts)  # typed: True is not 1.0

@@ -11,7 +11,7 @@ import torch
 
 from . import _arguments, _options, reference
 from ._ops import LINEAR_OPERATORS, OPERATORS, Operators, linear_passes
-from ._options import ACTIVATIONS, CHECKS, OVERLAPS, PassArguments
+from ._options import ACTIVATIONS, CHECKS, OVERLAPS, PassOptions
 
 #: Of one block's logits. The reference makes some ten tensors of that size.
 BLOCK_BYTES = {"cpu": 2**20}
@@ -22,7 +22,7 @@ _ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
 _OVERLAP_NAMES = {number: name for name, number in OVERLAPS.items()}
 
 
-def _options_of(of: PassArguments) -> _options.Options:
+def _options_of(of: PassOptions) -> _options.Options:
     # The passes do not read the other options, so these have any value.
     form = _OVERLAP_NAMES[of.overlap]
     return _options.Options(
@@ -69,7 +69,7 @@ def _of(sample: int, voxels: slice, z, target, voxel_weight, dense: bool):
 def count_pass(logits, target, voxel_weight, *arguments) -> torch.Tensor:
     """As the operator: (N, C, 3 or 6) in float64."""
     *of_pass, check = arguments
-    options = _options_of(PassArguments(*of_pass))
+    options = _options_of(PassOptions(*of_pass))
     z, target, voxel_weight, dense = _flat(logits, target, voxel_weight, options)
     columns = 6 if options.ce_weight else 3
     counts = logits.new_zeros((*logits.shape[:2], columns), dtype=torch.float64)
@@ -105,7 +105,7 @@ def _upstream(grad_loss, coefficients, options: _options.Options) -> torch.Tenso
 
 
 def _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, *arguments) -> None:
-    options = _options_of(PassArguments(*arguments))
+    options = _options_of(PassOptions(*arguments))
     z, target, voxel_weight, dense = _flat(logits, target, voxel_weight, options)
     upstream = _upstream(grad_loss, coefficients, options).to(_arguments.compute_dtype(logits))
     for sample, voxels in _blocks(z):

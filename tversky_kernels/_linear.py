@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from ._layout import is_dense
-from ._options import PassArguments
+from ._options import PassOptions
 
 #: Of one block's features and logits: what the caches hold; on a card, where every block costs launches, what is little
 #: beside the volume.
@@ -123,7 +123,7 @@ def count_pass(operators, features, weight, bias, target, voxel_weight, *argumen
     _check(features, weight, bias, target, voxel_weight)
     features, target, voxel_weight = _flat(features, target, voxel_weight)
     *of_pass, _mode = arguments
-    shape = (features.size(0), weight.size(0), 6 if PassArguments(*of_pass).cross_entropy else 3)
+    shape = (features.size(0), weight.size(0), 6 if PassOptions(*of_pass).cross_entropy else 3)
     counts = features.new_zeros(shape, dtype=torch.float64)
     for block in _blocks(features, *_head(weight, bias)):
         found = operators.count_pass(block.logits, block.of(target), block.of(voxel_weight), *arguments)
@@ -144,7 +144,7 @@ def gradient_pass(
     ``out`` may be the features themselves. Gradients of the head are summed over the blocks in float64.
     """
     _check(features, weight, bias, target, voxel_weight)
-    _check_gradient(features, weight, grad_loss, coefficients, out, PassArguments(*arguments).cross_entropy)
+    _check_gradient(features, weight, grad_loss, coefficients, out, PassOptions(*arguments).cross_entropy)
     features, target, voxel_weight = _flat(features, target, voxel_weight)
     out, dtype = _of_voxels(out, 2), weight.dtype
     weight, bias = _head(weight, bias)

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 
 from . import _linear
-from ._options import REDUCTIONS, PassArguments, TableArguments, schema_of
+from ._options import REDUCTIONS, PassOptions, TableOptions, schema_of
 
 NAMESPACE = "tversky_kernels"
 
 # target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken.
 _TARGET = "Tensor target, Tensor? voxel_weight"
-_PASS = schema_of(PassArguments)
-_TABLE = f"Tensor? class_parameters, {schema_of(TableArguments)}"
+_PASS = schema_of(PassOptions)
+_TABLE = f"Tensor? class_parameters, {schema_of(TableOptions)}"
 SCHEMAS = (
     # -> (N, C, 3) float64: tp, fp, fn; (N, C, 6) with a cross-entropy: its sum, that for smoothing, the voxels' weight
     f"count_pass(Tensor logits, {_TARGET}, {_PASS}, int check) -> Tensor",
@@ -179,7 +179,7 @@ _any_device = _register_linear("", "cpu")
 LINEAR_OPERATORS = {"cpu": _any_device, "cuda": _any_device, "triton": _register_linear("triton_", "triton")}
 
 
-def _loss_shape(samples, classes, table: TableArguments):
+def _loss_shape(samples, classes, table: TableOptions):
     if table.reduction != REDUCTIONS["none"]:
         return []
     kept = classes if table.include_background or classes == 1 else classes - 1
@@ -208,13 +208,13 @@ def _fake(name):
 @_fake("count_pass")
 def _(logits, target, voxel_weight, *arguments):
     *of_pass, _check = arguments
-    columns = 6 if PassArguments(*of_pass).cross_entropy else 3
+    columns = 6 if PassOptions(*of_pass).cross_entropy else 3
     return logits.new_empty([logits.size(0), logits.size(1), columns], dtype=torch.float64)
 
 
 @_fake("table")
 def _(counts, class_parameters, *arguments):
-    table = TableArguments(*arguments)
+    table = TableOptions(*arguments)
     samples, classes, columns = counts.shape
     loss = counts.new_empty(_loss_shape(samples, classes, table))
     return loss, counts.new_empty([1 if table.batch else samples, classes, 4 if columns == 6 else 2])
@@ -222,9 +222,9 @@ def _(counts, class_parameters, *arguments):
 
 @_fake("tversky_loss")
 def _(logits, target, voxel_weight, *arguments):
-    of_pass = PassArguments(*arguments[: len(PassArguments._fields)])
-    _check, _class_parameters, *of_table = arguments[len(PassArguments._fields) :]
-    table = TableArguments(*of_table)
+    of_pass = PassOptions(*arguments[: len(PassOptions._fields)])
+    _check, _class_parameters, *of_table = arguments[len(PassOptions._fields) :]
+    table = TableOptions(*of_table)
     samples, classes = logits.size(0), logits.size(1)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss = logits.new_empty(_loss_shape(samples, classes, table), dtype=dtype)
@@ -245,7 +245,7 @@ def _(logits, *_):
 @_fake("linear_count_pass")
 def _(features, weight, bias, target, voxel_weight, *arguments):
     *of_pass, _check = arguments
-    columns = 6 if PassArguments(*of_pass).cross_entropy else 3
+    columns = 6 if PassOptions(*of_pass).cross_entropy else 3
     return features.new_empty([features.size(0), weight.size(0), columns], dtype=torch.float64)
 
 

@@ -66,7 +66,7 @@ CE_MEANS = {"class weights": 0, "voxels": 1, "channels": 2, "labels": 3}
 CHECKS = {"ignore": 0, "poison": 1, "raise": 2}
 
 
-class PassArguments(NamedTuple):
+class PassOptions(NamedTuple):
     """The options of a pass over the volume: the operators' arguments, in their order.
 
     cross_entropy: 0 none, 1 its sums too, 2 and those for label smoothing. nearest_exact: where a target's spatial
@@ -81,7 +81,7 @@ class PassArguments(NamedTuple):
     nearest_exact: bool
 
 
-class TableArguments(NamedTuple):
+class TableOptions(NamedTuple):
     """The options of the table: the operators' arguments, in their order."""
 
     alpha: float
@@ -142,10 +142,10 @@ class Options(NamedTuple):
         """How a voxel's part of the counts is measured."""
         return "squared" if self.squared else "absolute" if self.soft_label else "product"
 
-    def pass_arguments(self) -> PassArguments:
+    def pass_options(self) -> PassOptions:
         """As the passes take them."""
         cross_entropy = 0 if not is_used(self.ce_weight) else 2 if is_used(self.label_smoothing) else 1
-        return PassArguments(
+        return PassOptions(
             activation=ACTIVATIONS[self.activation],
             ignore_index=self.ignore_index,
             overlap=OVERLAPS[self.overlap],
@@ -154,11 +154,11 @@ class Options(NamedTuple):
             nearest_exact=self.resample == "nearest-exact",
         )
 
-    def table_arguments(self, dense: bool) -> TableArguments:
+    def table_options(self, dense: bool) -> TableOptions:
         """As the table takes them, where no tensor has one of the numbers."""
         of_labels = "labels" if self.squared else "class weights"
         mean = "channels" if self.activation == "sigmoid" else "voxels" if dense else of_labels
-        return TableArguments(
+        return TableOptions(
             alpha=self.alpha,
             beta=self.beta,
             gamma=self.gamma,

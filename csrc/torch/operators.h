@@ -17,7 +17,7 @@
 #include "volume.h"
 
 // The dispatcher hands an operator its arguments one by one. These lists and the records that they become have each of
-// them once, in the order of PassArguments and TableArguments in tversky_kernels/_options.py.
+// them once, in the order of PassOptions and TableOptions in tversky_kernels/_options.py.
 #define TK_PASS_ARGUMENTS                                                                                              \
   int64_t activation, std::optional<int64_t> ignore_index, int64_t overlap, int64_t cross_entropy, double focal_gamma, \
       bool nearest_exact

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from .._layout import voxel_stride, walkable
-from .._options import ACTIVATIONS, OVERLAPS, REDUCTIONS, PassArguments, TableArguments
+from .._options import ACTIVATIONS, OVERLAPS, REDUCTIONS, PassOptions, TableOptions
 from . import all_classes, many_classes, two_classes
 from . import table as tables
 from .plan import SMOOTHED, family_of, is_general, next_power_of_two, plan, programs_per_sample
@@ -91,7 +91,7 @@ class _Volume:
         logits: torch.Tensor,
         target: torch.Tensor,
         voxel_weight: torch.Tensor | None,
-        options: PassArguments,
+        options: PassOptions,
         check: int = 0,
     ):
         self.logits, self.ls_v = _walkable(logits, 2)
@@ -187,7 +187,7 @@ def _bits(x: float) -> int:
 def count_pass(logits, target, voxel_weight, *arguments):
     """The counts (N, C, 3 or 6) in float64; NaN in a sample with a label or weight out of range."""
     *options, check = arguments
-    v = _Volume(logits, target, voxel_weight, PassArguments(*options), check)
+    v = _Volume(logits, target, voxel_weight, PassOptions(*options), check)
     counts = torch.zeros(v.samples, v.classes, v.columns, dtype=torch.float64, device=logits.device)
     if v.samples == 0 or v.voxels == 0:
         return counts
@@ -208,7 +208,7 @@ def count_pass(logits, target, voxel_weight, *arguments):
 
 def table(counts, class_parameters, *arguments, dtype=torch.float64):
     """Loss and coefficients from counts (N, C, 3 or 6)."""
-    options = TableArguments(*arguments)
+    options = TableOptions(*arguments)
     samples, classes, columns = counts.shape
     first_class = 0 if options.include_background or classes == 1 else 1
     rows = 1 if options.batch else samples
@@ -230,14 +230,14 @@ def table(counts, class_parameters, *arguments, dtype=torch.float64):
 
 def tversky_loss(logits, target, voxel_weight, *arguments):
     """Count pass and table."""
-    of_pass = len(PassArguments._fields) + 1  # and check
+    of_pass = len(PassOptions._fields) + 1  # and check
     counts = count_pass(logits, target, voxel_weight, *arguments[:of_pass])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return table(counts, *arguments[of_pass:], dtype=dtype)
 
 
 def _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, *arguments):
-    v = _Volume(logits, target, voxel_weight, PassArguments(*arguments))
+    v = _Volume(logits, target, voxel_weight, PassOptions(*arguments))
     if v.samples == 0 or v.voxels == 0:
         return
     z = v.logits

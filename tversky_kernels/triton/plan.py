@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from .._options import ACTIVATIONS, OVERLAPS, PassArguments
+from .._options import ACTIVATIONS, OVERLAPS, PassOptions
 
 #: Up to this many classes a tile holds all of them.
 ALL_CLASSES = 128
-#: `PassArguments.cross_entropy` with label smoothing.
+#: `PassOptions.cross_entropy` with label smoothing.
 SMOOTHED = 2
 
 
@@ -28,7 +28,7 @@ def family_of(classes: int, softmax: bool, general: bool) -> str:
     return next(name for name, takes in FAMILIES if takes(classes, softmax, general))
 
 
-def is_general(options: PassArguments, dense: bool, classes: int) -> bool:
+def is_general(options: PassOptions, dense: bool, classes: int) -> bool:
     """Whether every class of a voxel needs a target and a term of its own."""
     softmax, squared = options.activation == ACTIVATIONS["softmax"], options.overlap == OVERLAPS["squared"]
     chunked, smoothed = classes > ALL_CLASSES, options.cross_entropy == SMOOTHED
