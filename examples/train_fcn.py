@@ -133,7 +133,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="multiply the learning rate by 0.9 this often (%(default)s)",
     )
     training.add_argument("--seed", type=int, default=0, help="of weights, patches and flips (%(default)s)")
-    training.add_argument("--amp", action="store_true", help="bfloat16 autocast (float16 with loss scaling on CUDA)")
+    training.add_argument(
+        "--amp", action="store_true", help="bfloat16 autocast (float16 with loss scaling on cards that lack it)"
+    )
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     training.add_argument("--workers", type=int, default=2, help="processes that load patches (%(default)s)")
     training.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice (%(default)s)")

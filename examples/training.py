@@ -89,7 +89,9 @@ class Trainer:
         self.model = self._wrapped()
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=settings.lr)
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimiser, settings.decay_every, 0.9)
-        self.half = torch.float16 if settings.device.startswith("cuda") else torch.bfloat16
+        # Cards without bfloat16 take float16, whose loss scaling waits for the card at every step.
+        on_old_card = settings.device.startswith("cuda") and not torch.cuda.is_bf16_supported()
+        self.half = torch.float16 if on_old_card else torch.bfloat16
         self.scaler = torch.amp.GradScaler(enabled=settings.amp and self.half == torch.float16)
         self.patches = PatchDataset(
             volumes,
