@@ -29,6 +29,17 @@ def test_python_blocks_run(page, capsys):
         assert output or "/api/" not in page
 
 
+def test_type_checker_takes_the_python_blocks(tmp_path):
+    """A user's type checker reads our annotations (py.typed)."""
+    mypy = pytest.importorskip("mypy.api", reason="mypy is not installed")
+    for page in PAGES:
+        blocks = "".join(block for block, _ in BLOCK.findall((ROOT / page).read_text()))
+        (tmp_path / (re.sub(r"\W", "_", page) + ".py")).write_text(blocks)
+    given = ["--config-file", str(ROOT / "pyproject.toml"), "--disable-error-code", "no-redef", "--check-untyped-defs"]
+    found, _, status = mypy.run([*given, "--follow-imports", "silent", *map(str, tmp_path.iterdir())])
+    assert status == 0, found
+
+
 def test_every_public_name_has_a_page():
     """In the API pages, and no name is there that is not public."""
     text = "".join(p.read_text() for p in (ROOT / "docs" / "api").glob("*.md"))

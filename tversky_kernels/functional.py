@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING or torch.distributed.is_available():  # noqa: SIM108 (mypy take
     Group = torch.distributed.ProcessGroup | bool | None
 else:
     Group = object
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class OverlapCounts(NamedTuple):
@@ -425,6 +427,42 @@ def tversky_ce_loss(
     )
     how = (check_target, inplace_backward, process_group, sample_group, grad_reduction, backend)
     return _loss(logits, checked, *how)
+
+
+class _CountsOptions(TypedDict, total=False):
+    # For type checkers, which have to know whether three tensors are returned or five.
+    activation: str
+    ignore_index: int | None
+    voxel_weight: torch.Tensor | None
+    soft_label: bool
+    batch: bool
+    process_group: Group
+    grad_reduction: str
+    inplace_backward: bool
+    check_target: bool | None
+    backend: str
+
+
+@overload
+def overlap_counts(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    cross_entropy: Literal[False] = False,
+    **options: Unpack[_CountsOptions],
+) -> OverlapCounts: ...
+
+
+@overload
+def overlap_counts(
+    logits: torch.Tensor, target: torch.Tensor, *, cross_entropy: Literal[True], **options: Unpack[_CountsOptions]
+) -> OverlapCountsCE: ...
+
+
+@overload
+def overlap_counts(
+    logits: torch.Tensor, target: torch.Tensor, *, cross_entropy: bool, **options: Unpack[_CountsOptions]
+) -> OverlapCounts | OverlapCountsCE: ...
 
 
 def overlap_counts(
