@@ -24,8 +24,8 @@ CONNECTIVITY = np.ones((3, 3, 3), bool)
 
 def scores(truth: np.ndarray, probability: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
     """The paper's figures of one patient, as fractions; NaN where the patient has no lesion to find."""
-    truth, probability = truth.ravel().astype(bool), probability.ravel()
-    label, channel = torch.from_numpy(truth)[None], torch.from_numpy(np.ascontiguousarray(probability))[None, None]
+    truth, probability = truth.ravel().astype(bool), np.ascontiguousarray(probability, float).ravel()
+    label, channel = torch.from_numpy(truth)[None], torch.from_numpy(probability)[None, None]
     counts = tk.hard_counts(channel, label, activation="none", threshold=threshold)
     found = truth.any()
     return {
