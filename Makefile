@@ -78,10 +78,12 @@ PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(TEST_READY)
 	$(PYTEST) -m 'not compiled' --durations 20 $(TESTS)
 
-# What only watches compiled code: all of it, or the SHAREd part "0/4" to "3/4".
+# What only watches compiled code, runs it under sanitizers, or plants bugs in it: all of it, or the SHAREd part "0/4"
+# to "3/4".
 SHARE := 0/1
+COMPILED_TESTS := $(addprefix tests/test_,cuda_compiled.py triton_without_gpu.py cuda_by_nvcc.py cuda_planted.py portability.py cuda_on_host.py)
 test-compiled: $(TEST_READY)
-	TK_SHARE=$(SHARE) $(PYTEST) -m compiled --durations 20 tests/test_cuda_compiled.py tests/test_triton_without_gpu.py tests/test_cuda_by_nvcc.py
+	TK_SHARE=$(SHARE) $(PYTEST) -m compiled --durations 20 $(COMPILED_TESTS)
 
 # For whoever changes a line of the package.
 QUICK_TESTS := tests/test_reference.py tests/test_arguments.py tests/test_modules.py tests/test_counts.py tests/test_blocks.py tests/test_inplace.py

@@ -20,6 +20,7 @@ def test_cuda_kernels_on_the_host(host_build, seed, only):
     assert_passed(run_kernels_of(host_build[0], *options, environment=environment), 200 if seed is None else 100)
 
 
+@pytest.mark.compiled
 def test_cuda_kernels_on_the_host_under_sanitizers(tmp_path, ptx):
     flags = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-D_GLIBCXX_ASSERTIONS")
     build_on_host(ROOT / "csrc" / "cuda", tmp_path / "sanitized.so", *flags)

@@ -10,6 +10,8 @@ import pytest
 from host_build import build_on_host
 from processes import ROOT, assert_passed, run_kernels_of
 
+pytestmark = pytest.mark.compiled
+
 FINAL_LOOP = "for (int i = threadIdx.x; i < kValues"
 MEMORY_READ = "__syncthreads();  // the memory has been read"
 PLANTED = {

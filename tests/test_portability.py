@@ -77,8 +77,7 @@ def expected(logits, volumes, options, u):
     if volumes.target.dim() > 2 + volumes.dense:
         z = z.unflatten(2, (round(z.size(2) ** 0.5),) * 2)
     z.requires_grad_()
-    counts = reference._counts(z, volumes, options, checks_targets=False)
-    counts = [x for x in counts if x is not None]
+    counts, _ = reference.sums(z, volumes, options, checks_targets=False)
     # u_background is dL/dFP and u_foreground dL/dTP - dL/dFN, where dL/dFN does not count, for tp + fn is fixed; of
     # squares, where it is dL/dFP, u_foreground is dL/dTP.
     tp, fp, fn = counts[:3]

@@ -66,8 +66,8 @@ def test_learnable_values_of_each_class(name, backend):
     expected = loss_and_gradient(tk.tversky_ce_loss, logits, target, **{name: PER_CLASS[name]})
     found = loss_and_gradient(tk.tversky_ce_loss, logits, target, backend=backend, **{name: value})
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
-    z = logits.double().requires_grad_()
-    both = (lambda z, v: tk.tversky_ce_loss(z, target, backend=backend, **{name: v}), (z, value))
+    z, part = logits[..., :3, :4].double().requires_grad_(), target[..., :3, :4]
+    both = (lambda z, v: tk.tversky_ce_loss(z, part, backend=backend, **{name: v}), (z, value))
     assert torch.autograd.gradcheck(*both)
     assert torch.autograd.gradgradcheck(*both)
 

@@ -37,10 +37,7 @@ class OnHost:
             bound = inspect.signature(self.kernel.fn).bind(*arguments, **named).arguments
             values = []
             for name, kind in compiled.src.signature.items():
-                if kind[0] == "*":
-                    values.append(ctypes.c_void_p(bound[name].data_ptr()))
-                elif kind != "constexpr":
-                    values.append(SCALARS[kind](bound[name]))
+                values += scalars(kind, bound[name])
             # Two more parameters point to memory of Triton's own, which these kernels do not have.
             pointers = [ctypes.cast(ctypes.byref(x), ctypes.c_void_p) for x in values] + [None, None]
             error = self.library.tk_launch_ptx(
@@ -55,6 +52,15 @@ class OnHost:
                 raise RuntimeError(f"{compiled.metadata.name}: {error.decode()}")
 
         return run
+
+
+def scalars(kind, value) -> list:
+    """A kernel's argument as the values that are handed over; those of a record one by one."""
+    if isinstance(kind, tuple):
+        return [x for of_kind, of_value in zip(kind, value, strict=True) for x in scalars(of_kind, of_value)]
+    if kind == "constexpr":
+        return []
+    return [ctypes.c_void_p(value.data_ptr()) if kind[0] == "*" else SCALARS[kind](value)]
 
 
 def install(library: str, arch: str = "90") -> None:
