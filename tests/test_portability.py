@@ -154,6 +154,7 @@ def check(program, dtypes=tuple(LOGITS_TYPES)):
             assert relative(gradient, true_gradient) <= rounding
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("capability", list(FEATURES))
 def test_sanitizers(capability, tmp_path):
     """No read or write beyond the tensors and the scratch, no undefined behaviour; scratch starts as NaN."""

@@ -1,6 +1,6 @@
 """Fused softmax + Tversky loss, forward and backward, for large volumes in PyTorch."""
 
-from . import compat, metrics, reference
+from . import compat, metrics, reference, regions
 from ._backends import available_backends
 from .functional import (
     OverlapCounts,
@@ -15,8 +15,11 @@ from .functional import (
     tversky_ce_loss,
     tversky_loss,
 )
+from .lesions import blob_loss, cc_loss
 from .metrics import HardCounts, hard_counts
 from .modules import (
+    BlobLoss,
+    CCLoss,
     DeepSupervisionLoss,
     DiceLoss,
     FocalTverskyLoss,
@@ -30,6 +33,8 @@ from .modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlobLoss",
+    "CCLoss",
     "DeepSupervisionLoss",
     "DiceLoss",
     "FocalTverskyLoss",
@@ -42,6 +47,8 @@ __all__ = [
     "TverskyHead",
     "TverskyLoss",
     "available_backends",
+    "blob_loss",
+    "cc_loss",
     "compat",
     "deep_supervision_loss",
     "dice_loss",
@@ -53,6 +60,7 @@ __all__ = [
     "metrics",
     "overlap_counts",
     "reference",
+    "regions",
     "tversky_ce_loss",
     "tversky_loss",
 ]

@@ -18,13 +18,16 @@ from ._options import (
     TableOptions,
     check_squared,
     checked,
+    count_of_regions,
     flag_or_none,
+    is_used,
     number,
 )
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.uint8, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool)
 DENSE_DTYPES = (*INDEX_DTYPES, torch.float32, torch.float16, torch.bfloat16, torch.float64)
+REGION_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 WEIGHT_DTYPES = (torch.float32, torch.bool, torch.uint8, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -42,6 +45,13 @@ class Volumes(NamedTuple):
     target: torch.Tensor
     voxel_weight: torch.Tensor | None
     dense: bool
+
+
+class Regions(NamedTuple):
+    """In which region each voxel is counted: ids (N, 1 or C, *spatial), in [0, number) or negative (in none)."""
+
+    ids: torch.Tensor
+    number: int
 
 
 class Facts(NamedTuple):
@@ -73,12 +83,15 @@ class Checked(NamedTuple):
     """The result of `check_arguments`.
 
     class_parameters: (4, C) float64 or None, see `_class_parameters`. scalars: the options that tensors have, by name.
+    annotated: (N, C) of bool, on the logits' device; None: all are.
     """
 
     volumes: Volumes
     plan: Plan
     class_parameters: torch.Tensor | None
     scalars: dict[str, Any]  # of tensors
+    regions: Regions | None = None
+    annotated: torch.Tensor | None = None
 
     @property
     def options(self) -> Options:
@@ -88,9 +101,20 @@ class Checked(NamedTuple):
     @property
     def needs_torch_table(self) -> bool:
         """Whether the loss is to be made of the counts by torch's own operators, because the kernels' table reads
-        numbers and gives them no gradient."""
+        numbers and gives them no gradient, and knows one row a sample."""
         parameters = self.class_parameters
-        return bool(self.scalars) or (parameters is not None and parameters.requires_grad and torch.is_grad_enabled())
+        wants_gradient = parameters is not None and parameters.requires_grad and torch.is_grad_enabled()
+        return bool(self.scalars) or wants_gradient or self.has_members
+
+    @property
+    def has_members(self) -> bool:
+        """Whether the table has a column for how much is in a row."""
+        return self.regions is not None or self.annotated is not None
+
+    @property
+    def columns(self) -> int:
+        """Columns of the counts table."""
+        return (6 if is_used(self.plan.options.ce_weight) else 3) + (self.regions is not None)
 
 
 def _shape(x) -> str:
@@ -172,6 +196,9 @@ def check_arguments(
     label_smoothing=0.0,
     focal_gamma=0.0,
     resample=None,
+    regions=None,
+    num_regions=None,
+    annotated=None,
 ) -> Checked:
     """Checks every argument that describes the loss; the labels' range is left to whoever reads the labels.
 
@@ -243,7 +270,63 @@ def check_arguments(
             voxel_weight = voxel_weight.squeeze(1)
     if unknown_label is not None:
         target, voxel_weight = _mask_ignored(target, voxel_weight, layout.dense, unknown_label)
-    return Checked(Volumes(target, voxel_weight, layout.dense), plan, class_parameters, scalars)
+    if regions is not None or num_regions is not None:
+        regions = _check_regions(regions, num_regions, logits, target, layout.dense, resample is not None)
+    if annotated is not None:
+        annotated = _check_annotated(annotated, logits, activation, check_target)
+    return Checked(Volumes(target, voxel_weight, layout.dense), plan, class_parameters, scalars, regions, annotated)
+
+
+def _check_regions(regions, num_regions, logits, target, dense: bool, any_resolution: bool) -> Regions:
+    if regions is None:
+        raise ValueError(f"num_regions: expected None without regions, got {num_regions!r}")
+    facts = _facts("regions", regions)
+    if facts.dtype not in REGION_DTYPES:
+        raise TypeError(f"regions: expected uint8, int8, int16, int32 or int64, got {facts.dtype}")
+    if facts.device != logits.device:
+        raise ValueError(f"regions: expected it on the logits' device {logits.device}, got {facts.device}")
+    samples, classes = logits.shape[:2]
+    spatial = target.shape[2 if dense else 1 :] if any_resolution else logits.shape[2:]
+    shapes = {(samples, *spatial): True, (samples, 1, *spatial): False, (samples, classes, *spatial): False}
+    if tuple(facts.shape) not in shapes:
+        expected = [_shape(x) for x in dict.fromkeys(shapes)]
+        raise ValueError(
+            f"regions: for logits {_shape(logits)} expected {', '.join(expected[:-1])} or {expected[-1]}, got "
+            f"{_shape(regions)}"
+        )
+    ids = regions.unsqueeze(1) if shapes[tuple(facts.shape)] else regions
+    if num_regions is None:
+        if not _is_readable(regions):
+            raise ValueError(
+                f"num_regions: expected how many regions there are, because the largest of them is not read from "
+                f"{'a compiled graph' if regions.is_cpu else regions.device}; got None"
+            )
+        num_regions = max(1, int(regions.max()) + 1) if regions.numel() else 1
+    return Regions(ids, count_of_regions(num_regions))
+
+
+def _check_annotated(annotated, logits, activation: str, check_target: bool | None) -> torch.Tensor | None:
+    facts = _facts("annotated", annotated)
+    if facts.dtype != torch.bool:
+        raise TypeError(f"annotated: expected bool, got {facts.dtype}")
+    if tuple(facts.shape) != tuple(logits.shape[:2]):
+        raise ValueError(f"annotated: expected (N, C), here {_shape(logits.shape[:2])}, got {_shape(annotated)}")
+    if annotated.device not in (logits.device, torch.device("cpu")):
+        raise ValueError(f"annotated: expected it on the logits' device {logits.device}, got {annotated.device}")
+    readable = _is_readable(annotated) or (check_target is True and not _tensors_are_for_now(annotated))
+    if readable:
+        if bool(annotated.all()):
+            return None
+        if activation == "softmax" and not bool(annotated[:, 0].all()):
+            sample = int((~annotated[:, 0]).nonzero()[0])
+            raise ValueError(
+                f"annotated: with softmax expected class 0, to which all that was not annotated belongs, to be "
+                f"annotated in every sample; it is not in sample {sample}"
+            )
+    annotated = annotated.to(logits.device, non_blocking=True)
+    if activation != "softmax" or readable:
+        return annotated
+    return torch.cat([torch.ones_like(annotated[:, :1]), annotated[:, 1:]], 1)
 
 
 def _host_scalar(name: str, value):
@@ -540,9 +623,15 @@ def outside_of_unit(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | 
     return ~((values >= 0) & (values <= 1))
 
 
-def raise_for_bad_values(logits: torch.Tensor, volumes: Volumes, ignore_index: int | None) -> None:
-    """Reads labels, dense targets and voxel weights and raises where one is out of range. Waits for the device."""
+def raise_for_bad_values(
+    logits: torch.Tensor, volumes: Volumes, ignore_index: int | None, regions: Regions | None = None
+) -> None:
+    """Reads labels, dense targets, voxel weights and regions and raises where one is out of range. Waits for the
+    device."""
     target, weight, dense = volumes
+    if regions is not None and bool((regions.ids.long() >= regions.number).any()):
+        found = regions.ids[regions.ids.long() >= regions.number][0].item()
+        raise ValueError(f"regions: expected values below num_regions = {regions.number}, got {found}")
     if weight is not None and weight.dtype.is_floating_point and weight.numel() and not bool((weight >= 0).all()):
         raise ValueError(f"voxel_weight: expected values >= 0, got {weight[~(weight >= 0)][0].item()}")
     if target.dtype == torch.bool or target.numel() == 0:

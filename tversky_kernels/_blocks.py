@@ -34,8 +34,8 @@ def _options_of(of: PassOptions) -> _options.Options:
     )  # fmt: skip
 
 
-def _flat(logits, target, voxel_weight, options: _options.Options):
-    # With one dimension for all voxels, the last, and the target at the logits' voxels.
+def _flat(logits, target, voxel_weight, options: _options.Options, ids=None):
+    # With one dimension for all voxels, the last, and the target and regions at the logits' voxels.
     dense = target.dim() == logits.dim()
     first, spatial = 2 if dense else 1, logits.shape[2:]
     if target.shape[first:] != spatial:
@@ -47,7 +47,8 @@ def _flat(logits, target, voxel_weight, options: _options.Options):
     def flat(x, at):
         return x if x is None else x.flatten(at) if x.dim() > at else x.unsqueeze(at)
 
-    return flat(logits, 2), flat(target, first), flat(voxel_weight, 1), dense
+    ids = None if ids is None else reference.nearest_voxels(ids, 2, spatial, options.resample)
+    return flat(logits, 2), flat(target, first), flat(voxel_weight, 1), dense, flat(ids, 2)
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[tuple[int, slice]]:
@@ -68,17 +69,31 @@ def _of(sample: int, voxels: slice, z, target, voxel_weight, dense: bool):
 @torch.no_grad()
 def count_pass(logits, target, voxel_weight, *arguments) -> torch.Tensor:
     """As the operator: (N, C, 3 or 6) in float64."""
+    return _count(logits, target, voxel_weight, None, *arguments)
+
+
+@torch.no_grad()
+def region_count_pass(logits, target, voxel_weight, regions, num_regions, *arguments) -> torch.Tensor:
+    """As the operator: (N, R, C, 4 or 7) in float64."""
+    return _count(logits, target, voxel_weight, _arguments.Regions(regions, num_regions), *arguments)
+
+
+def _count(logits, target, voxel_weight, regions: _arguments.Regions | None, *arguments) -> torch.Tensor:
     *of_pass, check = arguments
     options = _options_of(PassOptions(*of_pass))
-    z, target, voxel_weight, dense = _flat(logits, target, voxel_weight, options)
+    ids = None if regions is None else regions.ids
+    z, target, voxel_weight, dense, ids = _flat(logits, target, voxel_weight, options, ids)
     columns = 6 if options.ce_weight else 3
-    counts = logits.new_zeros((*logits.shape[:2], columns), dtype=torch.float64)
+    rows = () if regions is None else (regions.number,)
+    shape = (logits.size(0), *rows, logits.size(1), columns + len(rows))
+    counts = logits.new_zeros(shape, dtype=torch.float64)
     bad = torch.zeros((), dtype=torch.bool, device=logits.device)
     for sample, voxels in _blocks(z):
         block, volumes = _of(sample, voxels, z, target, voxel_weight, dense)
+        of_block = None if regions is None else regions._replace(ids=ids[sample : sample + 1, :, voxels])
         if check == CHECKS["raise"]:
-            _arguments.raise_for_bad_values(block, volumes, options.ignore_index)
-        sums, is_bad = reference.sums(block, volumes, options, checks_targets=check != CHECKS["ignore"])
+            _arguments.raise_for_bad_values(block, volumes, options.ignore_index, of_block)
+        sums, is_bad = reference.sums(block, volumes, options, check != CHECKS["ignore"], of_block)
         counts[sample] += torch.stack(sums, -1)[0]
         bad |= is_bad
     return counts.masked_fill_(bad, torch.nan)
@@ -104,37 +119,77 @@ def _upstream(grad_loss, coefficients, options: _options.Options) -> torch.Tenso
     return torch.stack(parts, -1)
 
 
-def _write_gradient(out, grad_loss, coefficients, logits, target, voxel_weight, *arguments) -> None:
-    options = _options_of(PassOptions(*arguments))
-    z, target, voxel_weight, dense = _flat(logits, target, voxel_weight, options)
-    upstream = _upstream(grad_loss, coefficients, options).to(_arguments.compute_dtype(logits))
+def _write_gradient(out, upstream, logits, target, voxel_weight, regions, options: _options.Options) -> None:
+    # upstream: the gradient of the counts.
+    ids = None if regions is None else regions.ids
+    z, target, voxel_weight, dense, ids = _flat(logits, target, voxel_weight, options, ids)
+    upstream = upstream.to(_arguments.compute_dtype(logits))
     for sample, voxels in _blocks(z):
         block, volumes = _of(sample, voxels, z, target, voxel_weight, dense)
+        of_block = None if regions is None else regions._replace(ids=ids[sample : sample + 1, :, voxels])
         with torch.enable_grad():
             block = block.detach().requires_grad_()
-            sums, _ = reference.sums(block, volumes, options, checks_targets=False)
+            sums, _ = reference.sums(block, volumes, options, False, of_block)
             row = upstream[sample if upstream.size(0) > 1 else 0]
             (gradient,) = torch.autograd.grad(torch.stack(sums, -1)[0], block, row)
         out[sample, :, voxels] = gradient[0]
 
 
+def _write(out, grad_loss, coefficients, logits, target, voxel_weight, *arguments) -> None:
+    options = _options_of(PassOptions(*arguments))
+    upstream = _upstream(grad_loss, coefficients, options)
+    _write_gradient(_voxels_last(out), upstream, logits, target, voxel_weight, None, options)
+
+
+def _write_of_regions(out, coefficients, logits, target, voxel_weight, ids, *arguments) -> None:
+    options = _options_of(PassOptions(*arguments))
+    rows = coefficients.flatten(0, 1)
+    upstream = _upstream(rows.new_ones(()), rows, options).unflatten(0, coefficients.shape[:2])
+    upstream = torch.cat([upstream, torch.zeros_like(upstream[..., :1])], -1)
+    regions = _arguments.Regions(ids, coefficients.size(1))
+    _write_gradient(_voxels_last(out), upstream, logits, target, voxel_weight, regions, options)
+
+
+def _voxels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+
+
 def gradient_pass(grad_loss, coefficients, logits, *volumes_and_arguments) -> torch.Tensor:
     """As the operator: the gradient of the logits, in a fresh tensor."""
     gradient = torch.empty_like(logits)
-    flat = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(2)
-    _write_gradient(flat, grad_loss, coefficients, logits, *volumes_and_arguments)
+    _write(gradient, grad_loss, coefficients, logits, *volumes_and_arguments)
     return gradient
 
 
 def gradient_pass_(logits, grad_loss, coefficients, *volumes_and_arguments) -> None:
     """As the operator: the gradient over the logits."""
-    flat = logits.flatten(2) if logits.dim() > 2 else logits.unsqueeze(2)
-    _write_gradient(flat, grad_loss, coefficients, logits, *volumes_and_arguments)
+    _write(logits, grad_loss, coefficients, logits, *volumes_and_arguments)
+
+
+def region_gradient_pass(coefficients, logits, *volumes_and_arguments) -> torch.Tensor:
+    """As the operator: the gradient of the logits, in a fresh tensor."""
+    gradient = torch.empty_like(logits)
+    _write_of_regions(gradient, coefficients, logits, *volumes_and_arguments)
+    return gradient
+
+
+def region_gradient_pass_(logits, coefficients, *volumes_and_arguments) -> None:
+    """As the operator: the gradient over the logits."""
+    _write_of_regions(logits, coefficients, logits, *volumes_and_arguments)
 
 
 def _not_here(*_):
     raise NotImplementedError("blocks: a loss is made of the counts by torch's operators")
 
 
-OPERATORS["blocks"] = Operators(count_pass, _not_here, _not_here, gradient_pass, gradient_pass_)
+OPERATORS["blocks"] = Operators(
+    count_pass,
+    _not_here,
+    _not_here,
+    gradient_pass,
+    gradient_pass_,
+    region_count_pass,
+    region_gradient_pass,
+    region_gradient_pass_,
+)
 LINEAR_OPERATORS["blocks"] = linear_passes("blocks")

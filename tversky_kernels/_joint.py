@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from .distributed import Ranks
 class Part(NamedTuple):
     """This rank's part of a loss.
 
-    counts: Computes (N, C, 3 or 6), differentiable. like: Has the shape, dtype and device of the logits.
+    counts: Computes (N, C, 3 or 6), or the counts of regions, differentiable. like: Has the shape, dtype and device of
+    the logits.
     """
 
     counts: Callable[[], torch.Tensor]
@@ -24,14 +26,16 @@ class Part(NamedTuple):
     like: torch.Tensor
 
     @property
-    def rows(self) -> int:
-        """Rows of this rank's table."""
-        return 1 if self.checked.plan.options.batch else self.like.size(0)
+    def rows(self) -> tuple[int, ...]:
+        """Rows of this rank's table: samples, and regions where there are any."""
+        samples = 1 if self.checked.plan.options.batch else self.like.size(0)
+        return (samples,) if self.checked.regions is None else (samples, self.checked.regions.number)
 
     @property
-    def columns(self) -> int:
-        """Columns of this rank's table."""
-        return 6 if _options.is_used(self.checked.plan.options.ce_weight) else 3
+    def size(self) -> tuple[int, int, int]:
+        """Rows, classes and columns of this rank's table."""
+        columns = self.checked.columns + (self.checked.has_members and self.checked.regions is None)
+        return math.prod(self.rows), self.like.size(1), columns
 
 
 # A hash of everything that must be the same on all ranks. Values that are on a GPU are left out.
@@ -47,6 +51,8 @@ def _token(parts: Sequence[Part], check_target: bool | None) -> tuple[int, ...]:
         what += [
             checked.plan.options,
             checked.volumes.dense,
+            None if checked.regions is None else checked.regions.number,
+            checked.annotated is None,
             part.like.size(1),
             part.like.dtype,
             numbers,
@@ -68,16 +74,15 @@ def _summed_counts(parts: Sequence[Part], ranks: Ranks, check_target: bool | Non
     found, error = [], None
     token = () if torch.compiler.is_compiling() else _token(parts, check_target)
     for part in parts:
-        shape = (part.like.size(0), part.like.size(1), part.columns)
+        shape = (*part.rows, *part.size[1:])
         empty = functools.partial(part.like.new_zeros, shape, dtype=torch.float64)
-        counts, failed = distributed.attempt(part.counts, empty)
+        counts, failed = distributed.attempt(functools.partial(_rows, part, check_target), empty)
         error = error or failed
-        counts = counts.double()
-        found.append(counts.sum(0, keepdim=True) if part.checked.plan.options.batch else counts)
+        found.append(counts)
     if ranks.parts is None:
         return found, error, token
     if not torch.compiler.is_compiling():
-        sizes = [(part.rows, part.like.size(1), part.columns) for part in parts]
+        sizes = [part.size for part in parts]
         try:
             distributed.agree_on_sizes(ranks.parts, sizes, parts[0].like.device, "process_group")
         except ValueError as different:
@@ -85,6 +90,10 @@ def _summed_counts(parts: Sequence[Part], ranks: Ranks, check_target: bool | Non
     reads = _reads(parts[0].like, check_target)
     joined = distributed.sum_over(ranks.parts, found, ranks.scale, token, error, reads, "process_group")
     return joined.values, joined.error or error, token
+
+
+def _rows(part: Part, check_target: bool | None) -> torch.Tensor:
+    return reference.rows_of(part.counts().double(), part.checked, check_target)
 
 
 def counts(part: Part, ranks: Ranks, check_target: bool | None) -> torch.Tensor:
@@ -100,11 +109,7 @@ def losses(parts: Sequence[Part], ranks: Ranks, check_target: bool | None) -> li
     values, error, token = _summed_counts(parts, ranks, check_target)
     terms = []
     for part, value in zip(parts, values, strict=True):
-        checked = part.checked
-        columns = reference.Counts(*value.unbind(-1))
-        flat_below = 1e-290 if part.like.dtype == torch.float64 else 1e-30
-        options = (checked.options, checked.class_parameters, checked.volumes.dense, flat_below)
-        terms.append(reference.terms_of_counts(columns, *options))
+        terms.append(reference.terms_of_table(value, part.checked, reference.flat_below(part.like.dtype)))
     if ranks.samples is not None:
         # Where ranks of `parts` hold the same samples, each of them brings these; the ranks of `samples` bring others.
         scale = ranks.scale if ranks.parts is None else 1.0

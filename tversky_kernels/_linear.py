@@ -76,9 +76,10 @@ def _blocks(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
             yield _Block(sample, first, last, x, logits.unsqueeze(0))
 
 
-def _check(features, weight, bias, target, voxel_weight) -> None:
+def _check(features, weight, bias, target, voxel_weight, regions) -> None:
     # Python's functions have checked their arguments in words; this is for direct calls of the operators.
     given = {"features": features, "weight": weight, "bias": bias, "target": target, "voxel_weight": voxel_weight}
+    given["regions"] = regions
     for name, x in given.items():
         if x is not None and (x.layout is not torch.strided or x.is_nested or x.device != features.device):
             raise ValueError(f"{name}: expected a dense tensor on the features' device, got {x.layout} on {x.device}")
@@ -94,10 +95,21 @@ def _check(features, weight, bias, target, voxel_weight) -> None:
         raise ValueError(f"target: expected the features' samples and voxels, got {tuple(target.shape)}")
     if voxel_weight is not None and voxel_weight.shape != (samples, *spatial):
         raise ValueError(f"voxel_weight: expected ({samples}, *spatial), got {tuple(voxel_weight.shape)}")
+    if regions is not None and regions.shape not in ((samples, 1, *spatial), (samples, classes, *spatial)):
+        raise ValueError(f"regions: expected ({samples}, 1 or {classes}, *spatial), got {tuple(regions.shape)}")
 
 
-def _check_gradient(features, weight, grad_loss, coefficients, out, cross_entropy) -> None:
+def _check_gradient(features, weight, grad_loss, coefficients, out, cross_entropy, regional: bool) -> None:
+    if out is features and not is_dense(features):
+        raise ValueError("features: in place, each must have a place of its own, with nothing in between")
     samples, classes = features.size(0), weight.size(0)
+    if regional:
+        expected = (samples, coefficients.size(1) if coefficients.dim() > 1 else 0, classes, 4 if cross_entropy else 2)
+        if coefficients.shape != expected or coefficients.dtype != torch.float64:
+            raise ValueError(f"coefficients: expected {expected} of float64, got {tuple(coefficients.shape)}")
+        if coefficients.device != features.device:
+            raise ValueError("coefficients: expected them on the features' device")
+        return
     rows, columns = coefficients.size(0) if coefficients.dim() else 0, 4 if cross_entropy else 2
     if (
         coefficients.shape != (rows, classes, columns)
@@ -114,19 +126,29 @@ def _check_gradient(features, weight, grad_loss, coefficients, out, cross_entrop
         raise ValueError(f"grad_loss: its shape {shape} does not fit the coefficients {tuple(coefficients.shape)}")
     if grad_loss.device != features.device or coefficients.device != features.device:
         raise ValueError("grad_loss, coefficients: expected them on the features' device")
-    if out is features and not is_dense(features):
-        raise ValueError("features: in place, each must have a place of its own, with nothing in between")
 
 
-def count_pass(operators, features, weight, bias, target, voxel_weight, *arguments) -> torch.Tensor:
-    """The counts (N, C, 3 or 6), by the operator count_pass on one block after the other."""
-    _check(features, weight, bias, target, voxel_weight)
+def count_pass(
+    operators, features, weight, bias, target, voxel_weight, *arguments, regions=None, num_regions: int = 0
+) -> torch.Tensor:
+    """The counts (N, C, 3 or 6), by the operator count_pass on one block after the other.
+
+    With regions (N, R, C, 4 or 7), by region_count_pass.
+    """
+    _check(features, weight, bias, target, voxel_weight, regions)
     features, target, voxel_weight = _flat(features, target, voxel_weight)
     *of_pass, _mode = arguments
-    shape = (features.size(0), weight.size(0), 6 if PassOptions(*of_pass).cross_entropy else 3)
+    columns = 6 if PassOptions(*of_pass).cross_entropy else 3
+    shape: tuple[int, ...] = (features.size(0), weight.size(0), columns)
+    if regions is not None:
+        regions, shape = _of_voxels(regions, 2), (features.size(0), num_regions, weight.size(0), columns + 1)
     counts = features.new_zeros(shape, dtype=torch.float64)
     for block in _blocks(features, *_head(weight, bias)):
-        found = operators.count_pass(block.logits, block.of(target), block.of(voxel_weight), *arguments)
+        volumes = (block.logits, block.of(target), block.of(voxel_weight))
+        if regions is None:
+            found = operators.count_pass(*volumes, *arguments)
+        else:
+            found = operators.region_count_pass(*volumes, block.of(regions), num_regions, *arguments)
         counts[block.sample] += found[0]
     return counts
 
@@ -137,24 +159,31 @@ def _head(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor
 
 
 def gradient_pass(
-    operators, out, grad_loss, coefficients, features, weight, bias, target, voxel_weight, *arguments
+    operators, out, grad_loss, coefficients, features, weight, bias, target, voxel_weight, *arguments, regions=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes the gradient of the features to ``out`` (or not, where it is None) and returns those of weight and bias.
 
-    ``out`` may be the features themselves. Gradients of the head are summed over the blocks in float64.
+    ``out`` may be the features themselves. Gradients of the head are summed over the blocks in float64. With regions
+    the coefficients have the upstream gradient in them.
     """
-    _check(features, weight, bias, target, voxel_weight)
-    _check_gradient(features, weight, grad_loss, coefficients, out, PassOptions(*arguments).cross_entropy)
+    _check(features, weight, bias, target, voxel_weight, regions)
+    cross_entropy = PassOptions(*arguments).cross_entropy
+    _check_gradient(features, weight, grad_loss, coefficients, out, cross_entropy, regions is not None)
     features, target, voxel_weight = _flat(features, target, voxel_weight)
+    regions = _of_voxels(regions, 2)
     out, dtype = _of_voxels(out, 2), weight.dtype
     weight, bias = _head(weight, bias)
     grad_weight = torch.zeros_like(weight, dtype=torch.float64)
     grad_bias = grad_weight.new_zeros(weight.size(0))
     of_block = torch.empty_like(weight)
     for block in _blocks(features, weight, bias):
-        upstream = block.row(grad_loss) if grad_loss.dim() == 2 else grad_loss
-        volumes = block.of(target), block.of(voxel_weight)
-        operators.gradient_pass_(block.logits, upstream, block.row(coefficients), *volumes, *arguments)
+        volumes: tuple = block.of(target), block.of(voxel_weight)
+        if regions is None:
+            upstream = block.row(grad_loss) if grad_loss.dim() == 2 else grad_loss
+            operators.gradient_pass_(block.logits, upstream, block.row(coefficients), *volumes, *arguments)
+        else:
+            volumes = (*volumes, block.of(regions))
+            operators.region_gradient_pass_(block.logits, block.row(coefficients), *volumes, *arguments)
         gradient = block.logits[0]
         grad_weight += torch.mm(gradient, block.features.t(), out=of_block)
         grad_bias += gradient.sum(1)

@@ -21,6 +21,8 @@ NAMESPACE = "tversky_kernels"
 
 # target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken.
 _TARGET = "Tensor target, Tensor? voxel_weight"
+# (N, 1 or C, *any): in which region, in [0, num_regions), a voxel is counted; negative: in none.
+_REGIONS = "Tensor regions"
 _PASS = schema_of(PassOptions)
 _TABLE = f"Tensor? class_parameters, {schema_of(TableOptions)}"
 SCHEMAS = (
@@ -32,6 +34,11 @@ SCHEMAS = (
     f"tversky_loss(Tensor logits, {_TARGET}, {_PASS}, int check, {_TABLE}) -> (Tensor, Tensor)",
     f"gradient_pass(Tensor grad_loss, Tensor coefficients, Tensor logits, {_TARGET}, {_PASS}) -> Tensor",
     f"gradient_pass_(Tensor(a!) logits, Tensor grad_loss, Tensor coefficients, {_TARGET}, {_PASS}) -> ()",
+    # -> (N, R, C, 4 or 7) float64: the counts of each region, and last its number of voxels
+    f"region_count_pass(Tensor logits, {_TARGET}, {_REGIONS}, int num_regions, {_PASS}, int check) -> Tensor",
+    # coefficients (N, R, C, 2 or 4), with the upstream gradient in them
+    f"region_gradient_pass(Tensor coefficients, Tensor logits, {_TARGET}, {_REGIONS}, {_PASS}) -> Tensor",
+    f"region_gradient_pass_(Tensor(a!) logits, Tensor coefficients, {_TARGET}, {_REGIONS}, {_PASS}) -> ()",
     "cpu_capability(int? force) -> int",
     # -> whether large gradients' memory is kept for the next ones; the bytes of it that gradients occupy, that wait
     "cpu_gradient_memory(bool? keep) -> (bool, int, int)",
@@ -39,6 +46,8 @@ SCHEMAS = (
 
 #: The operators that every kernel backend implements.
 NAMES = ("count_pass", "table", "tversky_loss", "gradient_pass", "gradient_pass_")
+#: Those of losses with regions.
+REGION_NAMES = ("region_count_pass", "region_gradient_pass", "region_gradient_pass_")
 
 _HEAD = "Tensor weight, Tensor? bias"
 #: The same passes with features (N, K, *spatial) and a head (C, K), (C) in the place of logits; of any device.
@@ -50,8 +59,22 @@ LINEAR_SCHEMAS = (
     # the gradient of the features over the features -> those of weight and bias
     f"linear_gradient_pass_(Tensor(a!) features, Tensor grad_loss, Tensor coefficients, {_HEAD}, {_TARGET}, {_PASS}) "
     "-> (Tensor, Tensor)",
+    # With regions, and coefficients that have the upstream gradient in them.
+    f"linear_region_count_pass(Tensor features, {_HEAD}, {_TARGET}, {_REGIONS}, int num_regions, {_PASS}, int check) "
+    "-> Tensor",
+    f"linear_region_gradient_pass(Tensor coefficients, Tensor features, {_HEAD}, {_TARGET}, {_REGIONS}, {_PASS}, "
+    "bool to_features) -> (Tensor, Tensor, Tensor)",
+    f"linear_region_gradient_pass_(Tensor(a!) features, Tensor coefficients, {_HEAD}, {_TARGET}, {_REGIONS}, {_PASS}) "
+    "-> (Tensor, Tensor)",
 )
-LINEAR_NAMES = ("linear_count_pass", "linear_gradient_pass", "linear_gradient_pass_")
+LINEAR_NAMES = (
+    "linear_count_pass",
+    "linear_gradient_pass",
+    "linear_gradient_pass_",
+    "linear_region_count_pass",
+    "linear_region_gradient_pass",
+    "linear_region_gradient_pass_",
+)
 
 
 def _define_namespace() -> torch.library.Library:
@@ -67,7 +90,7 @@ def _define_namespace() -> torch.library.Library:
 _library = _define_namespace()
 for _schema in (*SCHEMAS, *LINEAR_SCHEMAS):
     _library.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
-    if _schema.startswith((*NAMES, *LINEAR_NAMES)):
+    if _schema.startswith((*NAMES, *REGION_NAMES, *LINEAR_NAMES)):
         _library.define(f"triton_{_schema}", tags=[torch.Tag.pt2_compliant_tag])
 
 
@@ -112,7 +135,7 @@ def _register_triton() -> str | None:
         from .triton import launch
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    for name in NAMES:
+    for name in (*NAMES, *REGION_NAMES):
         _library.impl(f"triton_{name}", getattr(launch, name), "CPU" if interpreted else "CUDA")
     return None
 
@@ -133,13 +156,17 @@ class Operators(NamedTuple):
     tversky_loss: Callable
     gradient_pass: Callable
     gradient_pass_: Callable
+    region_count_pass: Callable
+    region_gradient_pass: Callable
+    region_gradient_pass_: Callable
 
 
+_ALL = (*NAMES, *REGION_NAMES)
 #: By backend. cpu and cuda share their operators: the dispatcher chooses by the tensors' device.
 OPERATORS = {
-    "cpu": Operators(*(getattr(ops, name).default for name in NAMES)),
-    "cuda": Operators(*(getattr(ops, name).default for name in NAMES)),
-    "triton": Operators(*(getattr(ops, f"triton_{name}").default for name in NAMES)),
+    "cpu": Operators(*(getattr(ops, name).default for name in _ALL)),
+    "cuda": Operators(*(getattr(ops, name).default for name in _ALL)),
+    "triton": Operators(*(getattr(ops, f"triton_{name}").default for name in _ALL)),
 }
 
 
@@ -149,6 +176,9 @@ class LinearOperators(NamedTuple):
     count_pass: Callable
     gradient_pass: Callable
     gradient_pass_: Callable
+    region_count_pass: Callable
+    region_gradient_pass: Callable
+    region_gradient_pass_: Callable
 
 
 def linear_passes(backend: str) -> LinearOperators:
@@ -166,7 +196,28 @@ def linear_passes(backend: str) -> LinearOperators:
     def gradient_pass_(features, grad_loss, coefficients, *arguments):
         return _linear.gradient_pass(OPERATORS[backend], features, grad_loss, coefficients, features, *arguments)
 
-    return LinearOperators(count_pass, gradient_pass, gradient_pass_)
+    def region_count_pass(features, weight, bias, target, voxel_weight, regions, num_regions, *arguments):
+        volumes = (features, weight, bias, target, voxel_weight)
+        return _linear.count_pass(OPERATORS[backend], *volumes, *arguments, regions=regions, num_regions=num_regions)
+
+    def region_gradient_pass(coefficients, features, weight, bias, target, voxel_weight, regions, *arguments):
+        *arguments, to_features = arguments
+        out = torch.empty_like(features) if to_features else None
+        volumes = (features, weight, bias, target, voxel_weight)
+        of_head = _linear.gradient_pass(
+            OPERATORS[backend], out, None, coefficients, *volumes, *arguments, regions=regions
+        )
+        return (features.new_empty(0) if out is None else out, *of_head)
+
+    def region_gradient_pass_(features, coefficients, weight, bias, target, voxel_weight, regions, *arguments):
+        volumes = (features, weight, bias, target, voxel_weight)
+        return _linear.gradient_pass(
+            OPERATORS[backend], features, None, coefficients, *volumes, *arguments, regions=regions
+        )
+
+    return LinearOperators(
+        count_pass, gradient_pass, gradient_pass_, region_count_pass, region_gradient_pass, region_gradient_pass_
+    )
 
 
 def _register_linear(prefix: str, backend: str) -> LinearOperators:
@@ -242,6 +293,23 @@ def _(logits, *_):
     return None
 
 
+@_fake("region_count_pass")
+def _(logits, target, voxel_weight, regions, num_regions, *arguments):
+    *of_pass, _check = arguments
+    columns = 7 if PassOptions(*of_pass).cross_entropy else 4
+    return logits.new_empty([logits.size(0), num_regions, logits.size(1), columns], dtype=torch.float64)
+
+
+@_fake("region_gradient_pass")
+def _(coefficients, logits, *_):
+    return torch.empty_like(logits)
+
+
+@_fake("region_gradient_pass_")
+def _(logits, *_):
+    return None
+
+
 @_fake("linear_count_pass")
 def _(features, weight, bias, target, voxel_weight, *arguments):
     *of_pass, _check = arguments
@@ -258,4 +326,23 @@ def _(grad_loss, coefficients, features, weight, *arguments):
 
 @_fake("linear_gradient_pass_")
 def _(features, grad_loss, coefficients, weight, *_):
+    return torch.empty_like(weight), weight.new_empty(weight.size(0))
+
+
+@_fake("linear_region_count_pass")
+def _(features, weight, bias, target, voxel_weight, regions, num_regions, *arguments):
+    *of_pass, _check = arguments
+    columns = 7 if PassOptions(*of_pass).cross_entropy else 4
+    return features.new_empty([features.size(0), num_regions, weight.size(0), columns], dtype=torch.float64)
+
+
+@_fake("linear_region_gradient_pass")
+def _(coefficients, features, weight, *arguments):
+    *_, to_features = arguments
+    of_features = torch.empty_like(features) if to_features else features.new_empty(0)
+    return of_features, torch.empty_like(weight), weight.new_empty(weight.size(0))
+
+
+@_fake("linear_region_gradient_pass_")
+def _(features, coefficients, weight, *_):
     return torch.empty_like(weight), weight.new_empty(weight.size(0))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import reference
-from ._arguments import Checked, Plan, Volumes
+from ._arguments import Checked, Plan, Regions, Volumes
 from ._layout import is_dense
 from ._ops import LINEAR_OPERATORS, OPERATORS
 
@@ -58,23 +58,30 @@ def _loss_of_counts(counts, plan: Plan, class_parameters, backend, dtype):
     return loss.to(dtype), coefficients
 
 
-def _coefficients_of_counts(upstream):
-    # From the gradient of the counts (N, C, 3 or 6): dL/dp where g = 0 and where g = 1, with a cross-entropy dL/dCE and
-    # dL/dsmoothing, and the upstream gradient left.
+def _coefficients_of_counts(upstream, regional: bool = False):
+    # From the gradient of the counts (..., C, 3 or 6, one more with regions): dL/dp where g = 0 and where g = 1, with a
+    # cross-entropy dL/dCE and dL/dsmoothing, and the upstream gradient left.
     tp, fp, fn, *of_cross_entropy = upstream.unbind(-1)
-    return upstream.new_ones(()), torch.stack((fp, tp - fn, *of_cross_entropy[:2]), -1)
+    of_cross_entropy = of_cross_entropy[: 0 if regional and len(of_cross_entropy) == 1 else 2]
+    return upstream.new_ones(()), torch.stack((fp, tp - fn, *of_cross_entropy), -1)
 
 
 @_with_eager_form
 class GradientPass(torch.autograd.Function):
     """The gradient pass, itself differentiable: its derivative is the reference's.
 
-    upstream is the gradient of the loss or, without coefficients, of the counts (N, C, 3 or 6).
+    upstream is the gradient of the loss or, without coefficients, of the counts (N, C, 3 or 6), or of regions' counts.
     """
 
     @staticmethod
-    def forward(upstream, logits, target, voxel_weight, coefficients, class_parameters, plan, backend):
+    def forward(
+        upstream, logits, target, voxel_weight, regions, coefficients, class_parameters, plan, num_regions, backend
+    ):
         """dL/dlogits in a fresh tensor."""
+        if regions is not None:
+            _, coefficients = _coefficients_of_counts(upstream, True)
+            volumes = (logits, target, voxel_weight, regions)
+            return OPERATORS[backend].region_gradient_pass(coefficients, *volumes, *plan.of_pass)
         if coefficients is None:
             upstream, coefficients = _coefficients_of_counts(upstream)
         return OPERATORS[backend].gradient_pass(upstream, coefficients, logits, target, voxel_weight, *plan.of_pass)
@@ -82,16 +89,17 @@ class GradientPass(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs: the second derivative starts from them."""
-        upstream, logits, target, voxel_weight, coefficients, class_parameters, plan, _ = inputs
-        ctx.save_for_backward(upstream, logits, target, voxel_weight, class_parameters)
-        ctx.plan, ctx.of_counts = plan, coefficients is None
+        upstream, logits, target, voxel_weight, regions, coefficients, class_parameters, plan, num_regions, _ = inputs
+        ctx.save_for_backward(upstream, logits, target, voxel_weight, regions, class_parameters)
+        ctx.plan, ctx.of_counts, ctx.num_regions = plan, coefficients is None, num_regions
 
     @staticmethod
     def backward(ctx, grad_gradient):
         """Differentiates the reference's gradient."""
-        upstream, logits, target, voxel_weight, class_parameters = ctx.saved_tensors
+        upstream, logits, target, voxel_weight, ids, class_parameters = ctx.saved_tensors
         volumes = Volumes(target, voxel_weight, target.dim() == logits.dim())
-        checked = Checked(volumes, ctx.plan, class_parameters, {})
+        regions = None if ids is None else Regions(ids, ctx.num_regions)
+        checked = Checked(volumes, ctx.plan, class_parameters, {}, regions)
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases: where upstream itself depends on the logits, that way is autograd's and not to be counted here.
@@ -104,25 +112,33 @@ class GradientPass(torch.autograd.Function):
             to_upstream, to_logits = torch.autograd.grad(
                 gradient, (upstream, z), grad_gradient, create_graph=again, allow_unused=True
             )
-        return to_upstream, to_logits, *(None,) * 6
+        return to_upstream, to_logits, *(None,) * 8
 
 
-def _gradient(upstream, volume, coefficients, class_parameters, plan: Plan, inplace, backend):
+def _gradient(
+    upstream, volume, coefficients, class_parameters, plan: Plan, inplace, backend, regions=None, num_regions: int = 0
+):
     # Into a fresh tensor or, where asked and possible, over the logits.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return apply(GradientPass, upstream, *volume, coefficients, class_parameters, plan, backend)
-    if coefficients is None:
-        upstream, coefficients = _coefficients_of_counts(upstream)
+        of_table = (coefficients, class_parameters, plan, num_regions)
+        return apply(GradientPass, upstream, *volume, regions, *of_table, backend)
     ops = OPERATORS[backend]
-    logits, target, voxel_weight = volume
-    if inplace and may_overwrite_now(logits, target, voxel_weight):
+    logits, *others = volume
+    if regions is not None:
+        given: tuple = (_coefficients_of_counts(upstream, True)[1],)
+        others = [*others, regions]
+        gradient_pass, gradient_pass_ = ops.region_gradient_pass, ops.region_gradient_pass_
+    else:
+        given = (upstream, coefficients) if coefficients is not None else _coefficients_of_counts(upstream)
+        gradient_pass, gradient_pass_ = ops.gradient_pass, ops.gradient_pass_
+    if inplace and may_overwrite_now(logits, *others):
         gradient = logits.detach()
-        ops.gradient_pass_(gradient, upstream, coefficients, target, voxel_weight, *plan.of_pass)
+        gradient_pass_(gradient, *given, *others, *plan.of_pass)
         # The dispatcher does not do this for us; it makes any later use of the overwritten logits raise.
         torch.autograd.graph.increment_version(logits)
         return gradient
     try:
-        return ops.gradient_pass(upstream, coefficients, *volume, *plan.of_pass)
+        return gradient_pass(*given, logits, *others, *plan.of_pass)
     except RuntimeError:
         _raise_if_out_of_memory(logits)
         raise
@@ -250,10 +266,15 @@ class LinearTverskyLoss(torch.autograd.Function):
         inplace_backward,
         backend,
         of_counts,
+        regions,
+        num_regions,
     ):
         """The loss, and the coefficients that the gradient pass needs."""
-        volume = (features, weight, bias, target, voxel_weight, *plan.of_pass, check)
-        counts = LINEAR_OPERATORS[backend].count_pass(*volume)
+        volume = (features, weight, bias, target, voxel_weight)
+        if regions is not None:
+            of_regions = (regions, num_regions, *plan.of_pass, check)
+            return LINEAR_OPERATORS[backend].region_count_pass(*volume, *of_regions), None
+        counts = LINEAR_OPERATORS[backend].count_pass(*volume, *plan.of_pass, check)
         if of_counts:
             return counts, None
         return _loss_of_counts(counts, plan, class_parameters, backend, _result_dtype(features))
@@ -261,13 +282,13 @@ class LinearTverskyLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs and the coefficients."""
-        *tensors, plan, _, inplace_backward, backend, of_counts = inputs
+        *tensors, plan, _, inplace_backward, backend, of_counts, regions, num_regions = inputs
         _, coefficients = output
         if not of_counts:
             ctx.mark_non_differentiable(coefficients)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, coefficients)
-        ctx.plan, ctx.inplace_backward = plan, inplace_backward
+        ctx.save_for_backward(*tensors, coefficients, regions)
+        ctx.plan, ctx.inplace_backward, ctx.num_regions = plan, inplace_backward, num_regions
         ctx.backend, ctx.of_counts = backend, of_counts
 
     @staticmethod
@@ -275,35 +296,43 @@ class LinearTverskyLoss(torch.autograd.Function):
         """The gradient pass; where it is to be differentiated again, the reference's gradient."""
         wanted = ctx.needs_input_grad[:3]
         if upstream is None or not any(wanted):
-            return (None,) * 11
+            return (None,) * 13
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_gradients(ctx, upstream, wanted), *(None,) * 8
-        features, *volume, _, coefficients = ctx.saved_tensors  # volume: weight, bias, target, voxel_weight
-        if ctx.of_counts:
-            upstream, coefficients = _coefficients_of_counts(upstream)
-        ops, arguments = LINEAR_OPERATORS[ctx.backend], (*volume, *ctx.plan.of_pass)
+            return *_differentiable_gradients(ctx, upstream, wanted), *(None,) * 10
+        # volume: weight, bias, target, voxel_weight
+        features, *volume, _, coefficients, regions = ctx.saved_tensors
+        ops = LINEAR_OPERATORS[ctx.backend]
+        if regions is not None:
+            given: tuple = (_coefficients_of_counts(upstream, True)[1],)
+            volume = [*volume, regions]
+            gradient_pass, gradient_pass_ = ops.region_gradient_pass, ops.region_gradient_pass_
+        else:
+            given = _coefficients_of_counts(upstream) if ctx.of_counts else (upstream, coefficients)
+            gradient_pass, gradient_pass_ = ops.gradient_pass, ops.gradient_pass_
+        arguments = (*volume, *ctx.plan.of_pass)
         if wanted[0] and ctx.inplace_backward and may_overwrite_now(features, *volume):
             of_features = features.detach()
-            of_head = ops.gradient_pass_(of_features, upstream, coefficients, *arguments)
+            of_head = gradient_pass_(of_features, *given, *arguments)
             torch.autograd.graph.increment_version(features)  # as in _gradient
         else:
             try:
-                of_features, *of_head = ops.gradient_pass(upstream, coefficients, features, *arguments, wanted[0])
+                of_features, *of_head = gradient_pass(*given, features, *arguments, wanted[0])
             except RuntimeError:
                 _raise_if_out_of_memory(features)
                 raise
         gradients = (x if is_wanted else None for x, is_wanted in zip((of_features, *of_head), wanted, strict=True))
-        return *gradients, *(None,) * 8
+        return *gradients, *(None,) * 10
 
 
 def _differentiable_gradients(ctx, upstream, wanted):
     # The reference's, of features, weight and bias.
-    *head, target, voxel_weight, class_parameters, _ = ctx.saved_tensors
+    *head, target, voxel_weight, class_parameters, _, ids = ctx.saved_tensors
     # Aliases: where one of them depends on another, that way is autograd's and not to be counted here.
     head = [x if x is None else x.view_as(x) for x in head]
     volumes = Volumes(target, voxel_weight, target.dim() == head[0].dim())
     logits = reference.linear_logits(*head)
-    checked = Checked(volumes, ctx.plan, class_parameters, {})
+    regions = None if ids is None else Regions(ids, ctx.num_regions)
+    checked = Checked(volumes, ctx.plan, class_parameters, {}, regions)
     of = reference.checked_counts if ctx.of_counts else reference.checked_loss
     inputs = [x for x, is_wanted in zip(head, wanted, strict=True) if is_wanted]
     gradients = iter(torch.autograd.grad(of(logits, checked, check_target=False), inputs, upstream, create_graph=True))
@@ -315,21 +344,59 @@ class Counts(torch.autograd.Function):
     """Count pass forward, gradient pass backward."""
 
     @staticmethod
-    def forward(logits, target, voxel_weight, plan, check, inplace_backward, backend):
-        """tp, fp and fn, and with a cross-entropy its sums: (N, C, 3 or 6) in float64."""
-        return OPERATORS[backend].count_pass(logits, target, voxel_weight, *plan.of_pass, check)
+    def forward(logits, target, voxel_weight, regions, num_regions, plan, check, inplace_backward, backend):
+        """tp, fp and fn, and with a cross-entropy its sums: (N, C, 3 or 6) in float64; of regions (N, R, C, 4 or 7)."""
+        volume = (logits, target, voxel_weight)
+        if regions is not None:
+            return OPERATORS[backend].region_count_pass(*volume, regions, num_regions, *plan.of_pass, check)
+        return OPERATORS[backend].count_pass(*volume, *plan.of_pass, check)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs."""
-        logits, target, voxel_weight, plan, _, inplace_backward, backend = inputs
-        ctx.save_for_backward(logits, target, voxel_weight)
-        ctx.plan, ctx.inplace_backward, ctx.backend = plan, inplace_backward, backend
+        logits, target, voxel_weight, regions, num_regions, plan, _, inplace_backward, backend = inputs
+        ctx.save_for_backward(logits, target, voxel_weight, regions)
+        ctx.plan, ctx.inplace_backward, ctx.backend, ctx.num_regions = plan, inplace_backward, backend, num_regions
 
     @staticmethod
     def backward(ctx, upstream):
         """The gradient pass, its coefficients from the upstream gradient of the counts."""
         if not ctx.needs_input_grad[0]:
-            return (None,) * 7
-        how = (ctx.plan, ctx.inplace_backward, ctx.backend)
-        return _gradient(upstream, ctx.saved_tensors, None, None, *how), *(None,) * 6
+            return (None,) * 9
+        *volume, regions = ctx.saved_tensors
+        how = (ctx.plan, ctx.inplace_backward, ctx.backend, regions, ctx.num_regions)
+        return _gradient(upstream, volume, None, None, *how), *(None,) * 8
+
+
+@_with_eager_form
+class MarginalLogits(torch.autograd.Function):
+    """`reference.marginal_logits` with no more memory than its result, over which the gradient is written."""
+
+    @staticmethod
+    def forward(logits, annotated):
+        """The merged logits, and of each voxel those of the background."""
+        merged = reference.marginal_logits(logits.detach(), annotated)
+        return merged, merged[:, :1].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps the inputs."""
+        _, background = output
+        ctx.mark_non_differentiable(background)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, background)
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        """d merged[0] / d z_k = exp(z_k - merged[0]), for class 0 and all that belong to it."""
+        if upstream is None or not ctx.needs_input_grad[0]:
+            return None, None
+        logits, annotated, background = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            background = reference.marginal_logits(logits, annotated)[:, :1]
+        together = ~annotated
+        together = torch.cat([together.any(1, keepdim=True), together[:, 1:]], 1)
+        together = together.view(*annotated.shape, *(1,) * (logits.dim() - 2))
+        share = (logits.to(upstream.dtype) - background).exp()
+        gradient = torch.where(together, torch.where(upstream[:, :1] == 0, 0.0, upstream[:, :1] * share), upstream)
+        return gradient.to(logits.dtype), None

@@ -85,11 +85,11 @@ _forward_ad = torch.autograd.forward_ad
 def _on_backend(logits, checked, function, how, check_target, backend):
     # function(chosen backend, check, logits, checked, compiles, *how), or None: the reference is to compute it.
     # compiles: a graph for itself, not one that is exported.
-    volumes, plan = checked.volumes, checked.plan
+    volumes, plan, regions = checked.volumes, checked.plan, checked.regions
     differentiable_target = volumes.target.requires_grad and torch.is_grad_enabled()
     unsupported = "the gradient of a target" if differentiable_target else None
     triton_first = _backends.faster_by_triton(logits, plan.options, volumes.dense)
-    chosen = _backends.choose(backend, logits.device, unsupported, triton_first, _backends.beyond_cuda(logits))
+    chosen = _backends.choose(backend, logits.device, unsupported, triton_first, _backends.beyond_cuda(logits, regions))
     if chosen == "reference" or (
         _is_transformed() and _only_by_reference(logits, volumes.voxel_weight, checked.class_parameters)
     ):
@@ -99,16 +99,19 @@ def _on_backend(logits, checked, function, how, check_target, backend):
     if torch.compiler.is_compiling():
         return function(chosen, check, logits, checked, not torch.compiler.is_exporting(), *how)
     if check_target and not on_host:
-        _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index)
+        _arguments.raise_for_bad_values(logits, volumes, plan.options.ignore_index, regions)
     # Tensors that the kernels cannot read in place are copied here, once for both passes.
     walked = logits
     target, voxel_weight, dense = volumes
-    if not (logits.is_contiguous() and target.is_contiguous() and voxel_weight is None):
+    are_plain = logits.is_contiguous() and target.is_contiguous() and voxel_weight is None and regions is None
+    if not are_plain:
         spatial = 2 if dense else 1
         walked = walkable(logits, 2)
         if target.shape[spatial:] == logits.shape[2:]:
             target = walkable(target, spatial)
             voxel_weight = None if voxel_weight is None else walkable(voxel_weight, 1)
+            if regions is not None:
+                checked = checked._replace(regions=regions._replace(ids=walkable(regions.ids, 2)))
         checked = checked._replace(volumes=_arguments.Volumes(target, voxel_weight, dense))
     if chosen != "cpu" or check != _arguments.CHECKS["raise"]:
         return function(chosen, check, walked, checked, False, *how)
@@ -123,15 +126,15 @@ def _on_backend(logits, checked, function, how, check_target, backend):
 
 
 #: The CPU kernels' error about a bad value.
-_BAD_VALUE = re.compile(r"(target|voxel_weight): expected (labels|values) .*, got .*")
+_BAD_VALUE = re.compile(r"(target|voxel_weight|regions): expected (labels|values) .*, got .*")
 
 
 def _apply_loss(chosen, check, logits, checked, compiles, inplace):
-    (target, voxel_weight, _), plan, class_parameters, _ = checked
+    (target, voxel_weight, _), plan, class_parameters, *_ = checked
     # Numbers of the operator `tversky_loss` are part of a compiled graph, which would be made again for each new value.
     if compiles or checked.needs_torch_table or chosen == "blocks":
         counts = _apply_counts(chosen, check, logits, checked, compiles, inplace)
-        return _loss_of_counts(counts, checked, compiles, _arguments.compute_dtype(logits))
+        return _loss_of_counts(counts, checked, compiles, _arguments.compute_dtype(logits), _raises(check))
     volumes = (logits, target, voxel_weight, _constant(class_parameters))
     return autograd.apply(autograd.TverskyLoss, *volumes, plan, check, inplace, chosen)[0]
 
@@ -141,14 +144,28 @@ def _loss(
 ) -> torch.Tensor:
     ranks = ranks_of(process_group, sample_group, grad_reduction)
     if ranks is not None:
-        part = _part(logits, checked, ranks, check_target, inplace_backward, backend)
+        part = part_of(logits, checked, ranks, check_target, inplace_backward, backend)
         return _joint.losses([part], ranks, check_target)[0]
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
-    loss = _on_backend(logits, checked, _apply_loss, (inplace,), check_target, backend)
+    read, inplace = _marginal(logits, checked, inplace)
+    loss = _on_backend(read, checked, _apply_loss, (inplace,), check_target, backend)
     return reference.checked_loss(logits, checked, None, check_target) if loss is None else loss
 
 
-def _part(logits, checked, ranks: Ranks, check_target, inplace_backward, backend) -> _joint.Part:
+def _marginal(logits, checked, inplace: bool):
+    # The logits that the kernels read, and whether the gradient may overwrite them.
+    if not reference.marginalises(checked):
+        return logits, inplace
+    if torch.compiler.is_compiling() or _is_transformed():
+        return reference.marginal_logits(logits, checked.annotated), False
+    return autograd.apply(autograd.MarginalLogits, logits, checked.annotated)[0], inplace
+
+
+def _raises(check: int) -> bool:
+    return check == _arguments.CHECKS["raise"]
+
+
+def part_of(logits, checked, ranks: Ranks, check_target, inplace_backward, backend) -> _joint.Part:
     # This rank's part of a loss. All that is not said of this call alone is checked now.
     _joint.check_ranks(ranks, checked.plan.options)
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
@@ -156,8 +173,9 @@ def _part(logits, checked, ranks: Ranks, check_target, inplace_backward, backend
 
 
 def _counts(logits, checked, check_target, inplace: bool, backend: str) -> torch.Tensor:
-    # (N, C, 3 or 6) in float64.
-    counts = _on_backend(logits, checked, _apply_counts, (inplace,), check_target, backend)
+    # (N, C, 3 or 6) in float64; with regions (N, R, C, 4 or 7).
+    read, inplace = _marginal(logits, checked, inplace)
+    counts = _on_backend(read, checked, _apply_counts, (inplace,), check_target, backend)
     return reference.checked_counts(logits, checked, check_target).double() if counts is None else counts
 
 
@@ -167,16 +185,20 @@ def _apply_linear(chosen, check, logits, checked, compiles, inplace, head, of_co
         features = walkable(features, 2)
     wants_counts, of_counts = of_counts, of_counts or compiles or checked.needs_torch_table or chosen == "blocks"
     volumes = (features, weight, bias, *checked.volumes[:2], _constant(checked.class_parameters))
-    how = (checked.plan, check, inplace, chosen, of_counts)
+    how = (checked.plan, check, inplace, chosen, of_counts, *_ids_and_count(checked))
     result = autograd.apply(autograd.LinearTverskyLoss, *volumes, *how)[0]
     if wants_counts or not of_counts:
         return result
-    return _loss_of_counts(result, checked, compiles, _arguments.compute_dtype(features))
+    return _loss_of_counts(result, checked, compiles, _arguments.compute_dtype(features), _raises(check))
 
 
 def _apply_counts(chosen, check, logits, checked, compiles, inplace):
-    volumes = (logits, *checked.volumes[:2])
+    volumes = (logits, *checked.volumes[:2], *_ids_and_count(checked))
     return autograd.apply(autograd.Counts, *volumes, checked.plan, check, inplace, chosen)
+
+
+def _ids_and_count(checked) -> tuple[torch.Tensor | None, int]:
+    return (None, 0) if checked.regions is None else tuple(checked.regions)
 
 
 def _constant(class_parameters: torch.Tensor | None) -> torch.Tensor | None:
@@ -186,8 +208,8 @@ def _constant(class_parameters: torch.Tensor | None) -> torch.Tensor | None:
     return class_parameters.detach()
 
 
-def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, dtype) -> torch.Tensor:
-    # The table by torch's own operators: the arithmetic on (N, C, 3 or 6) counts, in float64.
+def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, dtype, raises: bool) -> torch.Tensor:
+    # The table by torch's own operators: the arithmetic on the counts, in float64.
     options = checked.options
     if compiles:
         variable = {}
@@ -195,14 +217,10 @@ def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, dtype) -> tor
             value = getattr(options, name)
             if not isinstance(value, torch.Tensor) and value != _NEUTRAL.get(name):
                 variable[name] = counts.new_zeros(()) + value
-        options = options._replace(**variable)
-    if options.batch:
-        counts = counts.sum(0, keepdim=True)
-    columns = reference.Counts(*counts.unbind(-1))
-    # Below, gamma < 1 would make slopes larger than the kernels' type, which the kernels' own table bounds.
-    flat_below = 1e-290 if dtype == torch.float64 else 1e-30
-    loss = reference.loss_of_counts(columns, options, checked.class_parameters, checked.volumes.dense, flat_below)
-    return loss.to(dtype)
+        checked = checked._replace(scalars={**checked.scalars, **variable})
+    rows = reference.rows_of(counts, checked, raises)
+    terms = reference.terms_of_table(rows, checked, reference.flat_below(dtype))
+    return reference.reduced(terms, checked.options).to(dtype)
 
 
 #: Numbers that leave a part of the arithmetic out: a compiled graph is made for them, and takes all others.
@@ -223,6 +241,9 @@ def tversky_loss(
     include_background: bool = True,
     ignore_index: int | None = None,
     voxel_weight: torch.Tensor | None = None,
+    regions: torch.Tensor | None = None,
+    num_regions: int | None = None,
+    annotated: torch.Tensor | None = None,
     batch: bool = False,
     absent: str = "keep",
     soft_label: bool = False,
@@ -266,6 +287,16 @@ def tversky_loss(
             channel.
         voxel_weight: (N, *spatial) or (N, 1, *spatial), bool, uint8 or floating, >= 0: multiplies the voxel's part in
             all sums. One below the smallest normal number (1.2e-38 in float32) counts as 0.
+        regions: (N, *spatial), (N, 1, *spatial) or, one partition for each class, (N, C, *spatial), of uint8, int8,
+            int16, int32 or int64: a voxel is counted in its region, in [0, num_regions), or nowhere where that is
+            negative. What is said of a sample holds for each of its regions; regions without a voxel that counts are in
+            no mean. "mean" is over the regions and classes of a sample, then over the samples. See
+            `tversky_kernels.regions` and docs/every_lesion.md.
+        num_regions: How many regions there are. None: the largest of ``regions`` plus one, on the CPU alone.
+        annotated: (N, C) of bool: which classes were annotated in which sample; None: all. With a softmax the
+            probabilities of the others are added to that of class 0, for a label 0 then means "background, or what
+            nobody drew" (Fidon et al. 2021, arXiv:2107.03846; Shi et al. 2021, arXiv:2007.03868). Their own rows are in
+            no mean; a label that was not annotated is a bad label. See docs/partial_labels.md.
         batch: True sums the counts over the batch first, and gives one index a class.
         absent: What becomes of a class that the target lacks, in that sample or in the batch: "keep" it as the formula
             says, "zero" its loss, or "skip" it in the mean.
@@ -326,6 +357,9 @@ def tversky_loss(
         activation=activation,
         include_background=include_background,
         ignore_index=ignore_index,
+        regions=regions,
+        num_regions=num_regions,
+        annotated=annotated,
         batch=batch,
         absent=absent,
         soft_label=soft_label,
@@ -356,6 +390,9 @@ def tversky_ce_loss(
     include_background: bool = True,
     ignore_index: int | None = None,
     voxel_weight: torch.Tensor | None = None,
+    regions: torch.Tensor | None = None,
+    num_regions: int | None = None,
+    annotated: torch.Tensor | None = None,
     batch: bool = False,
     absent: str = "keep",
     soft_label: bool = False,
@@ -418,6 +455,9 @@ def tversky_ce_loss(
         activation=activation,
         include_background=include_background,
         ignore_index=ignore_index,
+        regions=regions,
+        num_regions=num_regions,
+        annotated=annotated,
         batch=batch,
         absent=absent,
         soft_label=soft_label,
@@ -434,6 +474,9 @@ class _CountsOptions(TypedDict, total=False):
     activation: str
     ignore_index: int | None
     voxel_weight: torch.Tensor | None
+    regions: torch.Tensor | None
+    num_regions: int | None
+    annotated: torch.Tensor | None
     soft_label: bool
     batch: bool
     process_group: Group
@@ -472,6 +515,9 @@ def overlap_counts(
     activation: str = "softmax",
     ignore_index: int | None = None,
     voxel_weight: torch.Tensor | None = None,
+    regions: torch.Tensor | None = None,
+    num_regions: int | None = None,
+    annotated: torch.Tensor | None = None,
     soft_label: bool = False,
     batch: bool = False,
     cross_entropy: bool = False,
@@ -495,7 +541,8 @@ def overlap_counts(
 
     Returns:
         OverlapCounts(tp, fp, fn), each (N, C), or (1, C) with ``batch``, in float32, or float64 for float64 logits.
-        With ``cross_entropy`` OverlapCountsCE(tp, fp, fn, ce, voxels): ce (N, C), voxels (N).
+        With ``cross_entropy`` OverlapCountsCE(tp, fp, fn, ce, voxels): ce (N, C), voxels (N). With regions (N, R, C)
+        and (N, R), or (1, R, C). Classes that were not annotated have counts of 0.
 
     Examples:
         >>> tp, fp, fn = tk.overlap_counts(model(image), label)
@@ -505,26 +552,34 @@ def overlap_counts(
     ce_weight = float(_options.flag("cross_entropy", cross_entropy))
     options: dict[str, Any] = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label}
     options |= {"batch": batch, "ce_weight": ce_weight}
+    options |= {"regions": regions, "num_regions": num_regions, "annotated": annotated}
     how = (check_target, inplace_backward, ranks_of(process_group, None, grad_reduction), backend)
     counts = exact_counts(logits, target, voxel_weight, options, *how)
     tp, fp, fn, *of_ce = counts.to(_arguments.compute_dtype(logits)).unbind(-1)
-    if not of_ce:
+    if not ce_weight:
         return OverlapCounts(tp, fp, fn)
-    ce, _smoothing, voxels = of_ce
-    return OverlapCountsCE(tp, fp, fn, ce, voxels[:, 0])
+    return OverlapCountsCE(tp, fp, fn, of_ce[0], of_ce[2].amax(-1))
 
 
 def exact_counts(
     logits, target, voxel_weight, options: dict, check_target, inplace_backward, ranks: Ranks | None, backend
 ) -> torch.Tensor:
-    """(rows, C, 3, or 6 with a ce_weight), in float64: a loss that takes differences of them loses no digits."""
+    """(rows, C, 3, or 6 with a ce_weight), in float64: a loss that takes differences of them loses no digits.
+
+    With regions or classes that were not annotated there is a column more, `reference.rows_of`'s last.
+    """
     checked = _arguments.check_arguments(logits, target, voxel_weight, check_target=check_target, **options)
     if ranks is not None and ranks.parts is not None:
-        part = _part(logits, checked, ranks, check_target, inplace_backward, backend)
+        part = part_of(logits, checked, ranks, check_target, inplace_backward, backend)
         return _joint.counts(part, ranks, check_target)
+    return counts_of(logits, checked, check_target, inplace_backward, backend)
+
+
+def counts_of(logits, checked, check_target, inplace_backward, backend) -> torch.Tensor:
+    """`reference.rows_of` of one process."""
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
     counts = _counts(logits, checked, check_target, inplace, backend)
-    return counts.sum(0, keepdim=True) if checked.plan.options.batch else counts
+    return reference.rows_of(counts, checked, check_target)
 
 
 def generalized_dice_loss(
@@ -686,12 +741,12 @@ def deep_supervision_loss(
         ]
     else:
         how = (ranks, run["check_target"], run["inplace_backward"], run["backend"])
-        parts = [_part(level, c, *how) for level, c, w in zip(logits, levels, weights, strict=True) if w > 0]
+        parts = [part_of(level, c, *how) for level, c, w in zip(logits, levels, weights, strict=True) if w > 0]
         found = iter(_joint.losses(parts, ranks, run["check_target"]) if parts else ())
         losses = [next(found) if w > 0 else None for w in weights]
     # A level of weight 0 is not read, but stays a part of the graph, as DDP wants it.
     terms = [
-        _zero_loss(level, checked.plan.options) if of_level is None else w * of_level
+        _zero_loss(level, checked) if of_level is None else w * of_level
         for level, checked, w, of_level in zip(logits, levels, weights, losses, strict=True)
     ]
     return functools.reduce(torch.add, terms)
@@ -704,6 +759,8 @@ def _checked_level(level, target, check_target, resample: str, options: dict) ->
         target = _of_no_voxels(target, level)
         weight = options["voxel_weight"]
         options = {**options, "voxel_weight": None if weight is None else _of_no_voxels(weight, level)}
+        regions = options["regions"]
+        options["regions"] = None if regions is None else _of_no_voxels(regions, level)
     return _arguments.check_arguments(level, target, check_target=check_target, resample=resample, **options)
 
 
@@ -712,14 +769,16 @@ def _of_no_voxels(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     return x.new_empty((*x.shape[:1], *channels, *level.shape[2:]))
 
 
-def _zero_loss(logits: torch.Tensor, options) -> torch.Tensor:
+def _zero_loss(logits: torch.Tensor, checked) -> torch.Tensor:
     # A loss of 0 in the right shape. Its gradient is 0.
+    options = checked.plan.options
     nothing = logits[:0].sum(dtype=_arguments.compute_dtype(logits))
     if options.reduction != "none":
         return nothing
     samples, classes = logits.shape[:2]
     kept = classes if options.include_background or classes == 1 else classes - 1
-    return nothing.expand((kept,) if options.batch else (samples, kept))
+    of_sample = (kept,) if checked.regions is None else (checked.regions.number, kept)
+    return nothing.expand(of_sample if options.batch else (samples, *of_sample))
 
 
 def linear_tversky_loss(
@@ -764,6 +823,8 @@ def linear_tversky_loss(
     # Stands for the logits wherever their shape, type and device are asked for, and has one element.
     logits = features.new_empty(()).expand(features.size(0), weight.size(0), *features.shape[2:])
     checked = _arguments.check_arguments(logits, target, check_target=run["check_target"], **options)
+    if reference.marginalises(checked):  # of logits that exist
+        return _loss(reference.linear_logits(*head), checked, **{**run, "inplace_backward": False})
     check_target, inplace_backward, process_group, sample_group, grad_reduction, backend = run.values()
     ranks = ranks_of(process_group, sample_group, grad_reduction)
     inplace = autograd.inplace_allowed("features", features, inplace_backward)

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
-from . import _options, functional
+from . import _options, functional, lesions
 from ._backends import check_name
 from .distributed import is_initialised
 
 __all__ = [
+    "BlobLoss",
+    "CCLoss",
     "DeepSupervisionLoss",
     "DiceLoss",
     "FocalTverskyLoss",
@@ -22,6 +24,12 @@ __all__ = [
     "TverskyHead",
     "TverskyLoss",
 ]
+
+
+#: Arguments that are no options: they come with each batch.
+_OF_A_CALL = ("voxel_weight", "regions", "annotated")
+#: These may come with a batch too, and count more there than the option.
+_ALSO_OF_A_CALL = ("num_regions",)
 
 
 class _Loss(torch.nn.Module):
@@ -41,7 +49,7 @@ class _Loss(torch.nn.Module):
         parameters = {}
         for function in reversed(cls._takes):
             parameters |= inspect.signature(function).parameters
-        left_out = {"logits", "target", "voxel_weight", "options", *cls._fixed}
+        left_out = {"logits", "target", *_OF_A_CALL, "options", *cls._fixed}
         options = {name: p for name, p in parameters.items() if name not in left_out}
         cls._options = {name: p.default for name, p in options.items()}
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.name not in ("self", "options")]
@@ -99,9 +107,20 @@ class _Loss(torch.nn.Module):
             )
         return {name: getattr(self, name) for name in self._given}
 
-    def forward(self, logits, target: torch.Tensor, voxel_weight: torch.Tensor | None = None):
-        """The loss of logits and a target, as the function takes them; voxel_weight as in `tversky_loss`."""
-        return self._function(logits, target, voxel_weight=voxel_weight, **self._given_options())
+    def forward(self, logits, target: torch.Tensor, voxel_weight: torch.Tensor | None = None, **of_call: Any):
+        """The loss of logits and a target, as the function takes them; voxel_weight, regions and annotated as in
+        `tversky_loss`."""
+        return self._function(logits, target, voxel_weight=voxel_weight, **self._options_of(of_call))
+
+    def _options_of(self, of_call: dict) -> dict:
+        # With what belongs to one call.
+        for name in of_call:
+            if name not in _OF_A_CALL and not (name in _ALSO_OF_A_CALL and name in self._options):
+                raise TypeError(f"{type(self).__name__}: unexpected argument {name!r} of a call")
+        options = self._given_options()
+        if of_call.get("regions") is None and options.get("num_regions") is not None:
+            options["num_regions"] = None  # for calls that have regions
+        return {**options, **of_call}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={_shown(getattr(self, name))}" for name in self._given)
@@ -158,6 +177,25 @@ class GeneralizedDiceLoss(_Loss):
 
     _function = staticmethod(functional.generalized_dice_loss)
     _takes = (functional.generalized_dice_loss,)
+
+
+class BlobLoss(_Loss):
+    """`tversky_kernels.blob_loss` as a module; regions come with each call.
+
+    Examples:
+        >>> criterion = tk.BlobLoss()
+        >>> criterion(model(image), label, regions=regions, num_regions=num_regions).backward()
+    """
+
+    _function = staticmethod(lesions.blob_loss)
+    _takes = (lesions.blob_loss,)
+
+
+class CCLoss(_Loss):
+    """`tversky_kernels.cc_loss` as a module; regions come with each call."""
+
+    _function = staticmethod(lesions.cc_loss)
+    _takes = (lesions.cc_loss,)
 
 
 class DeepSupervisionLoss(_Loss):
@@ -217,11 +255,18 @@ class TverskyHead(_Loss):
         self.weight, self.bias = layer.weight, layer.bias
         self._convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[dimensions]
 
-    def forward(self, features, target: torch.Tensor | None = None, voxel_weight: torch.Tensor | None = None):
-        """The loss of features (N, in_channels, *spatial) and a target; without a target, the logits."""
+    def forward(  # type: ignore[override] # of features
+        self,
+        features,
+        target: torch.Tensor | None = None,
+        voxel_weight: torch.Tensor | None = None,
+        **of_call: Any,
+    ):
+        """The loss of features (N, in_channels, *spatial) and a target; without a target, the logits. regions and
+        annotated as in `tversky_loss`."""
         if target is None:
             return self._convolution(features, self.weight, self.bias)
-        options = self._given_options()
+        options = self._options_of(of_call)
         return self._function(features, self.weight, self.bias, target, voxel_weight=voxel_weight, **options)
 
     def extra_repr(self) -> str:

@@ -30,13 +30,14 @@ Nothing here is fused, and every product is a tensor. Half precision is computed
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 
 from . import _arguments, _options
-from ._arguments import Checked, Volumes
+from ._arguments import Checked, Regions, Volumes
 from ._options import Options
 from ._transforms import VMAP, active_transforms
 from .distributed import Ranks, ranks_of
@@ -58,11 +59,6 @@ class Counts(NamedTuple):
     cross_entropy: torch.Tensor | None = None
     smoothing: torch.Tensor | None = None
     voxels: torch.Tensor | None = None
-
-    def over_batch(self) -> Counts:
-        """Summed over the samples: (1, C) each."""
-        tp, fp, fn, *of_ce = (None if x is None else x.sum(0, keepdim=True) for x in self)
-        return Counts(tp, fp, fn, *of_ce)  # type: ignore[arg-type] # the first three are there
 
 
 def tversky_loss(
@@ -131,26 +127,46 @@ def checked_loss(
         _joint.check_ranks(ranks, checked.plan.options)
         part = _joint.Part(lambda: checked_counts(logits, checked, check_target), checked, logits)
         return _joint.losses([part], ranks, check_target)[0]
-    volumes, options, class_parameters = checked.volumes, checked.options, checked.class_parameters
-    counts = _checked_counts(logits, checked, check_target)
-    if options.batch:
-        counts = counts.over_batch()
-    return loss_of_counts(counts, options, class_parameters, volumes.dense)
+    counts = checked_counts(logits, checked, check_target)
+    return reduced(terms_of_table(rows_of(counts, checked, check_target), checked), checked.options)
 
 
 def checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | None = None) -> torch.Tensor:
     """tp, fp and fn and, with a cross-entropy, its sums: (N, C, 3 or 6), of arguments that have been checked, but for
-    the values of the target."""
-    return torch.stack([x for x in _checked_counts(logits, checked, check_target) if x is not None], -1)
-
-
-def _checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | None) -> Counts:
+    the values of the target. With regions (N, R, C, 4 or 7), the last for the number of voxels that count."""
     volumes, options = checked.volumes, checked.plan.options
     check = logits.device.type == "cpu" if check_target is None else check_target
     # Under torch.func.vmap, as in a compiled graph, no value can be read.
     if check and not torch.compiler.is_compiling() and VMAP not in active_transforms():
-        _arguments.raise_for_bad_values(logits, volumes, options.ignore_index)
-    return _counts(logits, volumes, options, checks_targets=check_target is not False)
+        _arguments.raise_for_bad_values(logits, volumes, options.ignore_index, checked.regions)
+    if checked.annotated is not None and marginalises(checked):
+        logits = marginal_logits(logits, checked.annotated)
+    # NaN where a label or voxel weight is out of range, or a dense target if that is asked.
+    of_counts, bad = sums(logits, volumes, options, check_target is not False, checked.regions)
+    poison = torch.where(bad, torch.nan, 0.0).to(of_counts[0].dtype)
+    return torch.stack([x + poison for x in of_counts], -1)
+
+
+def marginalises(checked: Checked) -> bool:
+    """Whether classes that were not annotated are added to the background."""
+    return checked.annotated is not None and checked.plan.options.activation == "softmax"
+
+
+def marginal_logits(logits: torch.Tensor, annotated: torch.Tensor) -> torch.Tensor:
+    """Logits whose softmax has the probabilities of all classes that were not annotated in that of class 0.
+
+    log(sum exp) over class 0 and these classes in channel 0, and -inf in theirs (Fidon et al., arXiv:2107.03846). Half
+    precision is computed, and returned, in float32.
+    """
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    shape = (*annotated.shape, *(1,) * (z.dim() - 2))
+    merged = ~annotated.view(shape)
+    background = torch.zeros_like(merged)
+    background[:, 0] = True
+    # Where only class 0 is left its logit is taken as it is, so that no rounding changes it.
+    together = torch.where(merged | background, z, -torch.inf).logsumexp(1, keepdim=True)
+    together = torch.where(merged.any(1, keepdim=True), together, z[:, :1])
+    return torch.where(background, together, torch.where(merged, -torch.inf, z))
 
 
 def nearest_voxels(x: torch.Tensor, first: int, spatial, resample: str | None) -> torch.Tensor:
@@ -166,18 +182,11 @@ def nearest_voxels(x: torch.Tensor, first: int, spatial, resample: str | None) -
     return x
 
 
-def _counts(logits: torch.Tensor, volumes: Volumes, options: Options, checks_targets: bool) -> Counts:
-    # NaN where a label or voxel weight is out of range, or a dense target if that is asked.
-    of_counts, bad = sums(logits, volumes, options, checks_targets)
-    poison = torch.where(bad, torch.nan, 0.0).to(of_counts[0].dtype)
-    return Counts(*(x + poison for x in of_counts))
-
-
 def sums(
-    logits: torch.Tensor, volumes: Volumes, options: Options, checks_targets: bool
+    logits: torch.Tensor, volumes: Volumes, options: Options, checks_targets: bool, regions: Regions | None = None
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """tp, fp and fn and, with a cross-entropy, its sums, (N, C) each; and whether a label or voxel weight is out of
-    range, or a dense target if that is asked."""
+    """tp, fp and fn and, with a cross-entropy, its sums, (N, C) each; and whether a label, voxel weight or region is
+    out of range, or a dense target if that is asked. With regions (N, R, C) each, and last the number of voxels."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     target, weight, dense = volumes
     target = nearest_voxels(target, 2 if dense else 1, logits.shape[2:], options.resample)
@@ -200,6 +209,11 @@ def sums(
     if weight is not None:
         bad = bad | ~(weight >= 0).all() if weight.dtype.is_floating_point else bad
         w = w * weight.to(z.dtype)
+    total = _total
+    if regions is not None:
+        ids, in_any, beyond = _region_ids(regions, logits.shape, options.resample)
+        bad, counts = bad | beyond, counts & in_any
+        total = functools.partial(_total_of_regions, ids, regions.number)
     # Voxels that do not count are replaced, not multiplied by 0: 0 times NaN is NaN.
     w, counts = w.unsqueeze(1), counts.unsqueeze(1)
     z = torch.where(counts, z, torch.zeros_like(z))
@@ -208,14 +222,14 @@ def sums(
     z, g, w = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2) for x in (z, g, w))
     p = _probabilities(z, options.activation)
     if options.squared:
-        tp = (w * p * g).sum(-1)
-        fp, fn = ((w * (sign * (p - g)).clamp(min=0) ** 2).sum(-1) for sign in (1, -1))
+        tp = total(w * p * g)
+        fp, fn = (total(w * (sign * (p - g)).clamp(min=0) ** 2) for sign in (1, -1))
     elif options.soft_label:
-        predicted, wanted = (w * p).sum(-1), (w * g).sum(-1)
-        tp = (predicted + wanted - (w * (p - g).abs()).sum(-1)) / 2
+        predicted, wanted = total(w * p), total(w * g)
+        tp = (predicted + wanted - total(w * (p - g).abs())) / 2
         fp, fn = predicted - tp, wanted - tp
     else:
-        tp, fp, fn = (w * p * g).sum(-1), (w * p * (1 - g)).sum(-1), (w * (1 - p) * g).sum(-1)
+        tp, fp, fn = total(w * p * g), total(w * p * (1 - g)), total(w * (1 - p) * g)
     found: tuple[torch.Tensor, ...] = (tp, fp, fn)
     if _options.is_used(options.ce_weight):
         # Terms of g = 1 and, for the sigmoid, of g = 0: (1 - p)^f (-log p) and p^f (-log(1 - p)).
@@ -227,9 +241,33 @@ def sums(
         cross_entropy = torch.where(g != 0, g * of_one, 0.0) + torch.where(g != 1, (1 - g) * of_zero, 0.0)
         smoothing = of_one + of_zero if _options.is_used(options.label_smoothing) else torch.zeros_like(z)
         # tp + fn is the weight of a label, but not where errors are squared.
-        voxels = (w * g).sum(-1) if _of_labels(options, dense) else w.sum(-1).expand_as(tp)
-        found += ((w * cross_entropy).sum(-1), (w * smoothing).sum(-1), voxels)
+        voxels = total(w * g) if _of_labels(options, dense) else total(w.expand_as(p))
+        found += (total(w * cross_entropy), total(w * smoothing), voxels)
+    if regions is not None:
+        found += (total((w != 0).to(w.dtype).expand_as(p)),)
     return found, bad
+
+
+def _total(x: torch.Tensor) -> torch.Tensor:
+    # Over the voxels: (N, C).
+    return x.sum(-1)
+
+
+def _total_of_regions(ids: torch.Tensor, count: int, x: torch.Tensor) -> torch.Tensor:
+    # Over the voxels of each region: (N, R, C). Voxels of the last, additional one count nowhere.
+    of_all = x.new_zeros(*x.shape[:2], count + 1).scatter_add(2, ids.expand_as(x), x)
+    return of_all[..., :count].movedim(2, 1)
+
+
+def _region_ids(
+    regions: Regions, shape: torch.Size, resample: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # (N, 1 or C, voxels) in [0, R], R for voxels that count nowhere; which voxels (N, *spatial) are in any region;
+    # whether an id is out of range.
+    ids = nearest_voxels(regions.ids, 2, shape[2:], resample).long()
+    outside = ids >= regions.number
+    ids = torch.where((ids < 0) | outside, regions.number, ids)
+    return ids.flatten(2) if ids.dim() > 2 else ids.unsqueeze(2), (ids < regions.number).any(1), outside.any()
 
 
 def _probabilities(z: torch.Tensor, activation: str) -> torch.Tensor:
@@ -261,7 +299,8 @@ def _focal(log_p: torch.Tensor, focal_gamma: float) -> torch.Tensor:
 class Terms(NamedTuple):
     """A loss before its reduction. With a cross-entropy: its weighted sum and the divisor of its mean, (rows, 1).
 
-    loss: (rows, C') with its class weights. kept: how many of these are in a mean.
+    loss: (rows, C') with its class weights; of regions, for their mean, (N), the mean of each sample. kept: how many of
+    these are in a mean.
     """
 
     loss: torch.Tensor
@@ -270,15 +309,70 @@ class Terms(NamedTuple):
     divisor: torch.Tensor | None = None
 
 
-def loss_of_counts(
-    counts: Counts,
-    options: Options,
-    class_parameters: torch.Tensor | None = None,
-    dense: bool = False,
-    flat_below: float = 0.0,
-) -> torch.Tensor:
-    """The reduced loss of (rows, C) counts; rows is N, or 1 where the batch was summed. See `terms_of_counts`."""
-    return reduced(terms_of_counts(counts, options, class_parameters, dense, flat_below), options)
+def rows_of(counts: torch.Tensor, checked: Checked, check_target: bool | None = None) -> torch.Tensor:
+    """The rows that the loss is made of: the counts, summed over the batch where that is asked for.
+
+    Classes that were not annotated are 0, and a last column says how many annotated samples (or, with regions, voxels)
+    are in a row: (N or 1, C, 4 or 7). A label of such a class raises, or gives NaN where that would have to be read.
+    """
+    options, annotated = checked.options, checked.annotated
+    if annotated is not None:
+        regional = checked.regions is not None
+        in_rows = (annotated.unsqueeze(1) if regional else annotated).unsqueeze(-1)
+        if options.activation == "softmax" or not checked.volumes.dense:
+            found = (~in_rows & ((counts[..., :1] + counts[..., 2:3]) > 0)).flatten(0, -3).any(0)[..., 0]
+            counts = _refuse_unannotated(counts, found, check_target)
+        if options.activation == "softmax" and counts.size(-1) >= 6:
+            # q = (1 - s) g + s / K for the K annotated classes of a sample. The loss divides by C, not by K.
+            of_smoothing = torch.arange(counts.size(-1), device=counts.device) == 4
+            share = counts.size(-2) / annotated.sum(1).to(counts.dtype).view(-1, *(1,) * (counts.dim() - 1))
+            counts = torch.where(of_smoothing, torch.where(in_rows, counts, 0.0) * share, counts)
+        counts = torch.where(in_rows, counts, 0.0)
+        if not regional:
+            counts = torch.cat([counts, in_rows.to(counts.dtype)], -1)
+    return counts.sum(0, keepdim=True) if options.batch else counts
+
+
+def terms_of_table(rows: torch.Tensor, checked: Checked, flat_below: float = 0.0) -> Terms:
+    """The terms of the loss of `rows_of`, before they are reduced."""
+    options, regional = checked.options, checked.regions is not None
+    dense = checked.volumes.dense
+    if not regional and checked.annotated is None:
+        return terms_of_counts(Counts(*rows.unbind(-1)), options, checked.class_parameters, dense, flat_below)
+    *columns, members = rows.flatten(0, -3).unbind(-1)
+    counts = Counts(*columns)
+    loss, is_absent = row_losses(counts, options, checked.class_parameters, flat_below)
+    kept = ~(members[:, -loss.size(1) :] <= 0)  # NaN, of bad values, is kept
+    if options.absent == "skip":
+        kept = kept & ~is_absent
+    loss = torch.where(kept, loss, 0.0)
+    shape = (*rows.shape[:-2], loss.size(1))
+    how_many: torch.Tensor | int = kept.sum()
+    if regional and options.reduction == "mean":
+        of_sample = kept.view(rows.size(0), -1).sum(1)
+        loss = _ratio(loss.view(rows.size(0), -1).sum(1), of_sample)
+        how_many = (of_sample > 0).sum()
+    else:
+        loss = loss.view(shape)
+    if not _is_not(options.ce_weight, 0):
+        return Terms(loss, how_many)
+    ce_class_weight = None if checked.class_parameters is None else checked.class_parameters[3].to(rows.dtype)
+    of_ce = (x.view(*rows.shape[:-2], 1) for x in _cross_entropy(counts, options, ce_class_weight, dense, True))
+    return Terms(loss, how_many, *of_ce)
+
+
+def _refuse_unannotated(counts: torch.Tensor, found: torch.Tensor, check_target: bool | None) -> torch.Tensor:
+    # found: (C), the classes that are labels where they were not annotated.
+    reads = (found.is_cpu if check_target is None else check_target) and not (
+        torch.compiler.is_compiling() or active_transforms()
+    )
+    if reads and bool(found.any()):
+        label = int(found.nonzero()[0]) + (found.numel() == 1)  # the one channel is that of label 1
+        raise ValueError(
+            f"target: expected labels that were annotated in their sample, got {label}; "
+            "the background, or what nobody drew, is 0"
+        )
+    return counts + torch.where(found.any(), torch.nan, 0.0).to(counts.dtype)
 
 
 def terms_of_counts(
@@ -292,10 +386,28 @@ def terms_of_counts(
 
     flat_below: Where 1 - TI is no more than this, a power of it is flat.
     """
+    loss, is_absent = row_losses(counts, options, class_parameters, flat_below)
+    kept = (~is_absent).sum() if options.absent == "skip" else loss.numel()
+    if not _is_not(options.ce_weight, 0):
+        return Terms(loss, kept)
+    ce_class_weight = None if class_parameters is None else class_parameters[3].to(counts.tp.dtype)
+    return Terms(loss, kept, *_cross_entropy(counts, options, ce_class_weight, dense))
+
+
+def flat_below(dtype: torch.dtype) -> float:
+    """The value of 1 - TI below which gamma < 1 would make slopes larger than the kernels' type, which the kernels' own
+    table bounds."""
+    return 1e-290 if dtype == torch.float64 else 1e-30
+
+
+def row_losses(
+    counts: Counts, options: Options, class_parameters: torch.Tensor | None, flat_below: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, C') each: the loss, and whether the target lacks the class."""
     tp, fp, fn = counts[:3]
-    alpha, beta, class_weight, ce_class_weight = options.alpha, options.beta, None, None
+    alpha, beta, class_weight = options.alpha, options.beta, None
     if class_parameters is not None:
-        alpha, beta, class_weight, ce_class_weight = class_parameters.to(tp.dtype)
+        alpha, beta, class_weight, _ = class_parameters.to(tp.dtype)
     is_absent = tp + fn == 0
     error = alpha * fp + beta * fn + (options.smooth_dr - options.smooth_nr)
     denominator = tp + alpha * fp + beta * fn + options.smooth_dr
@@ -314,15 +426,12 @@ def terms_of_counts(
         loss = torch.where(is_absent, 0.0, loss)
     if not options.include_background and loss.size(1) > 1:
         loss, is_absent = loss[:, 1:], is_absent[:, 1:]
-    kept = (~is_absent).sum() if options.absent == "skip" else loss.numel()
-    if not _is_not(options.ce_weight, 0):
-        return Terms(loss, kept)
-    return Terms(loss, kept, *_cross_entropy(counts, options, ce_class_weight, dense))
+    return loss, is_absent
 
 
 def reduced(terms: Terms, options: Options) -> torch.Tensor:
     """The loss of its terms."""
-    loss, kept, cross_entropy, divisor = terms
+    loss, kept, cross_entropy, _ = terms
     if options.reduction == "mean":
         loss = _ratio(loss.sum(), kept)
     elif options.reduction == "sum":
@@ -331,8 +440,8 @@ def reduced(terms: Terms, options: Options) -> torch.Tensor:
         loss = loss.squeeze(0)
     if _is_not(options.tversky_weight, 1):
         loss = options.tversky_weight * loss
-    if cross_entropy is not None and divisor is not None:
-        loss = loss + _part(options.ce_weight, _reduced_cross_entropy(cross_entropy, divisor, options))
+    if cross_entropy is not None:
+        loss = loss + reduced_cross_entropy(terms, options)
     return loss
 
 
@@ -355,8 +464,10 @@ def _ratio(numerator: torch.Tensor, denominator) -> torch.Tensor:
     return torch.where(some, numerator, 0.0 * numerator) / torch.where(some, denominator, 1)
 
 
-def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    # Each row's weighted sum, and the divisor of its mean: (rows, 1).
+def _cross_entropy(
+    counts: Counts, options: Options, class_weight, dense: bool, partial: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Each row's weighted sum, and the divisor of its mean: (rows, 1). partial: channels may differ in their voxels.
     tp, _, fn, *of_ce = counts
     cross_entropy, smoothing, voxels = (x for x in of_ce if x is not None)
     softmax, smooth = options.activation == "softmax", options.label_smoothing
@@ -368,14 +479,21 @@ def _cross_entropy(counts: Counts, options: Options, class_weight, dense: bool) 
     if softmax and not dense:
         labels = voxels if _of_labels(options, dense) else (tp + fn).detach()  # the weight of a label
         return total, (weight * labels).sum(1, keepdim=True)  # Σ w b_label
-    return total, voxels[:, :1] * (1 if softmax else tp.size(1))
+    if partial and not softmax:
+        return total, voxels.sum(1, keepdim=True)
+    return total, (voxels.amax(1, keepdim=True) if partial else voxels[:, :1]) * (1 if softmax else tp.size(1))
 
 
-def _reduced_cross_entropy(total: torch.Tensor, divisor: torch.Tensor, options: Options) -> torch.Tensor:
-    # As the Tversky part is; without a reduction, the mean of each row (N, 1), or of the summed batch.
+def reduced_cross_entropy(terms: Terms, options: Options) -> torch.Tensor:
+    """Its weighted sum or mean; without a reduction, the mean of each row (N, 1), or of the summed batch."""
+    _, _, total, divisor = terms
+    if total is None or divisor is None:
+        raise ValueError("terms: expected those of a loss with a cross-entropy")
     if options.reduction == "sum":
-        return total.sum()
-    if options.reduction == "mean":
-        return _ratio(total.sum(), divisor.sum())
-    each = _ratio(total, divisor)
-    return each.squeeze(0) if options.batch else each
+        value = total.sum()
+    elif options.reduction == "mean":
+        value = _ratio(total.sum(), divisor.sum())
+    else:
+        value = _ratio(total, divisor)
+        value = value.squeeze(0) if options.batch else value
+    return _part(options.ce_weight, value)

@@ -107,4 +107,12 @@ struct Volume {
   }
 };
 
+// A volume whose voxels are counted in rows of their own, one a region.
+struct RegionVolume {
+  Volume volume;
+  VoxelView regions;  // ids, (N, 1 or C, voxels): in [0, count), or negative for voxels in none
+  int64_t count;
+  bool by_class;  // each class has a partition of its own
+};
+
 }  // namespace tversky_kernels

@@ -59,14 +59,14 @@ void count_channels(const Tile<T>& tile, int padded, int classes, int first_labe
 }
 
 // kPresent: the channel's label occurs in the tile.
-template <typename T, Activation kActivation, bool kPresent, bool kMasked>
-TK_INLINE void channel_gradient(const Tile<T>& tile, int padded, int c, int classes, int first_label,
-                                const Compute<T>* u, const GradientRows<T>& out) {
+template <typename T, Activation kActivation, bool kPresent, bool kMasked, typename U>
+TK_INLINE void channel_gradient(const Tile<T>& tile, int padded, int c, int classes, int first_label, const U* u,
+                                const GradientRows<T>& out) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  const V background = broadcast<A>(u[c * kOverlapCoefficients + kBackground]);
-  const V foreground = broadcast<A>(u[c * kOverlapCoefficients + kForeground]);
+  const V background = spread<A>(u[c * kOverlapCoefficients + kBackground]);
+  const V foreground = spread<A>(u[c * kOverlapCoefficients + kForeground]);
   const T* next = next_channel(tile, c, classes);
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     prefetch(next + i);
@@ -84,8 +84,8 @@ TK_INLINE void channel_gradient(const Tile<T>& tile, int padded, int c, int clas
   }
 }
 
-template <typename T, Activation kActivation, bool kMasked>
-void channels_gradient_tile(const Tile<T>& tile, int padded, int classes, int first_label, const Compute<T>* u,
+template <typename T, Activation kActivation, bool kMasked, typename U>
+void channels_gradient_tile(const Tile<T>& tile, int padded, int classes, int first_label, const U* u,
                             PresentClasses& present, const GradientRows<T>& out) {
   const bool few = classes < kFewChannels;
   if (!few) present.set(tile.labels, padded, true);
@@ -99,8 +99,8 @@ void channels_gradient_tile(const Tile<T>& tile, int padded, int classes, int fi
   if (!few) present.set(tile.labels, padded, false);
 }
 
-template <typename T, Activation kActivation>
-void channels_gradient(const Tile<T>& tile, int padded, int classes, int first_label, const Compute<T>* u,
+template <typename T, Activation kActivation, typename U>
+void channels_gradient(const Tile<T>& tile, int padded, int classes, int first_label, const U* u,
                        PresentClasses& present, const GradientRows<T>& out) {
   if (tile.masked) {
     channels_gradient_tile<T, kActivation, true>(tile, padded, classes, first_label, u, present, out);

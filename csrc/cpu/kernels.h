@@ -16,6 +16,8 @@ struct BadInput {
   double weight_value = 0;
   bool target = false;  // a value of a dense target outside [0, 1]
   double target_value = 0;
+  bool region = false;  // one that is not below the number of regions
+  int64_t region_value = 0;
 };
 
 // Adds the counts of voxels [begin, end) of one sample to counts[C][3 or 6], see enum Count.
@@ -30,18 +32,40 @@ using GradientPass = void (*)(const Volume&, int64_t sample, int64_t begin, int6
 // Bytes of scratch that one call of either pass needs.
 using ScratchBytes = int64_t (*)(const Volume&);
 
+// Where a chunk's counts of a region go: row(context, region) is its [C][4 or 7], the last the number of voxels.
+struct RegionRows {
+  double* (*row)(void* context, int64_t region);
+  void* context;
+};
+
+// The same passes where voxels are counted by region; coefficients[R][C][2 or 4].
+using RegionCountPass = void (*)(const RegionVolume&, int64_t sample, int64_t begin, int64_t end, const RegionRows&,
+                                 void* scratch, BadInput*);
+using RegionGradientPass = void (*)(const RegionVolume&, int64_t sample, int64_t begin, int64_t end,
+                                    const void* coefficients, const GradientView&, void* scratch);
+using RegionScratchBytes = int64_t (*)(const RegionVolume&);
+
 struct Kernels {
   const char* name;
   CountPass count_pass;
   GradientPass gradient_pass;
   ScratchBytes count_scratch_bytes, gradient_scratch_bytes;
+  RegionCountPass region_count_pass;
+  RegionGradientPass region_gradient_pass;
+  RegionScratchBytes region_count_scratch_bytes, region_gradient_scratch_bytes;
 };
 
 #define TK_DECLARE_KERNELS(CAPABILITY)                                                                                \
   void count_pass_##CAPABILITY(const Volume&, int64_t, int64_t, int64_t, double*, void*, BadInput*);                  \
   void gradient_pass_##CAPABILITY(const Volume&, int64_t, int64_t, int64_t, const void*, const GradientView&, void*); \
   int64_t count_scratch_bytes_##CAPABILITY(const Volume&);                                                            \
-  int64_t gradient_scratch_bytes_##CAPABILITY(const Volume&);
+  int64_t gradient_scratch_bytes_##CAPABILITY(const Volume&);                                                         \
+  void region_count_pass_##CAPABILITY(const RegionVolume&, int64_t, int64_t, int64_t, const RegionRows&, void*,       \
+                                      BadInput*);                                                                     \
+  void region_gradient_pass_##CAPABILITY(const RegionVolume&, int64_t, int64_t, int64_t, const void*,                 \
+                                         const GradientView&, void*);                                                 \
+  int64_t region_count_scratch_bytes_##CAPABILITY(const RegionVolume&);                                               \
+  int64_t region_gradient_scratch_bytes_##CAPABILITY(const RegionVolume&);
 
 TK_DECLARE_KERNELS(baseline)
 TK_DECLARE_KERNELS(avx2)

@@ -263,17 +263,17 @@ void count_softmax_tile(const Tile<T>& tile, int classes, PresentClasses& presen
   }
 }
 
-template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner>
-TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compute<T>* u, const GradientRows<T>& out) {
+template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner, typename U>
+TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const U* u, const GradientRows<T>& out) {
   constexpr bool kMasked = kLabels == Labels::kSome, kCrossEntropy = kCeForm != CeForm::kNone;
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
-  const A* u1 = u + kCoefficients<kCrossEntropy>;
-  const A difference0 = u1[kBackground] - u[kForeground];  // u_1 - u_0 where the label is 0
-  const A difference1 = u1[kForeground] - u[kBackground];  // where it is 1
+  const U* u1 = u + kCoefficients<kCrossEntropy>;
+  const U difference0 = u1[kBackground] - u[kForeground];  // u_1 - u_0 where the label is 0
+  const U difference1 = u1[kForeground] - u[kBackground];  // where it is 1
   // The same of squares, at the label: u_label - u_other = u_foreground - 2 p_other (both u_background).
-  const A backgrounds = u[kBackground] + u1[kBackground];
+  const U backgrounds = u[kBackground] + u1[kBackground];
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = tile.template label<kLabels>(i);
     V z[2];
@@ -284,21 +284,21 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
     const I is1 = label == 1;
     const V margin = is1 ? d : -d;
     const V p_other = margin < V{} ? inverse : e * inverse;
-    V difference = is1 ? broadcast<A>(difference1) : broadcast<A>(difference0);
+    V difference = is1 ? spread<A>(difference1) : spread<A>(difference0);
     if constexpr (kSquared) {
-      const V foreground = is1 ? broadcast<A>(u1[kForeground]) : broadcast<A>(u[kForeground]);
-      const V of_label = squared_slope_of_target(p_other, broadcast<A>(backgrounds), foreground);
+      const V foreground = is1 ? spread<A>(u1[kForeground]) : spread<A>(u[kForeground]);
+      const V of_label = squared_slope_of_target(p_other, spread<A>(backgrounds), foreground);
       difference = is1 ? of_label : -of_label;
     }
     V dz1 = logistic_gradient(e, inverse, difference);
     if constexpr (kCeForm == CeForm::kSmoothed) {  // p_1 b_0 - p_0 b_1
       const V p_label = margin < V{} ? e * inverse : inverse;
-      const V of_label = is1 ? broadcast<A>(-u1[kCeCoefficient] - u1[kSmoothingCoefficient])
-                             : broadcast<A>(u[kCeCoefficient] + u[kSmoothingCoefficient]);
-      const V of_other = is1 ? broadcast<A>(-u[kSmoothingCoefficient]) : broadcast<A>(u1[kSmoothingCoefficient]);
+      const V of_label = is1 ? spread<A>(-u1[kCeCoefficient] - u1[kSmoothingCoefficient])
+                             : spread<A>(u[kCeCoefficient] + u[kSmoothingCoefficient]);
+      const V of_other = is1 ? spread<A>(-u[kSmoothingCoefficient]) : spread<A>(u1[kSmoothingCoefficient]);
       dz1 += of_label * p_other - of_other * p_label;
     } else if constexpr (kCrossEntropy) {  // k_0 p_1 where the label is 0, -k_1 p_0 where it is 1
-      V k = is1 ? broadcast<A>(-u1[kCeCoefficient]) : broadcast<A>(u[kCeCoefficient]);
+      V k = is1 ? spread<A>(-u1[kCeCoefficient]) : spread<A>(u[kCeCoefficient]);
       if constexpr (kCeForm == CeForm::kFocal) {
         const V minus_log_p = log1p_of_fraction<A>(e) + maximum(V{}, -margin);
         const Probability<V> p{margin < V{} ? e * inverse : inverse, p_other};
@@ -315,10 +315,10 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const Compu
 
 // As count_softmax_block. s_all: the sum of all classes' dL/dsmoothing. store_dz(c, k, dz) takes the gradient of class
 // c in the k-th vector.
-template <typename T, int kClasses, int kVectors, Labels kLabels, CeForm kCeForm, bool kSquared, typename Next,
-          typename Store>
-TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const Compute<T>* u,
-                                      Compute<T> s_all, PresentClasses& present, Vector<Compute<T>>* logits,
+template <typename T, int kClasses, int kVectors, Labels kLabels, CeForm kCeForm, bool kSquared, typename U,
+          typename Next, typename Store>
+TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const U* u, U s_all,
+                                      PresentClasses& present, Vector<Compute<T>>* logits,
                                       const Vector<Compute<T>>* top, const Next& read_next, const Store& store_dz) {
   using A = Compute<T>;
   using V = Vector<A>;
@@ -341,8 +341,8 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   // kPresent: class c is the label of some voxel here.
   const auto add_class = [&](int c, auto is_present) __attribute__((always_inline)) {
     constexpr bool kPresent = decltype(is_present)::value;
-    const A* of_class = u + c * kCoefficients<kCrossEntropy>;
-    const V background = broadcast<A>(of_class[kBackground]);
+    const U* of_class = u + c * kCoefficients<kCrossEntropy>;
+    const V background = spread<A>(of_class[kBackground]);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
       const V e = exp_nonpositive<A>(logits[c * kVectors + k] - top[k]);
@@ -351,10 +351,10 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
         const I is_target = label[k] == static_cast<Int>(c);
         const I is_other = kMasked ? (label[k] != static_cast<Int>(c)) & (label[k] >= 0) : ~is_target;
         other = sums[k].add(is_target, is_other, e);
-        u_target[k] = is_target ? broadcast<A>(of_class[kForeground]) : u_target[k];
+        u_target[k] = is_target ? spread<A>(of_class[kForeground]) : u_target[k];
         if (kSquared) u_background[k] = is_target ? background : u_background[k];
-        if (kCrossEntropy) k_target[k] = is_target ? broadcast<A>(of_class[kCeCoefficient]) : k_target[k];
-        if (kSmoothed) s_target[k] = is_target ? broadcast<A>(of_class[kSmoothingCoefficient]) : s_target[k];
+        if (kCrossEntropy) k_target[k] = is_target ? spread<A>(of_class[kCeCoefficient]) : k_target[k];
+        if (kSmoothed) s_target[k] = is_target ? spread<A>(of_class[kSmoothingCoefficient]) : s_target[k];
       } else {
         other = sums[k].add_other(kMasked ? (label[k] >= 0 ? e : V{}) : e);
       }
@@ -384,15 +384,15 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
       k_target[k] *= focal_slope(p, minus_log_p, tile.focal_gamma, FocalPower{});
     }
     if constexpr (kSmoothed) {
-      gradient[k].add_smoothed_cross_entropy(sums[k], k_target[k], s_target[k], broadcast<A>(s_all));
+      gradient[k].add_smoothed_cross_entropy(sums[k], k_target[k], s_target[k], spread<A>(s_all));
     } else if constexpr (kCrossEntropy) {
       gradient[k].add_cross_entropy(sums[k], k_target[k]);
     }
   }
 #pragma GCC unroll 8
   for (int c = 0; c < classes; ++c) {
-    const V background = broadcast<A>(u[c * kCoefficients<kCrossEntropy> + kBackground]);
-    const A smoothing = kSmoothed ? u[c * kCoefficients<kCrossEntropy> + kSmoothingCoefficient] : A(0);
+    const V background = spread<A>(u[c * kCoefficients<kCrossEntropy> + kBackground]);
+    const U smoothing = kSmoothed ? u[c * kCoefficients<kCrossEntropy> + kSmoothingCoefficient] : U{};
     const bool is_present = kFew || present.has(c);
 #pragma GCC unroll 4
     for (int k = 0; k < kVectors; ++k) {
@@ -406,12 +406,12 @@ TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_c
   if (!kFew) present.set(tile.labels + at, kVectors * kLanes, false);
 }
 
-template <typename T, int kClasses, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner>
-TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classes, const Compute<T>* u,
-                                     PresentClasses& present, Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
+template <typename T, int kClasses, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner, typename U>
+TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classes, const U* u, PresentClasses& present,
+                                     Vector<Compute<T>>* scratch, const GradientRows<T>& out) {
   using V = Vector<Compute<T>>;
   constexpr int kLanes = Lanes<Compute<T>>::count;
-  const Compute<T> s_all = kCeForm == CeForm::kSmoothed ? sum_of_smoothing(u, classes) : 0;
+  const U s_all = kCeForm == CeForm::kSmoothed ? sum_of_smoothing<Compute<T>>(u, classes) : U{};
   if constexpr (kClasses == 2) {
     two_classes_gradient<T, kLabels, kCeForm, kSquared, kInner>(tile, padded, u, out);
   } else if constexpr (kClasses > 0) {

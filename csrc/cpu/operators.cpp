@@ -89,7 +89,7 @@ void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes
 }
 
 bool is_bad(const BadInput& bad) {
-  return bad.label || bad.weight || bad.target;
+  return bad.label || bad.weight || bad.target || bad.region;
 }
 
 // The error about a bad value. Python shows its first line.
@@ -102,14 +102,39 @@ void raise_bad_input(const Volume& v, const BadInput& bad) {
                   "; check_target=False takes any\n");
 }
 
+void raise_bad_region(const RegionVolume& r, const BadInput& bad) {
+  STD_TORCH_CHECK(!bad.region, "regions: expected values below num_regions = ", r.count, ", got ", bad.region_value,
+                  "\n");
+}
+
 // NaN in one of a class's overlap counts is NaN in all: a voxel of another class adds nothing to its tp.
-void spread_nan(const Volume& v, double* counts) {
-  for (int64_t i = 0; i < v.samples * v.classes; ++i) {
-    double* q = counts + i * v.count_columns();
+void spread_nan(int64_t rows, int columns, double* counts) {
+  for (int64_t i = 0; i < rows; ++i) {
+    double* q = counts + i * columns;
     if (!std::isnan(q[kTp] + q[kFp] + q[kFn])) continue;
     q[kTp] = q[kFp] = q[kFn] = std::numeric_limits<double>::quiet_NaN();
   }
 }
+
+// What each worker has found first.
+class FoundBad {
+ public:
+  explicit FoundBad(int64_t chunks) : found_(std::min<int64_t>(torch::stable::get_num_threads(), chunks)) {}
+  void add(int64_t worker, int64_t chunk, const BadInput& bad) {
+    if (is_bad(bad) && chunk < found_[worker].chunk) found_[worker] = {bad, chunk};
+  }
+  const BadInput& first() const {
+    return std::min_element(found_.begin(), found_.end(), [](const One& a, const One& b) { return a.chunk < b.chunk; })
+        ->bad;
+  }
+
+ private:
+  struct One {
+    BadInput bad;
+    int64_t chunk = std::numeric_limits<int64_t>::max();
+  };
+  std::vector<One> found_;
+};
 
 // counts[N][C][columns], in a fixed order whatever the number of threads. NaN where the data are bad and that is not
 // raised.
@@ -120,22 +145,16 @@ void count(const Volume& v, Check check, double* counts) {
   const Chunks chunks(v);
   const int64_t total = v.samples * chunks.per_sample;
   std::vector<double> partial(total * row, 0.0);
-  struct First {
-    BadInput bad;
-    int64_t chunk = std::numeric_limits<int64_t>::max();
-  };
-  std::vector<First> found(std::min<int64_t>(torch::stable::get_num_threads(), total));
+  FoundBad found(total);
   const Kernels& k = kernels(v.logits.type);
   for_each_chunk(v, chunks, k.count_scratch_bytes(v),
                  [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end, void* scratch, int64_t worker) {
                    BadInput bad;
                    k.count_pass(v, sample, begin, end, &partial[chunk * row], scratch, &bad);
-                   if (is_bad(bad) && chunk < found[worker].chunk) found[worker] = {bad, chunk};
+                   found.add(worker, chunk, bad);
                  });
-  const First& first =
-      *std::min_element(found.begin(), found.end(), [](const First& a, const First& b) { return a.chunk < b.chunk; });
-  if (is_bad(first.bad)) {
-    if (check == Check::kRaise) raise_bad_input(v, first.bad);
+  if (is_bad(found.first())) {
+    if (check == Check::kRaise) raise_bad_input(v, found.first());
     std::fill(counts, counts + v.samples * row, std::numeric_limits<double>::quiet_NaN());
     return;
   }
@@ -143,7 +162,7 @@ void count(const Volume& v, Check check, double* counts) {
     double* out = counts + i / chunks.per_sample * row;
     for (int64_t q = 0; q < row; ++q) out[q] += partial[i * row + q];
   }
-  spread_nan(v, counts);
+  spread_nan(v.samples * v.classes, v.count_columns(), counts);
 }
 
 // The whole loss from counts[N][C][columns]: writes loss (one value, or one a row and class) and coefficients.
@@ -284,6 +303,120 @@ struct Cpu {
   }
 };
 
+// ---- Regions
+
+// A chunk's rows, of the regions that it meets alone.
+struct ChunkRows {
+  int64_t size;
+  std::vector<int64_t> regions;
+  std::vector<double> values;
+};
+
+// A chunk's rows while it is counted. slots: of each region, where its row is; -1 for none.
+struct RowsOfChunk {
+  ChunkRows* rows;
+  std::vector<int32_t>* slots;
+
+  static double* row(void* context, int64_t region) {
+    auto* self = static_cast<RowsOfChunk*>(context);
+    int32_t& slot = (*self->slots)[region];
+    ChunkRows& rows = *self->rows;
+    if (slot < 0) {
+      slot = static_cast<int32_t>(rows.regions.size());
+      rows.regions.push_back(region);
+      rows.values.resize(rows.values.size() + rows.size, 0.0);
+    }
+    return rows.values.data() + slot * rows.size;
+  }
+};
+
+// Fewer chunks, which a region's rows are worth.
+Chunks region_chunks(const Volume& v) {
+  Chunks chunks(v);
+  constexpr int64_t kLeast = 32768, kMost = 64;
+  const int64_t least = std::max<int64_t>(kLeast, (v.voxels * v.samples + kMost - 1) / kMost);
+  chunks.voxels_each = (least + 4095) / 4096 * 4096;
+  chunks.per_sample = (v.voxels + chunks.voxels_each - 1) / chunks.voxels_each;
+  return chunks;
+}
+
+struct CpuRegions {
+  static void count(const RegionVolume& r, Check check, const Tensor& out) {
+    const Volume& v = r.volume;
+    const int columns = v.count_columns() + 1;
+    const int64_t row = v.classes * columns, all = v.samples * r.count * row;
+    double* const counts = out.mutable_data_ptr<double>();
+    std::fill(counts, counts + all, 0.0);
+    if (v.samples * v.voxels == 0) return;
+    const Chunks chunks = region_chunks(v);
+    const int64_t total = v.samples * chunks.per_sample;
+    std::vector<ChunkRows> found(total, ChunkRows{row, {}, {}});
+    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), total);
+    std::vector<std::vector<int32_t>> slots(workers, std::vector<int32_t>(r.count, -1));
+    FoundBad bad_input(total);
+    const Kernels& k = kernels(v.logits.type);
+    for_each_chunk(v, chunks, k.region_count_scratch_bytes(r),
+                   [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end, void* scratch, int64_t worker) {
+                     BadInput bad;
+                     RowsOfChunk context{&found[chunk], &slots[worker]};
+                     k.region_count_pass(r, sample, begin, end, RegionRows{&RowsOfChunk::row, &context}, scratch, &bad);
+                     for (const int64_t region : found[chunk].regions) slots[worker][region] = -1;
+                     bad_input.add(worker, chunk, bad);
+                   });
+    if (is_bad(bad_input.first())) {
+      if (check == Check::kRaise) {
+        raise_bad_region(r, bad_input.first());
+        raise_bad_input(v, bad_input.first());
+      }
+      std::fill(counts, counts + all, std::numeric_limits<double>::quiet_NaN());
+      return;
+    }
+    for (int64_t i = 0; i < total; ++i) {
+      const ChunkRows& rows = found[i];
+      for (size_t s = 0; s < rows.regions.size(); ++s) {
+        double* to = counts + (i / chunks.per_sample * r.count + rows.regions[s]) * row;
+        for (int64_t q = 0; q < row; ++q) to[q] += rows.values[s * row + q];
+      }
+    }
+    spread_nan(v.samples * r.count * v.classes, columns, counts);
+  }
+
+  static Tensor new_gradient(const Tensor& logits) { return tversky_kernels::cpu::new_gradient(logits); }
+
+  static void gradient(const RegionVolume& r, const Tensor& coefficients, const Tensor& out) {
+    const Volume& v = r.volume;
+    const GradientView view{out.mutable_data_ptr(), out.stride(0), out.stride(1), *single_stride(out, 2)};
+    const int64_t row = r.count * v.classes * v.coefficient_columns();
+    std::vector<float> u_float;
+    std::vector<double> u_double;
+    if (v.logits.type == ElementType::kDouble) {
+      u_double = in_type<double>(coefficients, v);
+    } else {
+      u_float = in_type<float>(coefficients, v);
+    }
+    const Kernels& k = kernels(v.logits.type);
+    for_each_chunk(v, region_chunks(v), k.region_gradient_scratch_bytes(r),
+                   [&](int64_t sample, int64_t, int64_t begin, int64_t end, void* scratch, int64_t) {
+                     const void* u = u_double.empty() ? static_cast<const void*>(&u_float[sample * row])
+                                                      : static_cast<const void*>(&u_double[sample * row]);
+                     k.region_gradient_pass(r, sample, begin, end, u, view, scratch);
+                   });
+  }
+
+ private:
+  template <typename A>
+  static std::vector<A> in_type(const Tensor& coefficients, const Volume& v) {
+    const double* u = coefficients.const_data_ptr<double>();
+    const int columns = v.coefficient_columns();
+    std::vector<A> converted(coefficients.numel());
+    for (int64_t i = 0; i < coefficients.numel(); i += columns) {
+      for (int q = 0; q < columns; ++q) converted[i + q] = static_cast<A>(u[i + q]);
+      converted[i + kForeground] = static_cast<A>(foreground_coefficient(u + i, v.overlap));
+    }
+    return converted;
+  }
+};
+
 int64_t cpu_capability(std::optional<int64_t> force) {
   if (force.has_value()) {
     check_range("force", *force, static_cast<int64_t>(Capability::kLast));
@@ -298,6 +431,7 @@ int64_t cpu_capability(std::optional<int64_t> force) {
 
 STABLE_TORCH_LIBRARY_IMPL(tversky_kernels, CPU, m) {
   tversky_kernels::Operators<tversky_kernels::cpu::Cpu>::implement(m);
+  tversky_kernels::RegionOperators<tversky_kernels::cpu::CpuRegions>::implement(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tversky_kernels, CompositeExplicitAutograd, m) {

@@ -307,8 +307,8 @@ void count_general(const Volume& v, const Tile<T>& tile, LogitsVector<T>* scratc
   if (outside) find_bad_target(v, tile, bad);
 }
 
-template <typename T, OverlapForm kForm, bool kCrossEntropy>
-void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Vector<Compute<T>>* scratch,
+template <typename T, OverlapForm kForm, bool kCrossEntropy, typename U>
+void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const U* u, Vector<Compute<T>>* scratch,
                               const GradientRows<T>& out) {
   using A = Compute<T>;
   using V = Vector<A>;
@@ -325,8 +325,8 @@ void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Comput
     V b_all[kGeneralVectors] = {};
     for (int k = 0; focal && k < kGeneralVectors; ++k) log_sum[k] = log1p<A>(softmax.beyond_one[k]);
     for (int c = 0; c < classes; ++c) {
-      const A* of_class = u + c * kCoefficients<kCrossEntropy>;
-      const V background = broadcast<A>(of_class[kBackground]), foreground = broadcast<A>(of_class[kForeground]);
+      const U* of_class = u + c * kCoefficients<kCrossEntropy>;
+      const V background = spread<A>(of_class[kBackground]), foreground = spread<A>(of_class[kForeground]);
 #pragma GCC unroll 2
       for (int k = 0; k < kGeneralVectors; ++k) {
         const int slot = c * kGeneralVectors + k;
@@ -371,15 +371,15 @@ void general_softmax_gradient(const Volume& v, const Tile<T>& tile, const Comput
   }
 }
 
-template <typename T, Activation kActivation, OverlapForm kForm, bool kCrossEntropy>
-void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, const GradientRows<T>& out) {
+template <typename T, Activation kActivation, OverlapForm kForm, bool kCrossEntropy, typename U>
+void general_channels_gradient(const Volume& v, const Tile<T>& tile, const U* u, const GradientRows<T>& out) {
   using A = Compute<T>;
   using V = Vector<A>;
   using I = IntVector<A>;
   const bool weighted = is_weighted(tile);
   for (int c = 0; c < v.classes; ++c) {
-    const A* of_class = u + c * kCoefficients<kCrossEntropy>;
-    const V background = broadcast<A>(of_class[kBackground]), foreground = broadcast<A>(of_class[kForeground]);
+    const U* of_class = u + c * kCoefficients<kCrossEntropy>;
+    const V background = spread<A>(of_class[kBackground]), foreground = spread<A>(of_class[kForeground]);
     const T* next = next_channel(tile, c, static_cast<int>(v.classes));
     for (int i = 0; i < tile.padded_voxels(); i += Lanes<A>::count) {
       prefetch(next + i);
@@ -421,8 +421,8 @@ void general_channels_gradient(const Volume& v, const Tile<T>& tile, const Compu
   }
 }
 
-template <typename T>
-void general_gradient(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Vector<Compute<T>>* scratch,
+template <typename T, typename U>
+void general_gradient(const Volume& v, const Tile<T>& tile, const U* u, Vector<Compute<T>>* scratch,
                       const GradientRows<T>& out) {
   with_general_options(v, [&](auto activation, auto form, auto cross_entropy) {
     constexpr Activation kActivation = decltype(activation)::value;

@@ -46,12 +46,29 @@ bool is_streamed(const Volume& v, const GradientView& view, bool inner) {
 template <bool kCrossEntropy>
 constexpr int kCoefficients = kCrossEntropy ? kAllCoefficients : kOverlapCoefficients;
 
+// A pass has its coefficients as numbers (U is A), the same for all lanes, or as vectors (U is Vector<A>), a number a
+// lane. `spread` makes a vector of either.
+template <typename A, typename U>
+TK_INLINE Vector<A> spread(U x) {
+  if constexpr (std::is_same_v<U, A>) {
+    return broadcast<A>(x);
+  } else {
+    return x;
+  }
+}
+
 // All classes' dL/dsmoothing.
-template <typename A>
-TK_INLINE A sum_of_smoothing(const A* u, int classes) {
-  double sum = 0;
-  for (int c = 0; c < classes; ++c) sum += u[c * kAllCoefficients + kSmoothingCoefficient];
-  return static_cast<A>(sum);
+template <typename A, typename U>
+TK_INLINE U sum_of_smoothing(const U* u, int classes) {
+  if constexpr (std::is_same_v<U, A>) {
+    double sum = 0;
+    for (int c = 0; c < classes; ++c) sum += u[c * kAllCoefficients + kSmoothingCoefficient];
+    return static_cast<A>(sum);
+  } else {
+    U sum{};
+    for (int c = 0; c < classes; ++c) sum += u[c * kAllCoefficients + kSmoothingCoefficient];
+    return sum;
+  }
 }
 
 }  // namespace

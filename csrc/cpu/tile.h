@@ -86,6 +86,25 @@ TK_INLINE void with_labels(const Tile<T>& tile, const F& work) {
   }
 }
 
+// Calls work with the form of the cross-entropy and whether errors are squared, as constants. For a softmax whose label
+// is the target.
+template <typename F>
+TK_INLINE void with_ce_forms(const Volume& v, const F& work) {
+  const auto with_form = [&](auto cross_entropy) __attribute__((always_inline)) {
+    if (v.overlap == OverlapForm::kSquared) {
+      work(cross_entropy, std::true_type{});
+    } else {
+      work(cross_entropy, std::false_type{});
+    }
+  };
+  switch (ce_form(v)) {
+    case CeForm::kNone: return with_form(std::integral_constant<CeForm, CeForm::kNone>{});
+    case CeForm::kPlain: return with_form(std::integral_constant<CeForm, CeForm::kPlain>{});
+    case CeForm::kFocal: return work(std::integral_constant<CeForm, CeForm::kFocal>{}, std::false_type{});
+    case CeForm::kSmoothed: return work(std::integral_constant<CeForm, CeForm::kSmoothed>{}, std::false_type{});
+  }
+}
+
 // Calls work with what decides the code of a softmax whose label is the target, as constants: the tile's Labels, the
 // form of the cross-entropy, and whether errors are squared.
 template <typename T, typename F>

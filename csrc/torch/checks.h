@@ -33,11 +33,12 @@ inline void check_range(const char* name, int64_t value, int64_t most) {
 }
 
 // (N, *spatial) or, with classes, (N, C, *spatial), for logits (N, C, *spatial); the spatial sizes may be others for 1
-// to 3 dimensions, from which the nearest voxels are taken.
-inline void check_volume(const char* name, const Tensor& x, const Tensor& logits, bool with_classes) {
+// to 3 dimensions, from which the nearest voxels are taken. one_for_all: there is one channel for all classes.
+inline void check_volume(const char* name, const Tensor& x, const Tensor& logits, bool with_classes,
+                         bool one_for_all = false) {
   const int64_t first = with_classes ? 2 : 1, spatial = logits.dim() - 2;
   STD_TORCH_CHECK(x.dim() == first + spatial, name, ": expected ", first + spatial, " dimensions, got ", x.dim());
-  for (int64_t d = 0; d < first; ++d) {
+  for (int64_t d = 0; d < (one_for_all ? 1 : first); ++d) {
     STD_TORCH_CHECK(x.size(d) == logits.size(d), name, ": expected size ", logits.size(d), " in dimension ", d,
                     ", got ", x.size(d));
   }
@@ -73,6 +74,24 @@ inline void check_voxel_weight(const std::optional<Tensor>& weight, const Tensor
   STD_TORCH_CHECK(t == ScalarType::Bool || t == ScalarType::Byte || is_floating(t),
                   "voxel_weight: expected bool, uint8 or floating, got ", torch::headeronly::toString(t));
   check_volume("voxel_weight", *weight, logits, false);
+}
+
+// (N, 1 or C, *spatial).
+inline void check_regions(const Tensor& regions, int64_t count, const Tensor& logits) {
+  const ScalarType t = regions.scalar_type();
+  STD_TORCH_CHECK(is_integral(t) && t != ScalarType::Bool, "regions: expected uint8, int8, int16, int32 or int64, got ",
+                  torch::headeronly::toString(t));
+  STD_TORCH_CHECK(count >= 1 && count <= INT32_MAX, "num_regions: expected 1 to 2^31 - 1, got ", count);
+  check_volume("regions", regions, logits, true, regions.dim() > 1 && regions.size(1) == 1);
+}
+
+// (N, R, C, 2 or 4).
+inline void check_region_coefficients(const Tensor& coefficients, const Tensor& logits, int64_t cross_entropy) {
+  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 4 &&
+                      coefficients.size(0) == logits.size(0) && coefficients.size(1) >= 1 &&
+                      coefficients.size(2) == logits.size(1) && coefficients.size(3) == (cross_entropy == 0 ? 2 : 4),
+                  "coefficients: expected (N, R, C, 2, or 4 with a cross-entropy) of float64");
+  check_device("coefficients", coefficients, logits);
 }
 
 // How a pass reads the volumes: the operators' arguments, as they come.

@@ -46,6 +46,12 @@ struct TableOptions {
   int64_t ce_mean;
 };
 
+inline void check_in_place(const Tensor& logits) {
+  check_logits(logits);
+  STD_TORCH_CHECK(single_stride(logits, 2).has_value(), "logits: in place, its voxels must lie one stride apart");
+  STD_TORCH_CHECK(is_dense(logits), "logits: in place, each must have a place of its own, with nothing in between");
+}
+
 template <typename Backend>
 struct Operators {
   static Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
@@ -87,9 +93,7 @@ struct Operators {
 
   static void gradient_pass_(Tensor logits, const Tensor& grad_loss, const Tensor& coefficients, const Tensor& target,
                              const std::optional<Tensor>& voxel_weight, TK_PASS_ARGUMENTS) {
-    check_logits(logits);
-    STD_TORCH_CHECK(single_stride(logits, 2).has_value(), "logits: in place, its voxels must lie one stride apart");
-    STD_TORCH_CHECK(is_dense(logits), "logits: in place, each must have a place of its own, with nothing in between");
+    check_in_place(logits);
     const VolumeTensors volume(logits, target, voxel_weight, TK_PASS_RECORD);
     write_gradient(logits, volume.view, grad_loss, coefficients);
   }
@@ -159,6 +163,56 @@ struct Operators {
 
   // Asked first, because torch's own way goes through the dispatcher.
   static Tensor contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+};
+
+// The operators of losses with regions. The Backend's:
+//   count(volume, check, counts)                   the counts [N][R][C][4 or 7]
+//   gradient(volume, coefficients, out)            the gradient pass; the upstream gradient is in the coefficients
+//   new_gradient(logits)                           as above
+template <typename Backend>
+struct RegionOperators {
+  static Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
+                           const Tensor& regions, int64_t num_regions, TK_PASS_ARGUMENTS, int64_t check) {
+    check_range("check", check, 2);
+    const Check mode = static_cast<Check>(check);
+    const RegionTensors volume(logits, target, voxel_weight, regions, num_regions, TK_PASS_RECORD, mode);
+    const Volume& v = volume.view.volume;
+    const std::vector<int64_t> shape{v.samples, num_regions, v.classes, v.count_columns() + 1};
+    Tensor counts = torch::stable::new_empty(logits, shape, ScalarType::Double);
+    Backend::count(volume.view, mode, counts);
+    return counts;
+  }
+
+  static Tensor gradient_pass(const Tensor& coefficients, const Tensor& logits, const Tensor& target,
+                              const std::optional<Tensor>& voxel_weight, const Tensor& regions, TK_PASS_ARGUMENTS) {
+    check_region_coefficients(coefficients, logits, cross_entropy);
+    const RegionTensors volume(logits, target, voxel_weight, regions, coefficients.size(1), TK_PASS_RECORD);
+    Tensor gradient = Backend::new_gradient(volume.volume.logits);
+    write_gradient(gradient, volume.view, coefficients);
+    return gradient;
+  }
+
+  static void gradient_pass_(Tensor logits, const Tensor& coefficients, const Tensor& target,
+                             const std::optional<Tensor>& voxel_weight, const Tensor& regions, TK_PASS_ARGUMENTS) {
+    check_in_place(logits);
+    check_region_coefficients(coefficients, logits, cross_entropy);
+    const RegionTensors volume(logits, target, voxel_weight, regions, coefficients.size(1), TK_PASS_RECORD);
+    write_gradient(logits, volume.view, coefficients);
+  }
+
+  template <typename Library>
+  static void implement(Library& m) {
+    m.impl("region_count_pass", TORCH_BOX(&RegionOperators::count_pass));
+    m.impl("region_gradient_pass", TORCH_BOX(&RegionOperators::gradient_pass));
+    m.impl("region_gradient_pass_", TORCH_BOX(&RegionOperators::gradient_pass_));
+  }
+
+ private:
+  static void write_gradient(const Tensor& out, const RegionVolume& volume, const Tensor& coefficients) {
+    if (volume.volume.samples * volume.volume.voxels == 0) return;
+    Backend::gradient(volume, coefficients.is_contiguous() ? coefficients : torch::stable::contiguous(coefficients),
+                      out);
+  }
 };
 
 }  // namespace tversky_kernels

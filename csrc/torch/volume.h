@@ -144,4 +144,24 @@ struct VolumeTensors {
   }
 };
 
+// The same with regions.
+struct RegionTensors {
+  VolumeTensors volume;
+  Tensor regions;
+  RegionVolume view;
+
+  RegionTensors(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                const Tensor& regions_in, int64_t count, const PassOptions& a, Check check = Check::kIgnore)
+      : volume(logits, target, weight, a, check), regions(readable(checked(regions_in, count, logits), 2, logits)) {
+    const bool by_class = regions.size(1) != 1;
+    view = {volume.view, voxel_view(regions, 2, volume.logits, a.nearest_exact), count, by_class};
+  }
+
+ private:
+  static const Tensor& checked(const Tensor& regions, int64_t count, const Tensor& logits) {
+    check_regions(regions, count, logits);
+    return regions;
+  }
+};
+
 }  // namespace tversky_kernels

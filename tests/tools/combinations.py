@@ -33,9 +33,11 @@ class Combination:
     how: str  # the loss is called, one of HOW
     upstream: float  # the gradient of the loss
     resample: str  # of a target of another resolution
+    regions: tuple | None  # their number, their type, whether each class has its own, and whether they are runs
+    partly_annotated: bool
 
     def make(self):
-        """Logits, target and options, voxel_weight among them."""
+        """Logits, target and options, voxel_weight, regions and annotated among them."""
         samples, classes, *space = self.shape
         logits, _ = inputs(samples, classes, space, self.dtype, seed=self.seed, scale=self.scale)
         space = self.target_space or tuple(space)
@@ -46,6 +48,13 @@ class Combination:
         options = dict(self.options)
         if self.weighted is not None:
             options["voxel_weight"] = (torch.rand(target.shape, generator=generator) * 2).to(self.weighted)
+        if self.regions is not None:
+            count, dtype, by_class, runs = self.regions
+            shape = (samples, classes, *space) if by_class else (samples, *space)
+            ids = torch.randint(-1 if dtype.is_signed else 0, count, shape, generator=generator)
+            if runs:
+                ids = (torch.arange(ids[0].numel()) // 23 % count).view(1, *shape[1:]).expand(shape)
+            options.update(regions=ids.to(dtype), num_regions=count)
         if self.target != "index":
             one_hot = torch.nn.functional.one_hot(target, max(classes, 2)).movedim(-1, 1)[:, -classes:]
             ignored = torch.rand(target.shape, generator=generator) < 0.2
@@ -56,11 +65,29 @@ class Combination:
             if options.get("ignore_index") is not None:
                 one_hot = torch.where(ignored[:, None], options["ignore_index"], one_hot)
             target = one_hot
+        if self.partly_annotated:
+            options["annotated"] = self._annotated(target, generator)
         target = target.to(self.target_dtype)
         if options["activation"] == "none":
             logits = 0.01 + 0.98 * logits.sigmoid()  # not 0 or 1, where |p - g| has no slope
         logits, target = (_laid_out(x, self.layout) for x in (logits, target))
         return logits, target, options
+
+    def _annotated(self, target, generator):
+        # The background of a softmax, all classes that a sample's target has, and some others.
+        samples, classes, *_ = self.shape
+        annotated = torch.rand(samples, classes, generator=generator) < 0.5
+        ignored = self.options.get("ignore_index")
+        counted = torch.ones_like(target, dtype=torch.bool) if ignored is None else target != ignored
+        if self.target == "index" or (classes == 1 and not self.target_dtype.is_floating_point):
+            labels = range(classes) if classes > 1 else [1]
+            present = [((target == c) & counted).flatten(1).any(1) for c in labels]
+            annotated |= torch.stack(present, 1)
+        elif self.options["activation"] == "softmax":
+            annotated |= ((target != 0) & counted.any(1, keepdim=True)).flatten(2).any(2)
+        if self.options["activation"] == "softmax":
+            annotated[:, 0] = True
+        return annotated
 
 
 def _laid_out(x, layout):
@@ -138,7 +165,13 @@ def cases(draw, tiny=False, most_classes=9, largest=19):
         how="function" if tiny else draw(st.sampled_from(HOW)),
         upstream=1.0 if tiny else draw(st.sampled_from(UPSTREAM)),
         resample=draw(st.sampled_from(["nearest", "nearest-exact"])),
+        regions=draw(_regions) if draw(st.integers(0, 2)) == 0 else None,
+        partly_annotated=draw(st.integers(0, 4)) == 0,
     )
+
+
+_REGION_TYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+_regions = st.tuples(st.sampled_from([1, 2, 3, 9, 100]), st.sampled_from(_REGION_TYPES), st.booleans(), st.booleans())
 
 
 #: Gradients of the loss: nearly all of them 1, some that a GradScaler makes, and what follows from a loss that is none.
@@ -157,9 +190,9 @@ def _loss(case, backend, how="function"):
         module = tk.TverskyCELoss if case.cross_entropy else tk.TverskyLoss
     levels = (lambda z: [z]) if case.target_space is not None else (lambda z: z)
     if how == "module":
-        return lambda z, g, voxel_weight=None, **o: module(**run, **o)(levels(z), g, voxel_weight)
+        return lambda z, g, **o: module(**run, **_lasting(o))(levels(z), g, **_of_call(o))
     if how == "changed module":
-        return lambda z, g, voxel_weight=None, **o: _changed(module, levels(z), g, run, o)(levels(z), g, voxel_weight)
+        return lambda z, g, **o: _changed(module, levels(z), g, run, _lasting(o))(levels(z), g, **_of_call(o))
     if how == "tensors":
         numbers = ("gamma", "smooth_nr", "smooth_dr", "tversky_weight", "ce_weight", "label_smoothing")
         as_tensor = functools.partial(torch.tensor, dtype=torch.float64, requires_grad=True)
@@ -170,6 +203,14 @@ def _loss(case, backend, how="function"):
 
         return with_tensors
     return lambda z, g, **o: function(levels(z), g, **run, **o)
+
+
+def _of_call(options):
+    return {k: v for k, v in options.items() if k in ("voxel_weight", "regions", "annotated")}
+
+
+def _lasting(options):
+    return {k: v for k, v in options.items() if k not in _of_call(options)}
 
 
 def _changed(module, z, g, run, options):
@@ -200,7 +241,7 @@ def _loss_and_gradient(case, backend, logits, target, options, upstream):
 def check_case(case, backend, device="cpu", rounding=1.0):
     """Loss and gradient, scaled back, to what the type of the logits allows."""
     logits, target, options = case.make()
-    in_double = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    in_double = {k: v.double() if k == "voxel_weight" else v for k, v in options.items()}
     exact = target.double() if target.is_floating_point() else target
     true_loss, true_gradient = loss_and_gradient(_loss(case, "reference"), logits.double(), exact, **in_double)
     there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
@@ -219,8 +260,9 @@ def check_case(case, backend, device="cpu", rounding=1.0):
     most = torch.finfo(logits.dtype).max / 2**12  # coefficients are larger than what p (1 - p) makes of them
     if not math.isfinite(case.upstream) or true_gradient.abs().max().item() * abs(case.upstream) > most:
         # Infinite or NaN, where there is a gradient at all; and if numbers, then the right ones.
-        # By torch's table, as "blocks" has it, a gradient that is 0 in the type stays 0.
-        least = torch.finfo(logits.dtype).tiny if backend == "blocks" else 0.0
+        # By torch's table, as "blocks" and losses of regions have it, a gradient that is 0 in the type stays 0.
+        by_torch = backend == "blocks" or case.regions is not None or case.partly_annotated
+        least = torch.finfo(logits.dtype).tiny if by_torch else 0.0
         if not math.isfinite(case.upstream) and true_gradient.abs().max().item() > least:
             assert not torch.isfinite(gradient).all()
         return

@@ -16,7 +16,7 @@ from collections import Counter
 import torch
 
 import tversky_kernels  # noqa: F401  (registers the operators)
-from tversky_kernels._ops import LINEAR_NAMES, NAMES, ops
+from tversky_kernels._ops import LINEAR_NAMES, NAMES, REGION_NAMES, ops
 
 CLASSES = (1, 2, 3, 5)
 INTEGERS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 3, 4, 7, 255, 2**31, 2**32, 2**32 + 1, 2**63 - 1)
@@ -48,6 +48,11 @@ def valid_arguments(name: str, random_: random.Random) -> list:
     head = [features, torch.randn(classes, 4).to(dtype), random_.choice((None, torch.randn(classes).to(dtype)))]
     upstream = random_.choice((torch.ones(()), torch.ones(rows, classes)))
     check = random_.choice((0, 1, 2))
+    count = random_.choice((1, 3, 300))
+    regions = torch.randint(-1, count, (samples, random_.choice((1, classes)), *space)).to(
+        random_.choice((torch.int16, torch.int32, torch.int64))
+    )
+    of_regions = torch.rand(samples, count, classes, coefficients.size(-1), dtype=torch.float64)
     return {
         "count_pass": [logits, target, weight, *passes, check],
         "table": [torch.rand(samples, classes, 6 if cross_entropy else 3, dtype=torch.float64), *table],
@@ -57,6 +62,12 @@ def valid_arguments(name: str, random_: random.Random) -> list:
         "linear_count_pass": [*head, target, weight, *passes, check],
         "linear_gradient_pass": [upstream, coefficients, *head, target, weight, *passes, random_.random() < 0.5],
         "linear_gradient_pass_": [features, upstream, coefficients, *head[1:], target, weight, *passes],
+        "region_count_pass": [logits, target, weight, regions, count, *passes, check],
+        "region_gradient_pass": [of_regions, logits, target, weight, regions, *passes],
+        "region_gradient_pass_": [logits, of_regions, target, weight, regions, *passes],
+        "linear_region_count_pass": [*head, target, weight, regions, count, *passes, check],
+        "linear_region_gradient_pass": [of_regions, *head, target, weight, regions, *passes, random_.random() < 0.5],
+        "linear_region_gradient_pass_": [features, of_regions, *head[1:], target, weight, regions, *passes],
         "cpu_capability": [None],
         "cpu_gradient_memory": [None],
     }[name]
@@ -126,7 +137,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    names = (*NAMES, *LINEAR_NAMES, "cpu_capability", "cpu_gradient_memory")
+    names = (*NAMES, *REGION_NAMES, *LINEAR_NAMES, "cpu_capability", "cpu_gradient_memory")
     random_ = random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)
     capability = ops.cpu_capability(None)

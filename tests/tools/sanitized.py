@@ -20,6 +20,16 @@ from processes import ROOT, TORCH, under_sanitizers
 FLAGS = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-D_GLIBCXX_ASSERTIONS"]
 COMMON = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", *FLAGS]
 
+NAMES = (
+    "count_pass",
+    "gradient_pass",
+    "region_count_pass",
+    "region_gradient_pass",
+    "operators",
+    "gradient_memory",
+    "capability",
+)
+
 
 def build(folder: pathlib.Path) -> None:
     """A copy of the package whose library has sanitizers."""
@@ -28,7 +38,7 @@ def build(folder: pathlib.Path) -> None:
     operators = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(TORCH / "include")]
     kernels = [*setup_flags.KERNEL_FLAGS, "-DTK_CAPABILITY=baseline"]
     objects, running = [], []
-    for name in ("count_pass", "gradient_pass", "operators", "gradient_memory", "capability"):
+    for name in NAMES:
         objects.append(str(folder / f"{name}.o"))
         flags = kernels if name.endswith("pass") else operators
         source = str(ROOT / "csrc" / "cpu" / f"{name}.cpp")

@@ -266,3 +266,10 @@ def gradient_pass(grad_loss, coefficients, logits, target, voxel_weight, *argume
 def gradient_pass_(logits, grad_loss, coefficients, target, voxel_weight, *arguments):
     """dL/dlogits over the logits."""
     _write_gradient(logits, grad_loss, coefficients, logits, target, voxel_weight, *arguments)
+
+
+def _no_regions(*_):
+    raise NotImplementedError("triton: no kernels for regions")
+
+
+region_count_pass = region_gradient_pass = region_gradient_pass_ = _no_regions
