@@ -80,7 +80,7 @@ def test_what_triton_compiles_on_the_host(emulator, tmp_path):
     """For sm_90; each test takes a second for the compiler."""
     tests = "(test_softmax and (33 or 5) and not float64) or test_channels_last or test_nearly_perfect"
     tests += " or (test_many_classes and spatial0 and (118 or 1000)) or test_label_smoothing"
-    tests += " or test_nothing_beyond"
+    tests += " or test_nothing_beyond or test_regions"
     environment = {"TRITON_CACHE_DIR": str(tmp_path)}
     assert_passed(run_kernels_of(f"triton:{emulator}", "-k", tests, environment=environment), 50)
 

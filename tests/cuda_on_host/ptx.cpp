@@ -748,6 +748,17 @@ class PtxKernel {
       });
     } else if (i.is("ldmatrix") || i.is("stmatrix")) {
       read_matrices(i);
+    } else if (i.name == "redux.sync.min.s32" || i.name == "redux.sync.max.s32") {
+      const bool least = i.name == "redux.sync.min.s32";
+      emit([=, d = index_of(i.operand(0)), a = source(i.operand(1)), mask = source(i.operand(2))](Frame& f) {
+        int32_t result = least ? INT32_MAX : INT32_MIN;
+        for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+          const auto x = exchange(static_cast<unsigned>(mask(f)), static_cast<uint32_t>(a(f)), lane);
+          if (!(mask(f) >> lane & 1)) continue;
+          result = least ? std::min(result, static_cast<int32_t>(x)) : std::max(result, static_cast<int32_t>(x));
+        }
+        f.registers[d] = static_cast<uint32_t>(result);
+      });
     } else if (i.name == "redux.sync.add.s32" || i.name == "vote.sync.ballot.b32") {
       const bool sums = i.is("redux");
       emit([=, d = index_of(i.operand(0)), a = source(i.operand(1)), mask = source(i.operand(2))](Frame& f) {

@@ -700,3 +700,33 @@ def test_head(classes, options, dtype, monkeypatch):
     found, truth = (torch.autograd.grad(*pair) for pair in ((loss, there), (true_loss, exact)))
     for x, y in zip(found, truth, strict=True):
         assert relative(x.cpu(), y) <= 1.02 * relative(y.to(dtype), y) + 2e-6
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="the CUDA kernels take no regions")
+@pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "options"),
+    [
+        (2, {}),
+        (3, {"label_smoothing": 0.1, "focal_gamma": 2.0, "ignore_index": 1}),
+        (5, {"squared": True, "alpha": 0.5, "beta": 0.5}),
+        (3, {"activation": "sigmoid"}),
+        (33, {}),
+    ],
+)
+def test_regions(classes, options, by_class):
+    """Runs of one region and voxels of many, against the reference."""
+    logits, target = inputs(2, classes, (6, 7, 9))
+    shape = (2, classes, 6, 7, 9) if by_class else (2, 6, 7, 9)
+    for regions in (
+        torch.arange(target.numel() // 2).view(1, 6, 7, 9).expand(2, 6, 7, 9) // 90,
+        torch.randint(-1, 5, shape),
+    ):
+        ids = regions.unsqueeze(1).expand(shape) if by_class and regions.dim() == 4 else regions
+        how = {"num_regions": 5, "reduction": "none", **options}
+        loss, gradient = loss_and_gradient(
+            lambda z, t, how=how, ids=ids: kernel_ce_loss(z, t, regions=ids.to(DEVICE), **how), logits, target
+        )
+        true_loss, true = loss_and_gradient(tk.reference.tversky_ce_loss, logits.double(), target, regions=ids, **how)
+        assert relative(loss, true_loss) <= 2e-6
+        assert relative(gradient, true) <= 2e-6

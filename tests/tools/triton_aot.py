@@ -150,6 +150,11 @@ def cases(quick: bool):
         for activation in (1, 2):
             yield 1, dtype, torch.uint8, {"activation": activation}
             yield 33, dtype, torch.uint8, {"activation": activation}
+        for classes in (2, 14, 118):
+            yield classes, dtype, torch.uint8, {"regions": 1}
+        yield 14, dtype, torch.uint8, {"regions": 1, "ce": 1}
+        yield 14, dtype, torch.float32, {"regions": 14, "dense": True, "ce": 2, "focal": 2.0, "overlap": 1}
+        yield 3, dtype, torch.uint8, {"regions": 3, "activation": 1, "ce": 1}
 
 
 def compile_case(classes, dtype, label_dtype, options) -> list:
@@ -170,6 +175,12 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
     )  # fmt: skip
     try:
         launch.KERNELS.update(stand_ins)
+        if options.get("regions"):
+            regions = torch.zeros(len(logits), options["regions"], *space, dtype=torch.int16)
+            counts = launch.region_count_pass(logits, target, weight, regions, 50, *arguments, 1)
+            coefficients = counts[..., : 4 if ce else 2]
+            launch.region_gradient_pass(coefficients, logits, target, weight, regions, *arguments)
+            return found
         _, coefficients = launch.tversky_loss(
             logits,
             target,

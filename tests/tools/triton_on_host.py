@@ -69,7 +69,7 @@ def install(library: str, arch: str = "90") -> None:
     host.tk_launch_ptx.restype = ctypes.c_char_p
     driver.set_active(StubDriver(arch))
     launch.KERNELS.update({name: OnHost(kernel, host) for name, kernel in launch.KERNELS.items()})
-    for name in _ops.NAMES:
+    for name in (*_ops.NAMES, *_ops.REGION_NAMES):
         _ops._library.impl(f"triton_{name}", getattr(launch, name), "CPU")
     _ops.TRITON_MISSING = None
     _backends._interpreted = lambda: True

@@ -12,8 +12,18 @@ import triton
 from .._layout import voxel_stride, walkable
 from .._options import ACTIVATIONS, OVERLAPS, REDUCTIONS, PassOptions, TableOptions
 from . import all_classes, many_classes, two_classes
+from . import regions as by_regions
 from . import table as tables
-from .plan import SMOOTHED, family_of, is_general, next_power_of_two, plan, programs_per_sample
+from .plan import (
+    REGION_ELEMENTS,
+    SMOOTHED,
+    family_of,
+    is_general,
+    next_power_of_two,
+    plan,
+    programs_per_sample,
+    region_programs,
+)
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 #: By name; the only place from which kernels are launched.
@@ -26,6 +36,8 @@ KERNELS = {
         all_classes.all_classes_gradient_kernel,
         many_classes.many_classes_count_kernel,
         many_classes.many_classes_gradient_kernel,
+        by_regions.region_count_kernel,
+        by_regions.region_gradient_kernel,
         tables.sum_partial_kernel,
         tables.table_kernel,
     )
@@ -268,8 +280,99 @@ def gradient_pass_(logits, grad_loss, coefficients, target, voxel_weight, *argum
     _write_gradient(logits, grad_loss, coefficients, logits, target, voxel_weight, *arguments)
 
 
-def _no_regions(*_):
-    raise NotImplementedError("triton: no kernels for regions")
+class RegionStrides(NamedTuple):
+    """In elements: of samples, classes and voxels; of the three dimensions of a volume of another size."""
+
+    n: int
+    c: int
+    v: int | None
+    s0: int = 1
+    s1: int = 1
+    s2: int = 1
 
 
-region_count_pass = region_gradient_pass = region_gradient_pass_ = _no_regions
+class _RegionVolume(_Volume):
+    """The same with regions: (N, 1 or C, *spatial), of the target's sizes."""
+
+    def __init__(self, logits, target, voxel_weight, regions, num_regions: int, options: PassOptions, check: int = 0):
+        super().__init__(logits, target, voxel_weight, options, check)
+        resampled = bool(self.flags["RESAMPLED"])
+        self.ids: torch.Tensor
+        rs_v: int | None
+        self.ids, rs_v = (regions, 1) if resampled else _walkable(regions, 2)
+        self.by_class = self.ids.size(1) > 1
+        self.region_strides = RegionStrides(self.ids.stride(0), self.ids.stride(1) if self.by_class else 0, rs_v)
+        if resampled:
+            of_space = (0,) * (5 - self.ids.dim()) + self.ids.stride()[2:]
+            self.region_strides = RegionStrides(*self.region_strides[:3], *of_space)
+        classes = next_power_of_two(self.classes)
+        block = max(8, REGION_ELEMENTS // (2 if logits.dtype == torch.float64 else 1) // classes)
+        block *= 8 if INTERPRETED else 1
+        self.region_programs = region_programs(self.logits, self.voxels, block, num_regions, self.columns + 1)
+        keep = ("DENSE", "RESAMPLED", "OVERLAP", "CE", "FOCAL", "HAS_IGNORE", "HAS_WEIGHT", "REAL")
+        softmax = options.activation == ACTIVATIONS["softmax"]
+        self.region_flags = {
+            **{name: self.flags[name] for name in keep},
+            "C": self.classes,
+            "CLASSES": classes,
+            "BLOCK": block,
+            "PACK": 1 if self.ls_v != 1 else min(block, 2 if logits.dtype == torch.float64 else 4),
+            "ACTIVATION": options.activation,
+            "FIRST_LABEL": int(self.classes == 1 and not softmax),
+            "BY_CLASS": self.by_class,
+            "num_warps": 4,
+        }
+        self.region_tail = (*self.tail[:2], self.region_programs, num_regions)
+
+
+def region_count_pass(logits, target, voxel_weight, regions, num_regions, *arguments):
+    """The counts (N, R, C, 4 or 7) in float64; NaN in a row with a label, weight or region out of range."""
+    *options, check = arguments
+    v = _RegionVolume(logits, target, voxel_weight, regions, num_regions, PassOptions(*options), check)
+    columns = v.columns + 1
+    shape = (v.samples, v.region_programs, num_regions, columns, v.classes)
+    if v.samples == 0 or v.voxels == 0:
+        return torch.zeros(v.samples, num_regions, v.classes, columns, dtype=torch.float64, device=logits.device)
+    partial = torch.zeros(shape, dtype=torch.float64, device=logits.device)
+    z, (target_strides, geometry) = v.logits, v.strides
+    with _device_of(logits):
+        KERNELS["region_count_kernel"][(v.samples * v.region_programs,)](
+            z, v.target, v.weight, v.ids, partial, v.voxels, Strides(z.stride(0), z.stride(1), v.ls_v),
+            target_strides, v.region_strides, geometry, *v.region_tail, **v.region_flags,
+        )  # fmt: skip
+    return partial.sum(1).transpose(2, 3).contiguous()
+
+
+def _write_region_gradient(out, coefficients, logits, target, voxel_weight, regions, *arguments):
+    options = PassOptions(*arguments)
+    num_regions = coefficients.size(1)
+    v = _RegionVolume(logits, target, voxel_weight, regions, num_regions, options)
+    if v.samples == 0 or v.voxels == 0:
+        return
+    if options.overlap == OVERLAPS["squared"]:  # dL/dTP where g = 1: see foreground_coefficient
+        coefficients = torch.cat(
+            [coefficients[..., :1], coefficients[..., :1] + coefficients[..., 1:2], coefficients[..., 2:]], -1
+        )
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    z, (target_strides, geometry) = v.logits, v.strides
+    with _device_of(logits):
+        KERNELS["region_gradient_kernel"][(v.samples * v.region_programs,)](
+            z, v.target, v.weight, v.ids, coefficients.to(dtype).contiguous(), out, v.voxels,
+            Strides(z.stride(0), z.stride(1), v.ls_v), Strides(out.stride(0), out.stride(1), voxel_stride(out, 2)),
+            target_strides, v.region_strides, geometry, *v.region_tail, **v.region_flags,
+        )  # fmt: skip
+
+
+def region_gradient_pass(coefficients, logits, *volumes_and_arguments):
+    """dL/dlogits in a fresh tensor of the logits' layout."""
+    logits, _ = _walkable(logits, 2)
+    out = torch.empty_like(logits)
+    if voxel_stride(out, 2) is None:
+        out = out.contiguous()
+    _write_region_gradient(out, coefficients, logits, *volumes_and_arguments)
+    return out
+
+
+def region_gradient_pass_(logits, coefficients, *volumes_and_arguments):
+    """dL/dlogits over the logits."""
+    _write_region_gradient(logits, coefficients, logits, *volumes_and_arguments)

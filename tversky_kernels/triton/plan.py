@@ -112,3 +112,18 @@ def programs_per_sample(logits: torch.Tensor, voxels: int, plan: Plan) -> int:
     together = 4 if logits.device.type == "cpu" else plan.programs * _multiprocessors(logits.device.index)
     at_once = min(tiles, max(1, together // max(1, logits.size(0))))
     return min(tiles, at_once * -(-tiles // (at_once * MOST_TURNS)))
+
+
+#: Elements of a tile where voxels are counted by region: 8 a thread of 4 warps.
+REGION_ELEMENTS = 1024
+#: Of the programs' tables together.
+REGION_TABLE_BYTES = 2**26
+
+
+def region_programs(logits: torch.Tensor, voxels: int, block: int, num_regions: int, columns: int) -> int:
+    """How many programs share a sample whose voxels are counted by region: each has a table of all regions."""
+    tiles = max(1, -(-voxels // block))
+    together = 4 if logits.device.type == "cpu" else 4 * _multiprocessors(logits.device.index)
+    table_bytes = num_regions * logits.size(1) * columns * 8
+    fitting = max(1, REGION_TABLE_BYTES // table_bytes)
+    return min(tiles, max(1, min(together, fitting) // max(1, logits.size(0))))
