@@ -35,6 +35,27 @@ def tversky(alpha: float, beta: float, gamma: float = 1.0) -> Callable[[], Loss]
     return lambda: tk.TverskyLoss(alpha=alpha, beta=beta, gamma=gamma, include_background=False, batch=True)
 
 
+def regional_tversky(alpha: float, beta: float, **options) -> Callable[[], Loss]:
+    """The mean of the Tversky loss of the batch and of that of each lesion's surroundings (Jaus et al. 2024).
+
+    The regions are made here, on the host, for one small patch; a data set of one's own makes them in its workers
+    (docs/every_lesion.md).
+    """
+
+    def make() -> Loss:
+        whole = tk.TverskyLoss(alpha=alpha, beta=beta, include_background=False, batch=True, **options)
+        # A patch without a lesion has one region, and says nothing about overlap.
+        each = tk.TverskyLoss(alpha=alpha, beta=beta, include_background=False, absent="skip", **options)
+
+        def loss(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            regions, number = tk.regions.voronoi(t[:, 0].cpu(), batch=True)
+            return 0.5 * whole(z, t) + 0.5 * each(z, t, regions=regions.to(z.device), num_regions=number)
+
+        return loss
+
+    return make
+
+
 def dice_ce() -> Loss:
     """What nnU-Net 2 trains with: Dice over the batch, without the background, plus cross-entropy."""
     return tk.TverskyCELoss(alpha=0.5, beta=0.5, include_background=False, batch=True)

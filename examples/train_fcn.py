@@ -40,7 +40,7 @@ import torch
 from evaluate import LESION_NAMES, NAMES, lesion_scores, scores
 from loss_cost import loss_cost
 from pictures import precision_recall, slices
-from recipes import BETAS, RECIPES, Loss, Sampling, cross_entropy
+from recipes import BETAS, RECIPES, Loss, Sampling, cross_entropy, regional_tversky
 from sklearn.model_selection import KFold
 from tqdm import tqdm
 from training import Settings, Trainer, rank_of_process
@@ -49,6 +49,7 @@ from volumes import DataError, Volume, prepare, read_folder
 import tversky_kernels as tk
 
 #: What may differ where a run is continued.
+LOSSES = ("tversky", "dice", "focal-tversky", "regional-tversky", "cross-entropy")
 NOT_IDENTITY = {"fold", "steps", "out", "resume", "checkpoint_every", "no_loss_cost", "threads", "device", "workers"}
 NOT_IDENTITY |= {"overlap", "sweep"}
 
@@ -149,7 +150,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument(
         "--sweep", choices=("beta",), help="train with every alpha / beta of the paper's Table 1 and compare"
     )
-    loss.add_argument("--loss", choices=("tversky", "dice", "focal-tversky", "cross-entropy"), default="tversky")
+    loss.add_argument("--loss", choices=LOSSES, default="tversky")
     loss.add_argument("--alpha", type=float, default=0.3, help="weight of false positives (%(default)s)")
     loss.add_argument("--beta", type=float, default=0.7, help="weight of false negatives (%(default)s)")
     loss.add_argument("--gamma", type=float, default=0.75, help="exponent of the focal loss (%(default)s)")
@@ -208,6 +209,8 @@ def make_loss(arguments: argparse.Namespace, backend: str | None = None, inplace
         return monai.losses.TverskyLoss(
             softmax=True, to_onehot_y=True, include_background=False, batch=True, alpha=alpha, beta=beta
         )
+    if arguments.loss == "regional-tversky":
+        return regional_tversky(alpha, beta, backend=backend)()
     gamma = arguments.gamma if arguments.loss == "focal-tversky" else 1.0
     return tk.TverskyLoss(
         alpha=alpha,
@@ -307,7 +310,11 @@ def cross_validate(arguments: argparse.Namespace, volumes: list[Volume]) -> pd.D
         writer.writerows(log)
 
     costs = {}
-    if not arguments.no_loss_cost and arguments.loss != "cross-entropy" and not arguments.recipe:
+    if (
+        not arguments.no_loss_cost
+        and arguments.loss not in ("cross-entropy", "regional-tversky")
+        and not arguments.recipe
+    ):
         costs = compare_costs(arguments, trainer)
     report = {
         "settings": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(arguments).items()},

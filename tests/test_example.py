@@ -151,6 +151,7 @@ def test_resume_refuses_a_corrupt_checkpoint(data, tmp_path):
         ["--loss", "dice", "--backend", "monai"],
         ["--loss", "cross-entropy"],
         ["--loss", "focal-tversky", "--backend", "reference"],
+        ["--loss", "regional-tversky"],
         ["--amp"],
     ],
 )

@@ -375,6 +375,25 @@ def test_bad_labels(arguments, error, message):
         tk.regions.voronoi(**arguments)
 
 
+def test_in_monais_data_loading():
+    monai = pytest.importorskip("monai")
+    label = torch.from_numpy(lesions()).float()[None]  # as LoadImaged leaves it
+    item = {"image": label * 2, "label": monai.data.MetaTensor(label)}
+    for kind, function in (("voronoi", tk.regions.voronoi), ("components", tk.regions.components)):
+        transforms = monai.transforms.Compose([tk.regions.AddRegionsd("label", kind=kind)])
+        batch = next(iter(monai.data.DataLoader(monai.data.Dataset([item, item], transforms), batch_size=2)))
+        expected, number = function(label[0].long())
+        assert batch["num_regions"].tolist() == [number] * 2
+        assert torch.equal(batch["regions"][1], expected)
+        logits = torch.randn(2, 3, *label.shape[1:])
+        target = batch["label"].as_subclass(torch.Tensor).long()
+        how = {"regions": batch["regions"], "num_regions": int(batch["num_regions"].max())}
+        assert torch.isfinite(tk.tversky_loss(logits, target, **how))
+    assert repr(transforms.transforms[0]) == "AddRegionsd('label', kind='components')"
+    with pytest.raises(ValueError, match="kind: expected one of 'voronoi', 'components', got 'nearest'"):
+        tk.regions.AddRegionsd("label", kind="nearest")
+
+
 # ---- Losses of lesions
 
 

@@ -12,7 +12,7 @@ import torch
 
 from . import _options
 
-__all__ = ["Regions", "components", "voronoi"]
+__all__ = ["AddRegionsd", "Regions", "components", "voronoi"]
 
 
 class Regions(NamedTuple):
@@ -26,7 +26,7 @@ class Regions(NamedTuple):
 
 
 def components(
-    label,
+    label: Any,
     *,
     connectivity: int | None = None,
     per_class: bool = False,
@@ -61,7 +61,7 @@ def components(
 
 
 def voronoi(
-    label,
+    label: Any,
     *,
     connectivity: int | None = None,
     spacing: tuple[float, ...] | None = None,
@@ -87,6 +87,56 @@ def voronoi(
         >>> loss = tk.tversky_loss(logits, label[None], regions=regions[None], num_regions=num_regions)
     """
     return _each(label, batch, _Partition(connectivity, per_class, classes, ignore_index, spacing, True))
+
+
+class AddRegionsd:
+    """A transform of dictionaries, as MONAI's `Compose` takes them: adds the regions of a label map.
+
+    Args:
+        key: Of the label map, (1, *spatial) or (*spatial).
+        regions_key: Of the regions that are added, of the label map's spatial shape (*spatial).
+        number_key: Of their number.
+        kind: "voronoi" or "components".
+        **options: Of `voronoi` or `components`, but for batch.
+
+    Where a batch is on a GPU, its largest number of regions is known on the host before: ``num_regions =
+    int(batch["num_regions"].max())`` of the collated CPU tensor.
+
+    Examples:
+        >>> transforms = Compose([LoadImaged(("image", "label")), tk.regions.AddRegionsd("label")])
+    """
+
+    def __init__(
+        self,
+        key: str,
+        regions_key: str = "regions",
+        number_key: str = "num_regions",
+        kind: str = "voronoi",
+        **options: Any,
+    ):
+        self.key, self.regions_key, self.number_key = key, regions_key, number_key
+        self._function = {"voronoi": voronoi, "components": components}[
+            _options.one_of("kind", kind, ("voronoi", "components"))
+        ]
+        self._kind, self._given = kind, options
+        if "batch" in options:
+            raise TypeError("AddRegionsd: unexpected argument 'batch'; a transform has one sample")
+
+    def __call__(self, data: dict) -> dict:
+        """The dictionary, with the regions."""
+        label = data[self.key]
+        if isinstance(label, torch.Tensor):
+            label = label.as_subclass(torch.Tensor)  # without the metadata that MONAI's tensors carry
+        if label.ndim > 1 and label.shape[0] == 1:
+            label = label[0]
+        if label.dtype in (torch.float32, torch.float64) or getattr(label.dtype, "kind", "") == "f":
+            label = label.astype("int64") if hasattr(label, "astype") else label.long()  # as MONAI loads them
+        regions, number = self._function(label, **self._given)
+        return {**data, self.regions_key: regions, self.number_key: number}
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self._given.items())
+        return f"AddRegionsd({self.key!r}, kind={self._kind!r}{options})"
 
 
 class _Partition(NamedTuple):
