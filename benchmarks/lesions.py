@@ -147,8 +147,10 @@ def main() -> None:
         table.append([{**run, **row} for row in rows])
         print(f"\n{rows[0]['case']}")
         for r in rows:
-            print(f"  {r['what']:36} {r['milliseconds']:9.2f} ms +-{100 * r['spread']:3.0f}% {r['of_plain']:8.2f} x plain "
-                  f"{r['gradients']:6.2f} gradients")  # fmt: skip
+            print(
+                f"  {r['what']:36} {r['milliseconds']:9.2f} ms +-{100 * r['spread']:3.0f}% "
+                f"{r['of_plain']:8.2f} x plain {r['gradients']:6.2f} gradients"
+            )
     print(f"\nAppended to {table.path}")
 
 

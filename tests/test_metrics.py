@@ -189,3 +189,26 @@ def test_bad_input():
     found = tk.hard_counts(logits, target + 1, check_target=False)
     kept = target + 1 < 3
     assert (found.tp + found.fn).sum() == kept.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_counts_as_torchs_operators_do(capability, dtype, monkeypatch):
+    """Ties, NaN, ignored labels, weights of 0, any layout, few classes and many."""
+    for seed, (classes, space) in enumerate(
+        [(2, (64, 64)), (3, (7, 9)), (5, (33, 40)), (40, (5, 6, 7)), (4, (1,))] * 4
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(2, classes, *space, generator=generator).to(dtype)
+        target = torch.randint(0, classes, (2, *space), generator=generator, dtype=torch.uint8)
+        logits = logits.round() if seed % 2 else logits
+        logits[torch.rand(logits.shape, generator=generator) < 0.02 * (seed % 3)] = torch.nan
+        if seed % 4 == 3:
+            logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
+        options = {"ignore_index": 1 if seed % 3 == 1 else None}
+        if seed % 5 == 2:
+            options["voxel_weight"] = torch.rand(2, *space, generator=generator) > 0.5
+        found = tk.hard_counts(logits, target, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(tk.metrics, "CPU_MISSING", "not now")
+            expected = tk.hard_counts(logits, target, **options)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed

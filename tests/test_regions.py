@@ -151,10 +151,10 @@ def test_operators():
     logits, target, regions = volumes()
     passes = (0, None, 0, 1, 0.0, False)
     ids = regions.unsqueeze(1)
-    torch.library.opcheck(ops.region_count_pass.default, (logits, target, None, ids, 4, *passes, 2))
+    torch.library.opcheck(ops.region_count_pass.default, (logits, target, None, ids, None, 4, *passes, 2))
     coefficients = torch.rand(2, 4, 3, 4, dtype=torch.float64)
-    torch.library.opcheck(ops.region_gradient_pass.default, (coefficients, logits, target, None, ids, *passes))
-    torch.library.opcheck(ops.region_gradient_pass_.default, (logits, coefficients, target, None, ids, *passes))
+    torch.library.opcheck(ops.region_gradient_pass.default, (coefficients, logits, target, None, ids, None, *passes))
+    torch.library.opcheck(ops.region_gradient_pass_.default, (logits, coefficients, target, None, ids, None, *passes))
 
 
 def test_the_last_layer_and_deep_supervision():

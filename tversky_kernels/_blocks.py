@@ -73,7 +73,7 @@ def count_pass(logits, target, voxel_weight, *arguments) -> torch.Tensor:
 
 
 @torch.no_grad()
-def region_count_pass(logits, target, voxel_weight, regions, num_regions, *arguments) -> torch.Tensor:
+def region_count_pass(logits, target, voxel_weight, regions, _merged, num_regions, *arguments) -> torch.Tensor:
     """As the operator: (N, R, C, 4 or 7) in float64."""
     return _count(logits, target, voxel_weight, _arguments.Regions(regions, num_regions), *arguments)
 
@@ -141,7 +141,7 @@ def _write(out, grad_loss, coefficients, logits, target, voxel_weight, *argument
     _write_gradient(_voxels_last(out), upstream, logits, target, voxel_weight, None, options)
 
 
-def _write_of_regions(out, coefficients, logits, target, voxel_weight, ids, *arguments) -> None:
+def _write_of_regions(out, coefficients, logits, target, voxel_weight, ids, _merged, *arguments) -> None:
     options = _options_of(PassOptions(*arguments))
     rows = coefficients.flatten(0, 1)
     upstream = _upstream(rows.new_ones(()), rows, options).unflatten(0, coefficients.shape[:2])

@@ -148,7 +148,7 @@ def count_pass(
         if regions is None:
             found = operators.count_pass(*volumes, *arguments)
         else:
-            found = operators.region_count_pass(*volumes, block.of(regions), num_regions, *arguments)
+            found = operators.region_count_pass(*volumes, block.of(regions), None, num_regions, *arguments)
         counts[block.sample] += found[0]
     return counts
 
@@ -182,7 +182,7 @@ def gradient_pass(
             upstream = block.row(grad_loss) if grad_loss.dim() == 2 else grad_loss
             operators.gradient_pass_(block.logits, upstream, block.row(coefficients), *volumes, *arguments)
         else:
-            volumes = (*volumes, block.of(regions))
+            volumes = (*volumes, block.of(regions), None)
             operators.region_gradient_pass_(block.logits, block.row(coefficients), *volumes, *arguments)
         gradient = block.logits[0]
         grad_weight += torch.mm(gradient, block.features.t(), out=of_block)

@@ -21,8 +21,11 @@ NAMESPACE = "tversky_kernels"
 
 # target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken.
 _TARGET = "Tensor target, Tensor? voxel_weight"
-# (N, 1 or C, *any): in which region, in [0, num_regions), a voxel is counted; negative: in none.
-_REGIONS = "Tensor regions"
+# regions (N, 1 or C, *any): a voxel's region, in [0, num_regions); negative: it counts nowhere; None: all are in 0.
+# merged (N, C) of bool: classes whose probability belongs to class 0; for the CPU's kernels alone.
+_REGIONS = "Tensor? regions, Tensor? merged"
+_LINEAR_REGIONS = "Tensor regions"
+_VOXELS = f"{_TARGET}, {_LINEAR_REGIONS}"
 _PASS = schema_of(PassOptions)
 _TABLE = f"Tensor? class_parameters, {schema_of(TableOptions)}"
 SCHEMAS = (
@@ -39,6 +42,8 @@ SCHEMAS = (
     # coefficients (N, R, C, 2 or 4), with the upstream gradient in them
     f"region_gradient_pass(Tensor coefficients, Tensor logits, {_TARGET}, {_REGIONS}, {_PASS}) -> Tensor",
     f"region_gradient_pass_(Tensor(a!) logits, Tensor coefficients, {_TARGET}, {_REGIONS}, {_PASS}) -> ()",
+    # -> (4, N, C) float64, of the CPU alone: voxels of class c predicted as c, predicted as c, of class c; all voxels
+    f"hard_count_pass(Tensor logits, {_TARGET}, int? ignore_index, bool raises) -> Tensor",
     "cpu_capability(int? force) -> int",
     # -> whether large gradients' memory is kept for the next ones; the bytes of it that gradients occupy, that wait
     "cpu_gradient_memory(bool? keep) -> (bool, int, int)",
@@ -60,11 +65,10 @@ LINEAR_SCHEMAS = (
     f"linear_gradient_pass_(Tensor(a!) features, Tensor grad_loss, Tensor coefficients, {_HEAD}, {_TARGET}, {_PASS}) "
     "-> (Tensor, Tensor)",
     # With regions, and coefficients that have the upstream gradient in them.
-    f"linear_region_count_pass(Tensor features, {_HEAD}, {_TARGET}, {_REGIONS}, int num_regions, {_PASS}, int check) "
-    "-> Tensor",
-    f"linear_region_gradient_pass(Tensor coefficients, Tensor features, {_HEAD}, {_TARGET}, {_REGIONS}, {_PASS}, "
+    f"linear_region_count_pass(Tensor features, {_HEAD}, {_VOXELS}, int num_regions, {_PASS}, int check) -> Tensor",
+    f"linear_region_gradient_pass(Tensor coefficients, Tensor features, {_HEAD}, {_VOXELS}, {_PASS}, "
     "bool to_features) -> (Tensor, Tensor, Tensor)",
-    f"linear_region_gradient_pass_(Tensor(a!) features, Tensor coefficients, {_HEAD}, {_TARGET}, {_REGIONS}, {_PASS}) "
+    f"linear_region_gradient_pass_(Tensor(a!) features, Tensor coefficients, {_HEAD}, {_VOXELS}, {_PASS}) "
     "-> (Tensor, Tensor)",
 )
 LINEAR_NAMES = (
@@ -293,8 +297,13 @@ def _(logits, *_):
     return None
 
 
+@torch.library.register_fake(f"{NAMESPACE}::hard_count_pass")
+def _(logits, *_):
+    return logits.new_empty([4, logits.size(0), logits.size(1)], dtype=torch.float64)
+
+
 @_fake("region_count_pass")
-def _(logits, target, voxel_weight, regions, num_regions, *arguments):
+def _(logits, target, voxel_weight, regions, merged, num_regions, *arguments):
     *of_pass, _check = arguments
     columns = 7 if PassOptions(*of_pass).cross_entropy else 4
     return logits.new_empty([logits.size(0), num_regions, logits.size(1), columns], dtype=torch.float64)

@@ -75,12 +75,22 @@ class GradientPass(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        upstream, logits, target, voxel_weight, regions, coefficients, class_parameters, plan, num_regions, backend
+        upstream,
+        logits,
+        target,
+        voxel_weight,
+        regions,
+        merged,
+        coefficients,
+        class_parameters,
+        plan,
+        num_regions,
+        backend,
     ):
         """dL/dlogits in a fresh tensor."""
-        if regions is not None:
+        if num_regions:
             _, coefficients = _coefficients_of_counts(upstream, True)
-            volumes = (logits, target, voxel_weight, regions)
+            volumes = (logits, target, voxel_weight, regions, merged)
             return OPERATORS[backend].region_gradient_pass(coefficients, *volumes, *plan.of_pass)
         if coefficients is None:
             upstream, coefficients = _coefficients_of_counts(upstream)
@@ -89,44 +99,49 @@ class GradientPass(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs: the second derivative starts from them."""
-        upstream, logits, target, voxel_weight, regions, coefficients, class_parameters, plan, num_regions, _ = inputs
-        ctx.save_for_backward(upstream, logits, target, voxel_weight, regions, class_parameters)
+        *tensors, coefficients, class_parameters, plan, num_regions, _ = inputs
+        ctx.save_for_backward(*tensors, class_parameters)
         ctx.plan, ctx.of_counts, ctx.num_regions = plan, coefficients is None, num_regions
 
     @staticmethod
     def backward(ctx, grad_gradient):
         """Differentiates the reference's gradient."""
-        upstream, logits, target, voxel_weight, ids, class_parameters = ctx.saved_tensors
+        upstream, logits, target, voxel_weight, ids, merged, class_parameters = ctx.saved_tensors
         volumes = Volumes(target, voxel_weight, target.dim() == logits.dim())
         regions = None if ids is None else Regions(ids, ctx.num_regions)
-        checked = Checked(volumes, ctx.plan, class_parameters, {}, regions)
+        annotated = None if merged is None else ~merged
+        checked = Checked(volumes, ctx.plan, class_parameters, {}, regions, annotated)
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             # Aliases: where upstream itself depends on the logits, that way is autograd's and not to be counted here.
             z, upstream = (x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in (logits, upstream))
             if ctx.of_counts:
                 result = reference.checked_counts(z, checked, check_target=False)
+                if ctx.num_regions and ids is None:  # one region, with the column for its voxels
+                    result = torch.nn.functional.pad(result, (0, 1)).unsqueeze(1)
             else:
                 result = reference.checked_loss(z, checked, check_target=False)
             (gradient,) = torch.autograd.grad(result, z, upstream, create_graph=True)
             to_upstream, to_logits = torch.autograd.grad(
                 gradient, (upstream, z), grad_gradient, create_graph=again, allow_unused=True
             )
-        return to_upstream, to_logits, *(None,) * 8
+        return to_upstream, to_logits, *(None,) * 9
 
 
 def _gradient(
-    upstream, volume, coefficients, class_parameters, plan: Plan, inplace, backend, regions=None, num_regions: int = 0
+    upstream, volume, coefficients, class_parameters, plan: Plan, inplace, backend, of_regions=(None, None, 0)
 ):
-    # Into a fresh tensor or, where asked and possible, over the logits.
+    # Into a fresh tensor or, where asked and possible, over the logits. of_regions: regions, merged and num_regions, 0
+    # for an operator that knows none.
+    regions, merged, num_regions = of_regions
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         of_table = (coefficients, class_parameters, plan, num_regions)
-        return apply(GradientPass, upstream, *volume, regions, *of_table, backend)
+        return apply(GradientPass, upstream, *volume, regions, merged, *of_table, backend)
     ops = OPERATORS[backend]
     logits, *others = volume
-    if regions is not None:
+    if num_regions:
         given: tuple = (_coefficients_of_counts(upstream, True)[1],)
-        others = [*others, regions]
+        others = [*others, regions, merged]
         gradient_pass, gradient_pass_ = ops.region_gradient_pass, ops.region_gradient_pass_
     else:
         given = (upstream, coefficients) if coefficients is not None else _coefficients_of_counts(upstream)
@@ -344,28 +359,32 @@ class Counts(torch.autograd.Function):
     """Count pass forward, gradient pass backward."""
 
     @staticmethod
-    def forward(logits, target, voxel_weight, regions, num_regions, plan, check, inplace_backward, backend):
-        """tp, fp and fn, and with a cross-entropy its sums: (N, C, 3 or 6) in float64; of regions (N, R, C, 4 or 7)."""
+    def forward(logits, target, voxel_weight, regions, merged, num_regions, plan, check, inplace_backward, backend):
+        """tp, fp and fn, and with a cross-entropy its sums: (N, C, 3 or 6) in float64; of regions (N, R, C, 4 or 7).
+
+        num_regions: 0 where there are none. merged: (N, C), the classes that belong to class 0; with one region at
+        least.
+        """
         volume = (logits, target, voxel_weight)
-        if regions is not None:
-            return OPERATORS[backend].region_count_pass(*volume, regions, num_regions, *plan.of_pass, check)
+        if num_regions:
+            return OPERATORS[backend].region_count_pass(*volume, regions, merged, num_regions, *plan.of_pass, check)
         return OPERATORS[backend].count_pass(*volume, *plan.of_pass, check)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         """Keeps the inputs."""
-        logits, target, voxel_weight, regions, num_regions, plan, _, inplace_backward, backend = inputs
-        ctx.save_for_backward(logits, target, voxel_weight, regions)
+        *tensors, num_regions, plan, _, inplace_backward, backend = inputs
+        ctx.save_for_backward(*tensors)
         ctx.plan, ctx.inplace_backward, ctx.backend, ctx.num_regions = plan, inplace_backward, backend, num_regions
 
     @staticmethod
     def backward(ctx, upstream):
         """The gradient pass, its coefficients from the upstream gradient of the counts."""
         if not ctx.needs_input_grad[0]:
-            return (None,) * 9
-        *volume, regions = ctx.saved_tensors
-        how = (ctx.plan, ctx.inplace_backward, ctx.backend, regions, ctx.num_regions)
-        return _gradient(upstream, volume, None, None, *how), *(None,) * 8
+            return (None,) * 10
+        *volume, regions, merged = ctx.saved_tensors
+        how = (ctx.plan, ctx.inplace_backward, ctx.backend, (regions, merged, ctx.num_regions))
+        return _gradient(upstream, volume, None, None, *how), *(None,) * 9
 
 
 @_with_eager_form

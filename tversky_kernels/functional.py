@@ -94,6 +94,8 @@ def _on_backend(logits, checked, function, how, check_target, backend):
         _is_transformed() and _only_by_reference(logits, volumes.voxel_weight, checked.class_parameters)
     ):
         return None
+    if reference.marginalises(checked) and chosen != "cpu":
+        logits = _marginal_logits(logits, checked)
     on_host = chosen == "cpu" or (chosen == "blocks" and logits.device.type == "cpu")  # which check while they read
     check = _arguments.check_mode(check_target, on_host)
     if torch.compiler.is_compiling():
@@ -118,10 +120,14 @@ def _on_backend(logits, checked, function, how, check_target, backend):
     try:
         return function(chosen, check, walked, checked, False, *how)
     except RuntimeError as error:
-        # Said as an error of the argument where the kernel has found a bad value; anything else is passed on.
-        found = _BAD_VALUE.search(str(error))
-        if found is None:
-            raise
+        raise_for_argument(error)
+        raise
+
+
+def raise_for_argument(error: RuntimeError) -> None:
+    """Says a kernel's error about a bad value as an error of the argument."""
+    found = _BAD_VALUE.search(str(error))
+    if found is not None:
         raise ValueError(found[0]) from None
 
 
@@ -147,18 +153,15 @@ def _loss(
         part = part_of(logits, checked, ranks, check_target, inplace_backward, backend)
         return _joint.losses([part], ranks, check_target)[0]
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
-    read, inplace = _marginal(logits, checked, inplace)
-    loss = _on_backend(read, checked, _apply_loss, (inplace,), check_target, backend)
+    loss = _on_backend(logits, checked, _apply_loss, (inplace,), check_target, backend)
     return reference.checked_loss(logits, checked, None, check_target) if loss is None else loss
 
 
-def _marginal(logits, checked, inplace: bool):
-    # The logits that the kernels read, and whether the gradient may overwrite them.
-    if not reference.marginalises(checked):
-        return logits, inplace
+def _marginal_logits(logits, checked):
+    # What kernels read that do not merge classes themselves.
     if torch.compiler.is_compiling() or _is_transformed():
-        return reference.marginal_logits(logits, checked.annotated), False
-    return autograd.apply(autograd.MarginalLogits, logits, checked.annotated)[0], inplace
+        return reference.marginal_logits(logits, checked.annotated)
+    return autograd.apply(autograd.MarginalLogits, logits, checked.annotated)[0]
 
 
 def _raises(check: int) -> bool:
@@ -174,8 +177,7 @@ def part_of(logits, checked, ranks: Ranks, check_target, inplace_backward, backe
 
 def _counts(logits, checked, check_target, inplace: bool, backend: str) -> torch.Tensor:
     # (N, C, 3 or 6) in float64; with regions (N, R, C, 4 or 7).
-    read, inplace = _marginal(logits, checked, inplace)
-    counts = _on_backend(read, checked, _apply_counts, (inplace,), check_target, backend)
+    counts = _on_backend(logits, checked, _apply_counts, (inplace,), check_target, backend)
     return reference.checked_counts(logits, checked, check_target).double() if counts is None else counts
 
 
@@ -193,8 +195,12 @@ def _apply_linear(chosen, check, logits, checked, compiles, inplace, head, of_co
 
 
 def _apply_counts(chosen, check, logits, checked, compiles, inplace):
-    volumes = (logits, *checked.volumes[:2], *_ids_and_count(checked))
-    return autograd.apply(autograd.Counts, *volumes, checked.plan, check, inplace, chosen)
+    ids, number = _ids_and_count(checked)
+    merged = ~checked.annotated if chosen == "cpu" and reference.marginalises(checked) else None
+    number = max(number, int(merged is not None))  # all voxels in one region
+    volumes = (logits, *checked.volumes[:2], ids, merged, number)
+    counts = autograd.apply(autograd.Counts, *volumes, checked.plan, check, inplace, chosen)
+    return counts[:, 0, :, :-1] if number and ids is None else counts
 
 
 def _ids_and_count(checked) -> tuple[torch.Tensor | None, int]:

@@ -1,7 +1,8 @@
 """Hard counts, and the metrics that are made of them: what a validation step reports.
 
-`hard_counts` compares the predicted class of every voxel with its label, a block of voxels at a time: no arg-max and no
-one-hot tensor of the volume's size is made. Tables of patches, of a sliding window's parts or of patients add up.
+`hard_counts` compares the predicted class of every voxel with its label: no arg-max and no one-hot tensor of the
+volume's size is made. A CPU kernel counts class indices with a softmax; torch's operators count the rest, a block of
+voxels at a time. Tables of patches, of a sliding window's parts or of patients add up.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from . import _arguments, _options, distributed
-from .functional import Group
+from ._ops import CPU_MISSING, ops
+from ._transforms import active_transforms
+from .functional import Group, raise_for_argument
 
 __all__ = ["HardCounts", "dice", "f_beta", "hard_counts", "iou", "precision", "sensitivity", "specificity"]
 
@@ -97,6 +100,12 @@ def _sums(logits: torch.Tensor, checked, activation: str, threshold: float, rais
     # (4, N, C) in float64, exact up to 2^53: true positives, predicted, true and all voxels.
     target, weight, dense = checked.volumes
     ignore_index = checked.options.ignore_index
+    if activation == "softmax" and not dense and _takes_kernel(logits):
+        try:
+            return ops.hard_count_pass(logits, target, weight, ignore_index, raises)
+        except RuntimeError as error:
+            raise_for_argument(error)
+            raise
     samples, classes = logits.shape[:2]
     z = logits.reshape(samples, classes, -1)
     labels = target.reshape(samples, classes, -1) if dense else target.reshape(samples, -1)
@@ -128,6 +137,10 @@ def _sums(logits: torch.Tensor, checked, activation: str, threshold: float, rais
             true, predicted = true & counted, predicted & counted
             sums[:3, n] += torch.stack([_sum(x, w) for x in (true & predicted, predicted, true)])
     return sums
+
+
+def _takes_kernel(logits: torch.Tensor) -> bool:
+    return logits.is_cpu and CPU_MISSING is None and not active_transforms()
 
 
 def _counted(g: torch.Tensor, ignore_index: int | None, dense: bool, labels: int) -> torch.Tensor:

@@ -97,7 +97,7 @@ struct SoftmaxSums {
     return other;
   }
 
-  // The same for a class that is no voxel's target; 0 where the voxel does not count.
+  // The same for a class that is not the target of any voxel here; 0 where the voxel does not count.
   TK_MATH V add_other(V e) {
     others += e;
     return e;
@@ -201,7 +201,7 @@ template <typename V>
 TK_MATH Overlap<V> overlap_of(const Probability<V>& p, V g, OverlapForm form) {
   if (form == OverlapForm::kProduct) return {p.p * g, p.p * (1 - g), p.complement * g};
   const V d = difference_of(p, g);
-  // Every comparison is false of NaN, and then takes what is NaN.
+  // Every comparison with NaN is false, and its second value is NaN then.
   if (form == OverlapForm::kSquared) return {p.p * g, d < 0 ? V{} : d * d, d > 0 ? V{} : d * d};
   return {g < p.p ? g : p.p, d < 0 ? V{} : d, d > 0 ? V{} : -d};
 }
@@ -270,7 +270,7 @@ struct TverskyRow {
 };
 
 // A voxel weight below the smallest normal number of the type in which is computed counts as 0, as an exponential does:
-// processors and cards differ in what they make of smaller numbers.
+// processors and cards treat smaller numbers differently.
 template <typename A>
 constexpr A kSmallestNormal = sizeof(A) == 8 ? A(2.2250738585072014e-308) : A(1.17549435e-38f);
 
@@ -295,7 +295,7 @@ TK_MATH V exponential_for_focal_slope(V target) {
   return target < least ? least : target;  // NaN stays
 }
 
-// pow is the caller's, for it is spelled differently in CUDA.
+// The caller gives pow: CUDA spells it differently.
 template <typename Pow>
 TK_MATH TverskyRow tversky_row(double tp, double fp, double fn, const TverskyParameters& a, Pow pow) {
   const double wrong = a.alpha * fp + a.beta * fn;

@@ -75,7 +75,7 @@ struct Volume {
   int64_t samples, classes, voxels;
   Activation activation;
   bool dense;           // the target has a value for every class, g[n, c, voxel]
-  bool checks_targets;  // and the count pass is to find those outside [0, 1]
+  bool checks_targets;  // the count pass finds values outside [0, 1]
   OverlapForm overlap;
   int64_t first_label;  // the label of channel 0: 0, or 1 where one sigmoid channel stands for the foreground
   bool has_ignore_index;
@@ -110,9 +110,10 @@ struct Volume {
 // A volume whose voxels are counted in rows of their own, one a region.
 struct RegionVolume {
   Volume volume;
-  VoxelView regions;  // ids, (N, 1 or C, voxels): in [0, count), or negative for voxels in none
+  VoxelView regions;  // ids, (N, 1 or C, voxels): in [0, count), or negative for voxels in none; null: all are 0
   int64_t count;
-  bool by_class;  // each class has a partition of its own
+  bool by_class;          // each class has a partition of its own
+  const uint8_t* merged;  // [N][C], 1 for classes whose probability belongs to class 0; null: none does
 };
 
 }  // namespace tversky_kernels

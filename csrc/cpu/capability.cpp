@@ -9,11 +9,12 @@ namespace tversky_kernels {
 namespace cpu {
 namespace {
 
-#define TK_KERNELS(CAPABILITY, COUNT, GRADIENT)                                                     \
-  Kernels {                                                                                         \
-    #CAPABILITY, count_pass_##COUNT, gradient_pass_##GRADIENT, count_scratch_bytes_##COUNT,         \
-        gradient_scratch_bytes_##GRADIENT, region_count_pass_##COUNT, region_gradient_pass_##COUNT, \
-        region_count_scratch_bytes_##COUNT, region_gradient_scratch_bytes_##COUNT                   \
+#define TK_KERNELS(CAPABILITY, COUNT, GRADIENT)                                                             \
+  Kernels {                                                                                                 \
+    #CAPABILITY, count_pass_##COUNT, gradient_pass_##GRADIENT, count_scratch_bytes_##COUNT,                 \
+        gradient_scratch_bytes_##GRADIENT, region_count_pass_##COUNT, region_gradient_pass_##COUNT,         \
+        region_count_scratch_bytes_##COUNT, region_gradient_scratch_bytes_##COUNT, hard_count_pass_##COUNT, \
+        hard_count_scratch_bytes_##COUNT                                                                    \
   }
 
 const Kernels kCompiled[] = {

@@ -44,7 +44,7 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
   TileBuffers<T> buffers(v, scratch);
   const bool inner =
       is_inner(v, view.class_stride, view.voxel_stride) && is_inner(v, v.logits.class_stride, v.logits.voxel_stride);
-  // What is copied is kept in rows.
+  // Copied voxels are kept in rows.
   if (!inner && (view.voxel_stride != 1 || v.logits.voxel_stride != 1)) buffers.tile_voxels = buffers.row_voxels;
   Vector<A>* block = reinterpret_cast<Vector<A>*>(buffers.rest);
   T* buffer = reinterpret_cast<T*>(block + v.classes * kScratchVectors);

@@ -45,6 +45,11 @@ using RegionGradientPass = void (*)(const RegionVolume&, int64_t sample, int64_t
                                     const void* coefficients, const GradientView&, void* scratch);
 using RegionScratchBytes = int64_t (*)(const RegionVolume&);
 
+// Adds to counts[3][C] of voxels [begin, end) of one sample: those of class c predicted as such, predicted as c, of
+// class c. Softmax, class indices.
+using HardCountPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch,
+                               BadInput*);
+
 struct Kernels {
   const char* name;
   CountPass count_pass;
@@ -53,6 +58,8 @@ struct Kernels {
   RegionCountPass region_count_pass;
   RegionGradientPass region_gradient_pass;
   RegionScratchBytes region_count_scratch_bytes, region_gradient_scratch_bytes;
+  HardCountPass hard_count_pass;
+  ScratchBytes hard_count_scratch_bytes;
 };
 
 #define TK_DECLARE_KERNELS(CAPABILITY)                                                                                \
@@ -65,7 +72,9 @@ struct Kernels {
   void region_gradient_pass_##CAPABILITY(const RegionVolume&, int64_t, int64_t, int64_t, const void*,                 \
                                          const GradientView&, void*);                                                 \
   int64_t region_count_scratch_bytes_##CAPABILITY(const RegionVolume&);                                               \
-  int64_t region_gradient_scratch_bytes_##CAPABILITY(const RegionVolume&);
+  int64_t region_gradient_scratch_bytes_##CAPABILITY(const RegionVolume&);                                            \
+  void hard_count_pass_##CAPABILITY(const Volume&, int64_t, int64_t, int64_t, double*, void*, BadInput*);             \
+  int64_t hard_count_scratch_bytes_##CAPABILITY(const Volume&);
 
 TK_DECLARE_KERNELS(baseline)
 TK_DECLARE_KERNELS(avx2)

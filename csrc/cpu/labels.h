@@ -425,7 +425,7 @@ TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classe
       store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz, out.streamed);
     }
   } else {
-    // Where for_each_block keeps nothing of those.
+    // for_each_block uses the first half of the scratch alone here.
     [[maybe_unused]] T* const block_rows = reinterpret_cast<T*>(scratch + classes * kBlockVectors);
     for_each_block<kInner>(tile, padded, classes, scratch,
                            [&](int at, V* logits, const V* top, const auto& read_next) __attribute__((always_inline)) {

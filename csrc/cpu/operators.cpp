@@ -52,9 +52,9 @@ class Share {
   alignas(64) std::atomic<uint64_t> range_{0};
 };
 
-// Calls body(sample, chunk, begin, end, scratch, worker) for every chunk. Each worker starts on a share of its own, the
-// same in both passes and the one that torch's own operators give it, for what it finds in its caches there; whoever is
-// done helps the others, so that nobody waits for a core that something else has slowed down.
+// Calls body(sample, chunk, begin, end, scratch, worker) for every chunk. Each worker starts on its own share: the same
+// in both passes, and the same as in torch's operators, so that the worker's caches hold it. A worker that is done
+// helps the others, so that nobody waits for a core that another program has slowed down.
 template <typename Body>
 void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes, const Body& body) {
   const int64_t total = v.samples * chunks.per_sample;
@@ -116,7 +116,7 @@ void spread_nan(int64_t rows, int columns, double* counts) {
   }
 }
 
-// What each worker has found first.
+// The first bad value that each worker has found.
 class FoundBad {
  public:
   explicit FoundBad(int64_t chunks) : found_(std::min<int64_t>(torch::stable::get_num_threads(), chunks)) {}
@@ -417,6 +417,46 @@ struct CpuRegions {
   }
 };
 
+// (3, N, C): voxels of class c predicted as such, predicted as c, of class c; and as a fourth all voxels that count.
+Tensor hard_count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
+                       std::optional<int64_t> ignore_index, bool raises) {
+  const PassOptions options{0, ignore_index, 0, 0, 0.0, false};
+  const VolumeTensors volume(logits, target, voxel_weight, options);
+  const Volume& v = volume.view;
+  STD_TORCH_CHECK(!v.dense, "target: expected class indices");
+  const std::vector<int64_t> shape{4, v.samples, v.classes};
+  Tensor out = torch::stable::new_zeros(logits, shape, ScalarType::Double);
+  double* const counts = out.mutable_data_ptr<double>();
+  if (v.samples * v.voxels == 0) return out;
+  const Chunks chunks(v);
+  const int64_t total = v.samples * chunks.per_sample, row = 3 * v.classes;
+  std::vector<double> partial(total * row, 0.0);
+  FoundBad found(total);
+  const Kernels& k = kernels(v.logits.type);
+  for_each_chunk(v, chunks, k.hard_count_scratch_bytes(v),
+                 [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end, void* scratch, int64_t worker) {
+                   BadInput bad;
+                   k.hard_count_pass(v, sample, begin, end, &partial[chunk * row], scratch, &bad);
+                   found.add(worker, chunk, bad);
+                 });
+  if (raises) raise_bad_input(v, found.first());
+  for (int64_t i = 0; i < total; ++i) {
+    const int64_t sample = i / chunks.per_sample;
+    for (int64_t q = 0; q < 3; ++q) {
+      for (int64_t c = 0; c < v.classes; ++c) {
+        const double value = partial[i * row + q * v.classes + c];
+        counts[(q * v.samples + sample) * v.classes + c] += value;
+      }
+    }
+  }
+  for (int64_t n = 0; n < v.samples; ++n) {  // each voxel that counts has one label
+    double all = 0;
+    for (int64_t c = 0; c < v.classes; ++c) all += counts[(2 * v.samples + n) * v.classes + c];
+    for (int64_t c = 0; c < v.classes; ++c) counts[(3 * v.samples + n) * v.classes + c] = all;
+  }
+  return out;
+}
+
 int64_t cpu_capability(std::optional<int64_t> force) {
   if (force.has_value()) {
     check_range("force", *force, static_cast<int64_t>(Capability::kLast));
@@ -432,6 +472,7 @@ int64_t cpu_capability(std::optional<int64_t> force) {
 STABLE_TORCH_LIBRARY_IMPL(tversky_kernels, CPU, m) {
   tversky_kernels::Operators<tversky_kernels::cpu::Cpu>::implement(m);
   tversky_kernels::RegionOperators<tversky_kernels::cpu::CpuRegions>::implement(m);
+  m.impl("hard_count_pass", TORCH_BOX(&tversky_kernels::cpu::hard_count_pass));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tversky_kernels, CompositeExplicitAutograd, m) {

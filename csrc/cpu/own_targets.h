@@ -1,6 +1,6 @@
 // The family "own targets": every class of a voxel has a target g of its own (takes_general_kernels), dense or as
 // one-hot rows, with all options of the cross-entropy. Voxels that do not count have logits, targets and weight 0 here,
-// so that what follows needs no masks.
+// so that the arithmetic needs no masks.
 #pragma once
 
 #include "passes.h"

@@ -27,12 +27,17 @@ void count_sorted(const Volume& v, const Tile<A>& tile, int padded, PresentClass
 
 constexpr int kScratchVectors = larger(2 * kBlockVectors, 2 * kGeneralVectors);
 
-constexpr int kSlots = 256;  // of regions, whose sums are kept in vectors where voxels are counted in place
+// Regions whose sums are kept in vectors where voxels are counted in place: as many as a cache holds.
+int slots_of(const Volume& v) {
+  constexpr int64_t kMost = 256, kLeast = 16, kBytes = 1 << 20;
+  return static_cast<int>(larger(kLeast, smaller(kMost, kBytes / (v.classes * kAllCounts * kVectorBytes))));
+}
 
 template <typename T>
 int64_t scratch_bytes(const RegionVolume& r) {
-  return RegionTile<T>::bytes(r) + r.volume.classes * (kScratchVectors + kAllCounts * (1 + kSlots)) * kVectorBytes +
-         kSlots * static_cast<int64_t>(kVectorBytes + sizeof(int32_t)) + PresentClasses::bytes(r.volume.classes);
+  const int slots = slots_of(r.volume);
+  return RegionTile<T>::bytes(r) + r.volume.classes * (kScratchVectors + kAllCounts * (1 + slots)) * kVectorBytes +
+         slots * static_cast<int64_t>(kVectorBytes + sizeof(int32_t)) + PresentClasses::bytes(r.volume.classes);
 }
 
 // Adds to a region's rows the sums of some lanes, each class's to the region that the group has for it.
@@ -82,15 +87,16 @@ class RegionSums {
 
   RegionSums(const RegionVolume& r, CountVectors<A>* sums, int32_t* buckets)
       : v_(r.volume),
+        most_(slots_of(r.volume)),
         sums_(sums),
-        counted_(reinterpret_cast<Counted*>(sums + kSlots * r.volume.classes)),
-        regions_(reinterpret_cast<int32_t*>(counted_ + kSlots)),
+        counted_(reinterpret_cast<Counted*>(sums + most_ * r.volume.classes)),
+        regions_(reinterpret_cast<int32_t*>(counted_ + most_)),
         slots_(buckets) {}
 
   // A region's slot; makes room where there is none.
   int slot(int32_t region, const RegionRows& rows) {
     if (slots_[region] >= 0) return slots_[region];
-    if (used_ == kSlots) flush(rows);
+    if (used_ == most_) flush(rows);
     memset(sums_ + used_ * v_.classes, 0, v_.classes * sizeof(*sums_));
     counted_[used_] = Counted{};
     regions_[used_] = region;
@@ -119,6 +125,7 @@ class RegionSums {
 
  private:
   const Volume& v_;
+  const int most_;
   CountVectors<A>* sums_;
   Counted* counted_;
   int32_t *regions_, *slots_;
@@ -198,19 +205,29 @@ void count(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end, co
   Vector<A>* const block = reinterpret_cast<Vector<A>*>(tile.rest);
   CountVectors<A>* const sums = reinterpret_cast<CountVectors<A>*>(block + v.classes * kScratchVectors);
   RegionSums<T> of_regions(r, sums + v.classes, tile.buckets());
+  const int slots = slots_of(v);
   char* const after =
-      reinterpret_cast<char*>(sums + (1 + kSlots) * v.classes) + kSlots * (kVectorBytes + sizeof(int32_t));
+      reinterpret_cast<char*>(sums + (1 + slots) * v.classes) + slots * (kVectorBytes + sizeof(int32_t));
   PresentClasses present(after, v.classes);
   const auto clear = [&]() { memset(sums, 0, v.classes * sizeof(*sums)); };
   clear();
   for (int64_t at = begin; at < end;) {
-    const int taken = tile.take(end - at);
-    tile.fill(sample, at, taken, *bad);
-    at += taken;
+    at += tile.fill(sample, at, tile.take(end - at), *bad);
     if (tile.in_place) {
       count_in_place(v, tile, present, sums, of_regions, rows, *bad);
       of_regions.flush(rows);
       clear();
+      continue;
+    }
+    if (tile.is_uniform) {
+      if (tile.group_count == 0) continue;
+      add_members(r, tile, tile.groups[0], rows);
+      for (int from = 0; from < tile.voxels(); from += kTileVoxels) {
+        const int some = static_cast<int>(smaller(kTileVoxels, tile.voxels() - from));
+        count_sorted(v, tile.tile_in_place(from, some), some, present, block, sums, *bad);
+        add_to_rows(r, tile, tile.groups[0], sums, 0, kLanes, rows);
+        clear();
+      }
       continue;
     }
     for (int g = 0; g < tile.group_count; ++g) {

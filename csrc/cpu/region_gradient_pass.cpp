@@ -97,15 +97,32 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
     for (int q = 0; q < columns; ++q) to[q] = region < 0 ? A(0) : table[region * row + c * columns + q];
   };
   tile.allows_in_place = view.voxel_stride == 1;
-  const bool streamed = is_streamed<T>(v, view, false) && tile.reads_in_place();
+  const bool streamed = is_streamed<T>(v, view, false) && tile.reads_blocks_in_place();
+  const auto group_coefficients = [&](const Group& group) -> const A* {
+    if (!r.by_class) return table + tile.region(group, 0) * row;
+    for (int64_t c = 0; c < v.classes; ++c) coefficients_of(group, c, of_group + c * columns);
+    return of_group;
+  };
   int taken = 0;
   for (int64_t at = begin; at < end; at += taken) {
-    taken = tile.take(end - at);
-    tile.fill(sample, at, taken, bad);
+    taken = tile.fill(sample, at, tile.take(end - at), bad);
     if constexpr (std::is_same_v<T, A>) {
+      T* const out = static_cast<T*>(view.data) + sample * view.sample_stride + at;
       if (tile.in_place) {
-        T* const out = static_cast<T*>(view.data) + sample * view.sample_stride + at;
         gradient_in_place(v, tile, table, of_lanes, present, GradientRows<A>{out, view.class_stride, streamed});
+        continue;
+      }
+      if (tile.is_uniform && tile.group_count == 0) {  // in no region
+        for (int64_t c = 0; c < v.classes; ++c) memset(out + c * view.class_stride, 0, taken * sizeof(T));
+        continue;
+      }
+      if (tile.is_uniform) {
+        const A* const u = group_coefficients(tile.groups[0]);
+        for (int from = 0; from < taken; from += kTileVoxels) {
+          const int some = static_cast<int>(smaller(kTileVoxels, taken - from));
+          const GradientRows<A> there{out + from, view.class_stride, streamed};
+          gradient_of_sorted(v, tile.tile_in_place(from, some), some, u, present, block, there);
+        }
         continue;
       }
     }
@@ -113,12 +130,7 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
       const Group& group = tile.groups[g];
       const int whole = group.voxels / kStep * kStep;
       if (whole == 0) continue;
-      const A* u = of_group;
-      if (r.by_class) {
-        for (int64_t c = 0; c < v.classes; ++c) coefficients_of(group, c, of_group + c * columns);
-      } else {
-        u = table + tile.region(group, 0) * row;
-      }
+      const A* const u = group_coefficients(group);
       for (int from = group.blocks_at; from < group.blocks_at + whole; from += kTileVoxels) {
         const int some = static_cast<int>(smaller(kTileVoxels, group.blocks_at + whole - from));
         const GradientRows<A> out{tile.rows + from, tile.row_stride(), false};
@@ -138,6 +150,7 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
       const GradientRows<A> out{tile.rows + from, tile.row_stride(), false};
       gradient_of_sorted(v, tile.tile(from, kStep), kStep, static_cast<const V*>(of_lanes), present, block, out);
     }
+    tile.spread_background();
     tile.scatter(view, sample, at);
   }
   if (streamed) finish_streams();

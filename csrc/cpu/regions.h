@@ -9,6 +9,26 @@
 
 namespace {
 
+// Copies a few numbers: what a call of memcpy takes is more than the copy.
+template <typename E>
+TK_INLINE void copy_piece(E* to, const E* from, int length) {
+#if defined(__AVX512F__)
+  constexpr int kMany = 64 / static_cast<int>(sizeof(E));
+  int i = 0;
+  for (; i + kMany <= length; i += kMany) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+  if (i == length) return;
+  if constexpr (sizeof(E) == 4) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << (length - i)) - 1);
+    _mm512_mask_storeu_epi32(to + i, mask, _mm512_maskz_loadu_epi32(mask, from + i));
+  } else {
+    const __mmask8 mask = static_cast<__mmask8>((1u << (length - i)) - 1);
+    _mm512_mask_storeu_epi64(to + i, mask, _mm512_maskz_loadu_epi64(mask, from + i));
+  }
+#else
+  memcpy(to, from, length * sizeof(E));
+#endif
+}
+
 constexpr int kRegionVoxels = 4096;           // of a tile at most: the more, the fewer blocks of several regions
 constexpr int64_t kRegionBytes = 256 * 1024;  // of a tile's logits, where that leaves enough voxels
 constexpr int kNoGroup = -1;                  // of voxels that are in no region
@@ -59,7 +79,8 @@ class RegionTile {
            (v.dense ? v.classes * kVectorBytes : 0) + voxels * static_cast<int64_t>(sizeof(A) + sizeof(Int)) +
            voxels *
                (ids * 4 + static_cast<int64_t>(sizeof(Piece) + sizeof(Group) + sizeof(Run) + 2 * sizeof(int32_t))) +
-           kHashes * static_cast<int64_t>(sizeof(int32_t)) + (16 + 4) * 64;
+           (r.merged != nullptr ? 2 * positions * static_cast<int64_t>(sizeof(A)) : 0) +
+           kHashes * static_cast<int64_t>(sizeof(int32_t)) + (18 + 4) * 64;
   }
 
   RegionTile(const RegionVolume& region_volume, void* memory)
@@ -86,6 +107,8 @@ class RegionTile {
     runs_ = take(most_, Run{});
     position_of_ = take(most_, int32_t{});
     buckets_ = take(kHashes, int32_t{});
+    background_ = take(r_.merged != nullptr ? capacity_ : 0, A{});
+    background_gradient_ = take(r_.merged != nullptr ? capacity_ : 0, A{});
     for (int i = 0; i < kHashes; ++i) buckets_[i] = kNoGroup;
     rest = at;
   }
@@ -109,8 +132,10 @@ class RegionTile {
   // Whether the other families' kernels read whole vectors of voxels where they are: those that take one at a time.
   bool reads_in_place() const {
     const bool one_vector = v_.activation != Activation::kSoftmax || v_.classes <= kFewClasses;
-    return allows_in_place && std::is_same_v<T, A> && one_vector && !takes_general_kernels(v_) &&
-           v_.logits.voxel_stride == 1 && !r_.by_class && r_.count <= kHashes;
+    return reads_blocks_in_place() && one_vector && !takes_general_kernels(v_) && !r_.by_class && r_.count <= kHashes;
+  }
+  bool reads_blocks_in_place() const {
+    return allows_in_place && std::is_same_v<T, A> && v_.logits.voxel_stride == 1 && merged_ == nullptr;
   }
   // How many of the `left` voxels are taken at once.
   int take(int64_t left) const {
@@ -118,17 +143,29 @@ class RegionTile {
     return static_cast<int>(smaller(most_, whole ? left / kLanes * kLanes : left));
   }
 
-  // Reads voxels [begin, begin + count) of a sample, as many as take() says. Sorts them, but for those in place.
-  void fill(int64_t sample, int64_t begin, int count, BadInput& bad) {
+  // Reads some of the voxels [begin, begin + count) of a sample, of which take() says how many, and returns of how
+  // many. Sorts them, but for those in place.
+  int fill(int64_t sample, int64_t begin, int count, BadInput& bad) {
+    for (int g = 0; g < group_count; ++g) buckets_[groups[g].bucket] = kNoGroup;
+    group_count = 0;
+    at_ = static_cast<const T*>(v_.logits.data) + sample * v_.logits.sample_stride + begin * v_.logits.voxel_stride;
+    merged_ = merged_classes(sample);
     load_ids(sample, begin, count, bad);
-    const bool masked = load_voxels(sample, begin, count, bad);
     in_place = reads_in_place() && count % kLanes == 0;
-    if (in_place) {
-      for (int i = 0; i < count; ++i) unsorted_labels_[i] = ids_[i] < 0 ? Int(kUncounted) : unsorted_labels_[i];
-      count_ = count;
-      at_ = static_cast<const T*>(v_.logits.data) + sample * v_.logits.sample_stride + begin;
-      return;
+    const int alike = in_place || !reads_blocks_in_place() ? 0 : run_length(0, count) / kStep * kStep;
+    is_uniform = alike == count || alike >= kTileVoxels;
+    if (is_uniform) count = alike;
+    count_ = count;
+    const bool masked = load_voxels(sample, begin, count, bad);
+    if (in_place || is_uniform) {
+      for (int i = 0; i < count && !r_.by_class; ++i) {
+        unsorted_labels_[i] = ids_[i] < 0 ? Int(kUncounted) : unsorted_labels_[i];
+      }
     }
+    if (is_uniform && find_group(0) != kNoGroup) {
+      groups[0].members = masked ? count_counted(0, count) : count;
+    }
+    if (in_place || is_uniform) return count;
     sort(count, masked);
     // What no voxel is sorted to counts nowhere, and holds numbers.
     const int64_t empty = positions - whole_end;
@@ -140,10 +177,16 @@ class RegionTile {
     }
     gather(unsorted_labels_, labels_);
     if (v_.weight.data != nullptr) gather(unsorted_weights_, weights_);
-    for (int64_t c = 0; v_.dense && c < v_.classes; ++c)
+    for (int64_t c = 0; v_.dense && c < v_.classes; ++c) {
       gather(unsorted_targets_ + c * most_, targets_ + c * capacity_);
-    gather_logits(sample, begin);
+    }
+    for (int64_t c = 0; c < v_.classes; ++c) gather_logits(c, rows + c * capacity_);
+    if (merged_ != nullptr) merge();
+    return count;
   }
+
+  // Whether all voxels are of one group, groups[0] (or of none), and blocks of them are read where they are.
+  bool is_uniform = false;
 
   // ---- In place: vectors of voxels, each with the regions of its lanes
 
@@ -189,6 +232,8 @@ class RegionTile {
     t.row_stride = v_.logits.class_stride;
     t.labels = unsorted_labels_ + from;
     t.weights = v_.weight.data != nullptr ? unsorted_weights_ + from : nullptr;
+    t.targets = v_.dense ? unsorted_targets_ + from : nullptr;
+    t.target_stride = most_;
     return t;
   }
 
@@ -231,6 +276,22 @@ class RegionTile {
     return t;
   }
 
+  // The gradients of classes that are a part of the background, from the background's: see merge().
+  void spread_background() {
+    if (merged_ == nullptr) return;
+    memcpy(background_gradient_, rows, positions * sizeof(A));
+    for (int64_t c = 0; c < v_.classes; ++c) {
+      if (c > 0 && !merged_[c]) continue;
+      A* const row = rows + c * capacity_;
+      gather_logits(c, row);
+      for (int i = 0; i < positions; i += kLanes) {
+        const V upstream = load<V>(background_gradient_ + i);
+        const V share = exp_nonpositive<A>(load<V>(row + i) - load<V>(background_ + i));
+        store(row + i, upstream == 0 ? V{} : upstream * share);  // a voxel that does not count may hold NaN
+      }
+    }
+  }
+
   // Writes what stands in the rows to where the voxels come from; 0 for voxels in no region.
   void scatter(const GradientView& view, int64_t sample, int64_t begin) const {
     T* const out = static_cast<T*>(view.data) + sample * view.sample_stride + begin * view.voxel_stride;
@@ -268,6 +329,40 @@ class RegionTile {
   bool fragmented_ = false;
   int count_ = 0;
   const T* at_ = nullptr;  // the logits of the first voxel
+  const uint8_t* merged_ = nullptr;
+  A *background_, *background_gradient_;  // of merged classes: the logit, and what stood in its row
+
+  // ---- Classes that were not annotated
+
+  // Which classes of a sample are a part of its background; null: none.
+  const uint8_t* merged_classes(int64_t sample) const {
+    if (r_.merged == nullptr) return nullptr;
+    const uint8_t* const of_sample = r_.merged + sample * v_.classes;
+    for (int64_t c = 1; c < v_.classes; ++c) {
+      if (of_sample[c]) return of_sample;
+    }
+    return nullptr;
+  }
+
+  // The softmax has the probabilities of these classes in that of class 0: its logit becomes the logarithm of the sum
+  // of their exponentials, and theirs -inf.
+  void merge() {
+    for (int i = 0; i < positions; i += kLanes) {
+      V top = load<V>(rows + i), sum{};
+      for (int64_t c = 1; c < v_.classes; ++c) {
+        if (merged_[c]) top = maximum(top, load<V>(rows + c * capacity_ + i));
+      }
+      for (int64_t c = 0; c < v_.classes; ++c) {
+        if (c > 0 && !merged_[c]) continue;
+        const V z = load<V>(rows + c * capacity_ + i);
+        sum += exp_nonpositive<A>(z == top ? V{} : z - top);  // -inf less itself is 0 here
+        if (c > 0) store(rows + c * capacity_ + i, broadcast<A>(-__builtin_inff()));
+      }
+      const V background = top + log_positive<A>(sum);
+      store(rows + i, background);
+      store(background_ + i, background);
+    }
+  }
 
   // ---- Regions
 
@@ -303,6 +398,10 @@ class RegionTile {
   }
 
   void load_ids(int64_t sample, int64_t begin, int count, BadInput& bad) {
+    if (r_.regions.data == nullptr) {
+      memset(ids_, 0, count * sizeof(*ids_));
+      return;
+    }
     switch (r_.regions.type) {
       case ElementType::kUint8: return load_ids_of<uint8_t>(sample, begin, count, bad);
       case ElementType::kInt8: return load_ids_of<int8_t>(sample, begin, count, bad);
@@ -366,8 +465,6 @@ class RegionTile {
 
   // Fills pieces, groups and lane_groups.
   void sort(int count, bool masked) {
-    for (int g = 0; g < group_count; ++g) buckets_[groups[g].bucket] = kNoGroup;
-    group_count = 0;
     int runs = 0;
     for (int at = 0; at < count;) {
       const int length = run_length(at, count), g = find_group(at);
@@ -391,7 +488,6 @@ class RegionTile {
     positions = whole_end + lanes * kBlockVectors;
     piece_count = 0;
     for (int i = 0; i < runs; ++i) place(runs_[i]);
-    count_ = count;
     fragmented_ = piece_count > count / kLongPiece;
     if (!fragmented_) return;
     for (int i = 0; i < piece_count; ++i) {
@@ -455,26 +551,20 @@ class RegionTile {
     }
     for (int i = 0; i < piece_count; ++i) {
       const Piece& p = pieces[i];
-      if (p.position != kNoGroup) memcpy(to + p.position, from + p.voxel, p.length * sizeof(E));
+      if (p.position != kNoGroup) copy_piece(to + p.position, from + p.voxel, p.length);
     }
   }
 
-  void gather_logits(int64_t sample, int64_t begin) {
+  void gather_logits(int64_t c, A* to) const {
     const LogitsView& z = v_.logits;
-    const T* const at = static_cast<const T*>(z.data) + sample * z.sample_stride + begin * z.voxel_stride;
-    for (int64_t c = 0; c < v_.classes; ++c) {
-      if (fragmented_) {
-        const T* const from = at + c * z.class_stride;
-        A* const to = rows + c * capacity_;
-        for (int i = 0; i < count_; ++i) to[position_of_[i]] = to_accumulation<T, A>(from[i * z.voxel_stride]);
-        continue;
-      }
-      for (int i = 0; i < piece_count; ++i) {
-        const Piece& p = pieces[i];
-        if (p.position == kNoGroup) continue;
-        read(at + c * z.class_stride + p.voxel * z.voxel_stride, z.voxel_stride, rows + c * capacity_ + p.position,
-             p.length);
-      }
+    const T* const from = at_ + c * z.class_stride;
+    if (fragmented_) {
+      for (int i = 0; i < count_; ++i) to[position_of_[i]] = to_accumulation<T, A>(from[i * z.voxel_stride]);
+      return;
+    }
+    for (int i = 0; i < piece_count; ++i) {
+      const Piece& p = pieces[i];
+      if (p.position != kNoGroup) read(from + p.voxel * z.voxel_stride, z.voxel_stride, to + p.position, p.length);
     }
   }
 
@@ -482,7 +572,7 @@ class RegionTile {
     if (stride != 1) {
       for (int i = 0; i < length; ++i) to[i] = to_accumulation<T, A>(from[i * stride]);
     } else if constexpr (std::is_same_v<T, A>) {
-      memcpy(to, from, length * sizeof(A));
+      copy_piece(to, from, length);
     } else {
       convert(from, length, to);
     }
@@ -494,7 +584,7 @@ class RegionTile {
       for (int i = 0; i < length; ++i) to[i * stride] = T{};
     } else if constexpr (std::is_same_v<T, A>) {
       if (stride == 1) {
-        memcpy(to, from, length * sizeof(A));
+        copy_piece(to, from, length);
       } else {
         for (int i = 0; i < length; ++i) to[i * stride] = from[i];
       }

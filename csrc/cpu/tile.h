@@ -44,7 +44,7 @@ TK_INLINE bool takes_general_kernels(const Volume& v) {
   return both || (has_ce_option(v) && v.overlap == OverlapForm::kSquared);
 }
 
-// A tile's labels: bytes where they are, all of which count; converted, and all of them count, or some do not.
+// A tile's labels: bytes in place, all of which count; or converted, and all of them count (kAll) or not (kSome).
 enum class Labels { kBytes, kAll, kSome };
 
 template <typename T>
@@ -464,8 +464,8 @@ TK_INLINE void copy_rows(T* at, int64_t class_stride, int64_t voxel_stride, T* r
   }
 }
 
-// Where the channel after c begins: the next row, or after the last one the first row of the next tile. What works
-// channel by channel asks for it in advance, for a row is too short a stream for the processor to follow by itself.
+// Where the channel after c begins: the next row, or after the last row the first row of the next tile. Kernels that go
+// channel by channel prefetch it, because a row is too short a stream for the processor's own prefetching.
 template <typename T>
 TK_INLINE const T* next_channel(const Tile<T>& tile, int c, int classes) {
   return c + 1 < classes ? tile.rows + (c + 1) * tile.row_stride : tile.rows + tile.padded_voxels();
@@ -723,7 +723,7 @@ struct TileBuffers {
     while (voxels > kBlock<A> && voxels * bytes_per_voxel(v) > kRowBytes) voxels /= 2;
     return voxels;
   }
-  // The rows that are copied: of what is read where it is, the last voxels that are no whole block.
+  // The rows that are copied. Where whole blocks are read in place, only the last, incomplete block is copied.
   static int voxels_per_row(const Volume& v) { return is_direct(v) ? kBlock<A> : voxels_per_tile(v); }
   static int64_t bytes(const Volume& v) {
     const int64_t target_bytes = v.dense ? v.classes * static_cast<int64_t>(sizeof(A)) : 0;
@@ -739,7 +739,7 @@ struct TileBuffers {
     rest = reinterpret_cast<char*>(rows + v.classes * row_voxels);
   }
 
-  // How many of the `left` voxels the next tile takes: whole blocks, and by itself what remains.
+  // How many of the `left` voxels the next tile takes: whole blocks; the incomplete last block is a tile of its own.
   int take(int64_t left) const {
     return static_cast<int>(left < kBlock<A> ? left : smaller(left / kBlock<A> * kBlock<A>, tile_voxels));
   }

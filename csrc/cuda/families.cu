@@ -60,11 +60,11 @@ dim3 grid_of(const Volume& v, const Plan& plan) {
   return dim3(static_cast<unsigned>(v.samples * (plan.family->by_channel ? v.classes : 1) * plan.blocks.programs));
 }
 
-// All blocks of a pass, for each multiprocessor: whole rounds of those that it holds at once, which are 4 for two
-// classes without a cross-entropy, 2 or 3 for most. Each round of the count pass costs some microseconds and a sum of
-// each block; of the gradient pass, more of them end closer together, and where classes are split, the warps of a block
-// are the less apart the fewer pieces it has, so that they read and write what lies in one place of memory at about the
-// same time (measured on an H100, all of it).
+// All blocks of a pass, for each multiprocessor: whole rounds of the blocks that it holds at once. These are 4 for two
+// classes without a cross-entropy, 2 or 3 for most cases. In the count pass each round costs some microseconds and one
+// more sum a block. In the gradient pass more rounds end closer together. Where classes are split, a block with few
+// pieces keeps its warps close, so that they read and write one place of memory at about the same time. All of it was
+// measured on an H100.
 Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
   Plan plan{};
   for (const Family* family : kFamilies) {
@@ -79,8 +79,8 @@ Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
   const int64_t blocks = static_cast<int64_t>(multiprocessors) * of_one;
   int64_t programs = std::max<int64_t>(1, std::min(pieces, blocks / rows));
   if (out == nullptr) {
-    // A thread's sums are float, and where all voxels are alike each addition rounds the same way: whole rounds of
-    // blocks more, so that none adds up too many.
+    // A thread's sums are float. Where all voxels are alike, each addition rounds the same way. So there are more
+    // rounds of blocks, and no thread adds too many values.
     constexpr int64_t kMostTurns = 32;
     const int64_t turns = (pieces + programs - 1) / programs;
     const int64_t rounds = std::max<int64_t>(1, (turns + kMostTurns - 1) / kMostTurns);

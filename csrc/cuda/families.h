@@ -1,5 +1,5 @@
-// The families: each a way of holding a voxel's classes while its softmax is made, in a file of its own with what it
-// takes, how it cuts a pass up, and both passes. families.cu chooses.
+// The families. Each is a way of holding a voxel's classes while its softmax is computed. A family's file has the cases
+// that it takes, its plan and both passes. families.cu chooses the family.
 #pragma once
 
 #include "launch.h"
@@ -42,8 +42,8 @@ struct GradientLaunch {
 struct Family {
   const char* name;
   bool by_channel;  // a block takes one channel: the blocks are a sample's and class's
-  // Fills in all of the plan but its blocks. False, and perhaps a plan that is half made, where the family does not
-  // take this volume. out: of the gradient pass; null: the count pass.
+  // Fills in the plan, except for its blocks. Returns false where the family does not take this volume; the plan may be
+  // incomplete then. out: the gradient, in the gradient pass; null in the count pass.
   bool (*plan)(const Volume&, const GradientView* out, Plan&);
   // Blocks of a pass for each multiprocessor. pieces: of each multiprocessor.
   int (*blocks)(const Volume&, const Plan&, bool gradient, int64_t pieces);

@@ -329,7 +329,7 @@ bool plan_of(const Volume& v, const GradientView* out, Plan& plan) {
   plan.lanes = plan.warps = 1;
   const int n = static_cast<int>(classes);
   int64_t values = kAllCoefficients * (classes + 1);  // of Compute<T>, in shared memory
-  int packs = 0;                                      // bytes there for what is brought ahead
+  int packs = 0;                                      // bytes for data that is copied ahead
   if (out == nullptr) {
     with_label_sums(v, [&](auto ce, auto is_squared) {
       values = few_sum_values<decltype(ce)::value, decltype(is_squared)::value>(n);

@@ -117,7 +117,7 @@ struct PackInTile {
     other = tile + of_block;
     label_slots = reinterpret_cast<unsigned char*>(tiles + 2 * of_block);
   }
-  // Before load: what this will load.
+  // Called before load, with the voxels that it will load.
   __device__ __forceinline__ void expect(const Volume& v, const T* rows, const Labels& labels, const Lane& lane,
                                          int64_t at) const {
     if constexpr (kAhead) {
@@ -136,7 +136,7 @@ struct PackInTile {
       other = tile;
       tile = filled;
       wait_for_copies();
-      synchronise(lane);  // what the others brought; and none of them uses the other tile any more
+      synchronise(lane);  // the others' copies are there, and nobody uses the other tile any more
       all_known = take_split_labels(v, row, label_slots, at, labels, bad);
       if (next >= 0) expect(v, rows, row, lane, next);
     } else {

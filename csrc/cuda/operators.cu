@@ -56,7 +56,7 @@ bool is_double(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double;
 }
 
-// So few that the count pass's blocks end too close together for a rehearsal of the table.
+// With so few classes the count pass's blocks end too close together for a rehearsal of the table.
 constexpr int64_t kFewClasses = 4;
 
 // The count pass, and the table: one launch each. a.counts: null where they are wanted for the table alone.

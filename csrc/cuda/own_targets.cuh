@@ -158,7 +158,7 @@ __device__ __forceinline__ A channel_gradient(const Volume& v, const Coefficient
   return dz;
 }
 
-// ---- A sigmoid's channels with what is mostly asked for: overlaps that are products, no weights, a cross-entropy
+// ---- A sigmoid's channels with the most common options: overlaps that are products, no weights, a cross-entropy
 // without smoothing or with the focal exponent 2. Which options there are is asked once for a thread's voxels instead
 // of for each.
 

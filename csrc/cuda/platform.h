@@ -1,4 +1,4 @@
-// What the CUDA kernels need of CUDA, for nvcc and for the host build of the tests (tests/cuda_on_host), in which
+// The parts of CUDA that the kernels use, for nvcc and for the host build of the tests (tests/cuda_on_host), in which
 // TK_CUDA_ON_HOST is defined, g++ compiles the same sources and fibers are the threads.
 //
 // Rules that make both possible: kernels are launched by TK_LAUNCH; shared memory is dynamic, from TK_SHARED; no CUB.
@@ -18,9 +18,9 @@
 #define TK_UNPAREN(...) __VA_ARGS__
 #define TK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   TK_UNPAREN kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
-// The same for a kernel that may begin while the one before it on the stream is still running: that one calls
-// let_next_launch_begin, and this one wait_for_launch_before before it reads what that one wrote. Since compute
-// capability 9.0.
+// The same for a kernel that may begin while the kernel before it on the stream still runs. The first kernel calls
+// let_next_launch_begin. The second calls wait_for_launch_before before it reads the first one's results. From compute
+// capability 9.0 on.
 #define TK_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
   tversky_kernels::cuda::launch_early(TK_UNPAREN kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define TK_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -43,8 +43,8 @@ struct Accumulation<double> {
 template <typename T>
 using Compute = typename Accumulation<T>::Type;
 
-// e^x for x <= 80, mostly <= 0. Its error is 2 + |x| ulp, where e^x has shrunk what it is worth, or is beside 1; tests
-// bound what comes of it. What is below the smallest normal number is 0: __expf would take four more instructions.
+// e^x for x <= 80, mostly <= 0. Its error is 2 + |x| ulp: large where e^x is small, and then it is added to 1. Tests
+// bound the result. A value below the smallest normal number is 0; __expf would take four more instructions.
 constexpr float kLog2E = 1.4426950408889634f;
 __device__ __forceinline__ float power_of_two(float x) {
 #if defined(TK_CUDA_ON_HOST)
@@ -218,8 +218,8 @@ struct FocalPower {
   }
 };
 
-// x, computed so that the compiler does not know it is x: it computes again what follows from x and does not keep it,
-// for registers are few, and predicates fewer.
+// x, in a way that the compiler does not see through. So it computes values that follow from x again, instead of
+// keeping them: registers are few, and predicates fewer.
 __device__ __forceinline__ int recomputed(int x) {
   asm("" : "+r"(x));
   return x;
@@ -330,8 +330,8 @@ __device__ __forceinline__ void wait_for_copies() {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// x, in a way that no compiler sees through, not even ptxas: what follows from it is not made once before a loop and
-// kept. All lanes of the warp must call.
+// x, in a way that no compiler sees through, not even ptxas: values that follow from it are not computed before a loop
+// and kept. All lanes of the warp must call.
 __device__ __forceinline__ int opaque(int x) {
   return __shfl_sync(kFullWarp, x, static_cast<int>(threadIdx.x) % kWarp);
 }

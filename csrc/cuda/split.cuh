@@ -13,20 +13,20 @@
 namespace tversky_kernels {
 namespace cuda {
 
-// Where the classes of a voxel are split over the lanes of a warp: blocks of a multiprocessor, which bounds the
-// registers, and the voxels that a lane works on at a time; the most lanes and the most classes of one, where a label
-// is the target and where every class has a target of its own.
+// Limits of kernels that split a voxel's classes over lanes. Blocks of a multiprocessor (they bound the registers) and
+// voxels that a lane works on at a time; then the most lanes and the most classes of a lane, where a label is the
+// target and where every class has a target of its own.
 constexpr int kSplitBlocks = 2, kSplitVoxels = 4;
-// Whether the next voxels are brought to shared memory while these are worked on. The gradient pass of float32 waits
-// for memory anyway, and was slower so.
+// Whether the next voxels are copied to shared memory while the warp works on these. The gradient pass of float32 waits
+// for memory anyway; it was slower with the copies.
 template <typename T, bool kGradient>
 constexpr bool kAhead = !kGradient || sizeof(T) == 2;
 // Lanes of a warp that share a voxel; more are in several warps. So a warp reads a class's voxels in pieces of 128
 // bytes (64 in half precision): in smaller ones memory comes at half its speed.
 constexpr int kMostLanesOfWarp = 4;
-// Where warps share voxels, they exchange values in the first floats of the shared memory. Every exchange of
-// a voxel's values has a place of its own, for [warps of the block][so many of each voxel]: the next exchange may begin
-// while a warp still reads the values of this one.
+// Warps that share voxels exchange values in the first floats of the shared memory. Each exchange has its own place,
+// [warps of the block][values of each voxel], so that the next exchange may begin while a warp still reads the values
+// of this one.
 struct ExchangePlace {
   int start, of_warp;
 };
@@ -54,7 +54,7 @@ struct SplitShape {
   explicit SplitShape(const Plan& plan) : log_lanes(log2(plan.lanes)), log_warps(log2(plan.warps)) {}
 };
 
-// The warps of a plan that has its lanes; values: of its shared memory, to which those of the exchange are added.
+// Sets a plan's warps from its lanes, and adds the exchange's values to `values`, those of its shared memory.
 inline void share_over_warps(Plan& plan, int64_t& values) {
   plan.warps = plan.lanes > kMostLanesOfWarp ? plan.lanes / kMostLanesOfWarp : 1;
   if (plan.warps > 1) values += kExchange;
@@ -120,8 +120,8 @@ struct SplitLane : LaneOfVoxel {
   }
 };
 
-// Where warps share voxels: combine(.., ..) of the values of a warp's voxels, the same in all its lanes of a slot, and
-// those of the other warps, in all of them the same. kPlace: of the exchange, another one than of the one before.
+// Combines a warp's values with those of the other warps that share its voxels. The values are the same in all lanes of
+// a slot before, and in all warps after. kPlace: the place of this exchange, not that of the exchange before.
 template <const ExchangePlace& kPlace, int kValues, typename F>
 __device__ __forceinline__ void over_warps(float (&values)[kValues], const LaneOfVoxel& lane, F&& combine) {
   constexpr int kWord = kValues % 4 == 0   ? 4
@@ -132,7 +132,7 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const LaneO
   const int log_warps = lane.shape.log_warps;
   if (log_warps == 0) return;
   TK_SHARED(memory);
-  // Made again at every call: registers are few.
+  // Computed again at every call, to save registers.
   const int thread = recomputed(static_cast<int>(threadIdx.x)), warp = thread / kWarp, q = thread % kWarp / kSlots;
   float* const of_slot = reinterpret_cast<float*>(memory) + kPlace.start + thread % kSlots * kWord;
   if (q == 0) {
@@ -145,7 +145,7 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const LaneO
     }
   }
   synchronise_warps(1 + (warp >> log_warps), kWarp << log_warps);
-  // Each lane of a slot takes another warp's, and they put these together.
+  // Each lane of a slot reads the value of another warp; then the lanes combine them.
   const int warps = 1 << log_warps;
   const float* from = of_slot + ((warp & ~(warps - 1)) + (q & (warps - 1))) * kPlace.of_warp;
 #pragma unroll
@@ -176,7 +176,7 @@ __device__ __forceinline__ void over_warps(float (&values)[kValues], const LaneO
 // registers.
 enum class Combine { kSteps, kLoop };
 
-// combine(.., ..) of the first kCombined values over the lanes of a warp that share a voxel, in all of them the same.
+// Combines the first kCombined values over the lanes of a warp that share a voxel. All these lanes get the result.
 template <Combine kWay, int kCombined, int kValues, typename F>
 __device__ __forceinline__ void over_lanes_of_warp(float (&values)[kValues], const LaneOfVoxel& lane, F&& combine) {
   const auto with_lane = [&](int distance) {
@@ -196,7 +196,7 @@ __device__ __forceinline__ void over_lanes_of_warp(float (&values)[kValues], con
   }
 }
 
-// The largest over the lanes that share a voxel, in all of them. kPlace: see over_warps.
+// The maximum over the lanes that share a voxel. All these lanes get it. kPlace: see over_warps.
 template <const ExchangePlace& kPlace, Combine kWay, int kValues>
 __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const LaneOfVoxel& lane) {
   const auto combine = [](float a, float b) { return larger(a, b); };
@@ -204,8 +204,8 @@ __device__ __forceinline__ void max_over_lanes(float (&values)[kValues], const L
   over_warps<kPlace>(values, lane, combine);
 }
 
-// The sums over the lanes that share a voxel, in all of them, always in the same order. The last kOfWarp values are the
-// same in all lanes of a warp, and only the warps' are added.
+// The sums over the lanes that share a voxel, always in the same order. All these lanes get them. The last kOfWarp
+// values are the same in all lanes of a warp: of these only the warps' values are added.
 template <const ExchangePlace& kPlace, Combine kWay, int kOfWarp = 0, int kValues>
 __device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const LaneOfVoxel& lane) {
   const auto combine = [](float a, float b) { return a + b; };
@@ -298,8 +298,8 @@ __device__ __forceinline__ bool take_split_labels(const Volume& v, const LabelRo
 // (kStay); or it takes them out and leaves -inf, so that no class is compared with the label (kTaken).
 enum class Targets { kUntold, kStay, kTaken };
 
-// The logits of the labels that are of this lane's classes, -inf of the others. place(label, k): where that of voxel k
-// is; of another lane's class, a place that is this thread's and has -inf, for a branch would cost more.
+// The logits of the labels' classes that this lane has; -inf for the others. place(label, k) is the address of voxel
+// k's. For a class of another lane it is an address of this thread that holds -inf: a branch would cost more.
 template <Targets kTargets, typename A, int kVoxels, typename F>
 __device__ __forceinline__ void take_targets(const int (&labels)[kVoxels], A (&of_target)[kVoxels], F&& place) {
 #pragma unroll
@@ -311,8 +311,8 @@ __device__ __forceinline__ void take_targets(const int (&labels)[kVoxels], A (&o
   asm volatile("" : : : "memory");  // they are read next in words of another type
 }
 
-// A lane's pack of logits, which are taken from it, and its gradient, which is put back voxel by voxel.
-// kAhead: the next pack and its labels are brought to shared memory while a thread works on one, to a place of its own.
+// A lane's pack of logits, which it reads, and of gradients, which it writes voxel by voxel. kAhead: the next pack and
+// its labels are copied to the thread's own place in shared memory while the thread works on this one.
 template <typename T, int kClasses, bool kAhead, bool kKeepsTargets>
 struct PackInRegisters {
   using A = Compute<T>;
@@ -335,7 +335,7 @@ struct PackInRegisters {
       }
     }
   }
-  // Before load: what this will load. Lanes beyond the last voxel read others.
+  // Called before load, with the voxels that it will load. Lanes beyond the last voxel read other voxels.
   __device__ __forceinline__ void expect(const Volume& v, const T* rows, const Labels& labels, const SplitLane& lane,
                                          int64_t at) const {
     if constexpr (kAhead) {
@@ -397,8 +397,8 @@ __device__ __forceinline__ bool weigh_split(const Volume& v, int64_t sample, int
   return at < v.voxels && weigh<kReads>(v, sample, at, labels, weights, all_count, bad);
 }
 
-// The logits of a pack that starts at `at`, those of voxels that do not count as 0, and its weights; its labels and
-// of_target (see take_targets) are changed where a voxel does not count. all_known: as load returned it.
+// The logits of a pack that starts at `at` (0 where a voxel does not count) and its weights. Changes the labels and
+// of_target (see take_targets) of voxels that do not count. all_known: as load returned it.
 template <Reads kReads, typename A, typename T, int kClasses, int kVoxels, typename Pack, typename Lane>
 __device__ __forceinline__ void weighed_pack(const Volume& v, const Lane& lane, int64_t sample, int64_t at,
                                              const Pack& pack, int (&labels)[kVoxels], bool all_known,
@@ -599,8 +599,8 @@ struct DenseRows {
     });
   }
 
-  // The same by way of shared memory, where come_ahead: expect begins to bring what take finds there after
-  // wait_for_copies. slots: a pack of each of the lane's classes for each thread, of which clear clears those of none.
+  // The same through shared memory, where come_ahead(): expect begins the copies, and after wait_for_copies take reads
+  // them. slots: for each thread a pack of each of the lane's classes; clear clears the packs of missing classes.
   __device__ __forceinline__ bool come_ahead() const { return whole - 1u < 4u; }
   template <int kClasses>
   __device__ __forceinline__ void clear(unsigned char* slots) const {
@@ -676,8 +676,8 @@ struct DenseRows {
   }
 };
 
-// A lane's pack of logits and of what a dense target has for them. kAhead: the next ones are brought to shared memory
-// while a thread works on these, to a place of its own, targets where they can be.
+// A lane's pack of logits and of a dense target's values. kAhead: the next packs are copied to the thread's own place
+// in shared memory while the thread works on these; the targets only where their copies are possible.
 template <typename T, int kClasses, bool kAhead>
 struct DensePack {
   static constexpr int kVoxels = kSplitVoxels;
@@ -696,7 +696,7 @@ struct DensePack {
       if (targets.come_ahead()) targets.template clear<kClasses>(target_slots());
     }
   }
-  // Before load: what this will load. Lanes beyond the last voxel read others.
+  // Called before load, with the voxels that it will load. Lanes beyond the last voxel read other voxels.
   __device__ __forceinline__ void expect(const Volume& v, const T* rows, const DenseRows<kVoxels>& targets,
                                          const SplitLane& lane, int64_t at) const {
     if constexpr (kAhead) {
@@ -707,7 +707,7 @@ struct DensePack {
       if (targets.come_ahead()) targets.template expect<kClasses>(inside, target_slots());
     }
   }
-  // Logits, targets and weights; what does not count has all of them 0. next: to be expected then, -1 for none. All
+  // Logits, targets and weights; all are 0 where a voxel does not count. next: the pack to copy ahead, -1 for none. All
   // lanes of the warp must call.
   template <typename A>
   __device__ __forceinline__ void load(const Volume& v, const T* rows, const DenseRows<kVoxels>& targets,

@@ -14,13 +14,13 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// The most lanes that share a voxel, and the most classes of one. A ninth class of a lane instead of twice the lanes:
-// there are often 8, 16 or 32 organs and the background. Of squares there are none such.
+// The most lanes that share a voxel, and the most classes of a lane. A lane may have a ninth class instead of twice the
+// lanes, because 8, 16 or 32 organs and a background are common. With squared errors it may not.
 constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8;
 
 // Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
 // kSquared: one lane for three and four classes too, which without squares have kernels of their own, and no nine.
-// These and kSmoothed have no five and seven, for they are rarer and every kernel is compiled.
+// These and kSmoothed have no five and seven: they are rarer, and every kernel takes time to compile.
 template <bool kSquared, bool kSmoothed, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
   constexpr bool kRare = kSquared || kSmoothed;
@@ -37,9 +37,9 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   if (classes <= lanes * 8) return f(std::integral_constant<int, 8>{});
   if constexpr (!kSquared) return f(std::integral_constant<int, kMostOfLane>{});
 }
-// The same where the classes of a voxel lie side by side, f(classes, turns): how many lanes take units of classes in
-// turn (TileLane), so that few of a warp meet in a bank. Even numbers are for even numbers of classes, of which pairs
-// are whole words at every voxel; of odd ones all but the last three at least are there.
+// The same where the classes of a voxel lie side by side: f(classes, turns). turns: so many lanes take units of classes
+// in turn (TileLane), so that few lanes of a warp meet in a bank. Even numbers are for even numbers of classes: pairs
+// of these are whole words at every voxel. Of odd numbers a lane has all but the last three at least.
 template <typename F>
 void with_interleaved_classes(int64_t classes, int lanes, F&& f) {
   const bool even = classes % 2 == 0;

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, false>)
 #pragma unroll
     for (int j = 0; j < kClasses; ++j) {
 #pragma unroll
-      for (int k = 0; k < kVoxels; ++k) bad |= is_bad_target(v, g[j][k]);  // those that do not count are 0
+      for (int k = 0; k < kVoxels; ++k) bad |= is_bad_target(v, g[j][k]);  // 0 where a voxel does not count
     }
     if constexpr (kClasses == 2) {
 #pragma unroll

@@ -7,7 +7,7 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// So few, and with so few registers, that a block fits beside one of the count pass.
+// So few threads and registers that a block fits beside one of the count pass.
 constexpr int kTableThreads = 384, kTableWarps = kTableThreads / kWarp;
 // Columns of the partial sums that one of several blocks adds up: 32 bytes of each row, which memory hands out at once.
 constexpr int kTogether = 8;
@@ -17,7 +17,7 @@ struct Power {
   __device__ double operator()(double x, double y) const { return exp(log(x) * y); }
 };
 
-// How one block sums all columns. What it would tell others takes longer than that, unless there are many.
+// How one block sums all columns. Unless there are many columns, that is faster than to exchange sums between blocks.
 struct Alone {
   int threads;  // of each sample; 0: there are several blocks
   int vector;   // values that a thread reads at once
@@ -85,8 +85,8 @@ __device__ void sum_all(const TableArguments& a, const Alone& alone, int program
   __syncthreads();
 }
 
-// One block's columns of the counts, where there are several: neighbouring threads take neighbouring columns, and those
-// of every k-th row; always in the same order. sums: [threads].
+// One of several blocks sums its columns of the counts. Neighbouring threads take neighbouring columns, and every k-th
+// row of them, always in the same order. sums: [threads].
 template <typename A>
 __device__ void sum_columns(const TableArguments& a, int programs, double* sums) {
   const int columns = a.table.columns(), classes = static_cast<int>(a.table.classes), row = columns * classes;
@@ -135,7 +135,7 @@ __device__ void store_loss(const TableArguments& a, int64_t i, double value) {
   }
 }
 
-// The sums over the block in every thread, of what the first `threads` threads have. sums: [values][warps].
+// The sums over the first `threads` threads of the block, in every thread. sums: [values][warps].
 template <int kValues>
 __device__ void block_sums(double (&values)[kValues], int threads, double* sums) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -189,7 +189,7 @@ __device__ double inverse_or_zero(double x) {
   return x == 0.0 ? 0.0 : 1.0 / x;
 }
 
-// What all classes add to the loss, before the mean.
+// The sums over all classes that make the loss, before the mean.
 enum LossSum { kTversky, kTverskyClasses, kCrossEntropySum, kDivisor, kLossSums };
 
 // The coefficients of a row and class, before the mean; where the loss is not reduced, its own, to which the mean
@@ -275,9 +275,9 @@ __device__ void make_table(const TableArguments& a, const double* counts, bool s
   }
 }
 
-// A launch that rehearses goes through all of it twice: the first time of no partial sums (several blocks: of what lies
-// in place of the counts) and without storing, while the count pass still runs. Then the instructions, and what else it
-// reads, have come to the caches (2 us less on an H100).
+// A launch that rehearses goes through everything twice. The first time, while the count pass still runs, it reads no
+// partial sums (with several blocks: whatever the counts' memory holds) and stores nothing. So the instructions and the
+// other data are in the caches the second time (2 us less on an H100).
 __global__ void __launch_bounds__(kTableThreads, 2) table_kernel(const TableArguments a, const Alone alone) {
   TK_SHARED(memory);
   double* sums = reinterpret_cast<double*>(memory);

@@ -95,7 +95,7 @@ __device__ void load_tile_in_packs(const T* at, int64_t class_stride, int classe
   }
 }
 
-// tile[c][voxel] from rows + c * class_stride + voxel * voxel_stride. What is beyond `count` is 0.
+// tile[c][voxel] from rows + c * class_stride + voxel * voxel_stride; 0 beyond `count`.
 template <typename T>
 __device__ void load_tile(const Volume& v, const T* rows, int64_t begin, int count, Compute<T>* tile, int tile_stride,
                           int tile_voxels) {
@@ -112,7 +112,7 @@ __device__ void load_tile(const Volume& v, const T* rows, int64_t begin, int cou
   });
 }
 
-// The labels and weights of a tile, one voxel a thread; what is beyond `count` does not count. True: this thread's
+// The labels and weights of a tile, one voxel a thread; voxels beyond `count` do not count. True: this thread's
 // label or weight is out of range.
 template <typename A>
 __device__ bool load_tile_labels(const Volume& v, int64_t sample, int64_t begin, int count, int tile_voxels,

@@ -1,4 +1,4 @@
-// The family "tiled": a tile of voxels of all classes in shared memory (tile.cuh), for what the others do not read: any
+// The family "tiled": a tile of voxels of all classes in shared memory (tile.cuh), for what the others leave: any
 // size, layout and type, and as many classes as there is room for.
 #include "coefficients.cuh"
 #include "counting.cuh"
@@ -371,7 +371,7 @@ void with_tiled(const Volume& v, F&& f) {
 
 template <typename T>
 void plan_of(const Volume& v, const GradientView* out, Plan& plan) {
-  constexpr int kSharedBytes = 46 * 1024;      // what a block gets without asking for more
+  constexpr int kSharedBytes = 46 * 1024;      // a block gets so much without a request for more
   constexpr int kMostSharedBytes = 96 * 1024;  // and by asking, on every card
   const int64_t classes = v.classes;
   const auto bytes = [&](int voxels) {

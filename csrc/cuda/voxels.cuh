@@ -33,8 +33,8 @@ constexpr int word_bytes(int bytes) {
   return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes;
 }
 
-// Accesses as wide as the values are together, 16 bytes at most. The stores are intrinsics (streaming: the gradient is
-// not read again soon), for plain ones the compiler takes apart into their members.
+// Accesses as wide as the values together, 16 bytes at most. The stores are intrinsics, because the compiler splits
+// plain stores into their members; they stream, because the gradient is not read again soon.
 template <typename T, int kCount>
 __device__ __forceinline__ void load_words(const T* p, T (&values)[kCount]) {
   constexpr int kBytes = sizeof(T) * kCount, kWord = word_bytes(kBytes);
@@ -64,8 +64,8 @@ __device__ __forceinline__ void store_packed(T* p, const Packed<T, kCount>& valu
   store_words(p, values.values);
 }
 
-// Logits of one class of neighbouring voxels. Those of half precision stay in pairs, as they lie in memory: from single
-// ones the compiler would put the pairs together again for what takes two at once.
+// Logits of one class of neighbouring voxels. Half-precision logits stay in pairs, as they lie in memory: instructions
+// that take two at once would otherwise need the pairs to be put together again.
 template <typename T, int kVoxels>
 struct Logits {
   static constexpr bool kPairs = sizeof(T) == 2 && kVoxels % 2 == 0;
@@ -80,7 +80,7 @@ struct Logits {
       return static_cast<Compute<T>>(elements[k]);
     }
   }
-  // For what is rare: it takes all of them apart.
+  // For rare cases: it unpacks all of them.
   __device__ __forceinline__ void set(int k, T x) {
     T values[kVoxels];
     memcpy(values, elements, sizeof values);
@@ -99,7 +99,7 @@ __device__ __forceinline__ Logits<T, kVoxels> load_logits(const T* p) {
   return logits_of(load_packed<T, kVoxels>(p).values);
 }
 
-// What lies voxel by voxel, by classes.
+// Tensors of one value a voxel, or one a voxel and class.
 template <typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void take_apart(const T (&all)[kVoxels * kClasses], Logits<T, kVoxels> (&z)[kClasses]) {
 #pragma unroll
@@ -142,8 +142,8 @@ __device__ __forceinline__ void store_classes(T* rows, int64_t class_stride, int
   }
 }
 
-// The same brought ahead: expect begins to copy to this thread's place in shared memory what take then finds there
-// after wait_for_copies.
+// The same, copied ahead: expect begins a copy to this thread's place in shared memory, and after wait_for_copies take
+// reads it.
 template <bool kInterleaved, typename T, int kClasses, int kVoxels>
 struct ClassesAhead {
   // As they are read: one piece of memory, or one of each class.
@@ -205,8 +205,8 @@ __device__ __forceinline__ int checked_label(const Volume& v, L label, bool& bad
   return known ? static_cast<int>(label) : kUncounted;
 }
 
-// The same of neighbouring voxels, kUncounted where one does not count; sets bad where one is out of range. True: all
-// are of classes, for which a comparison or two a label are enough; the rest is rare.
+// The same for neighbouring voxels: kUncounted where a voxel does not count; sets bad where a label is out of range.
+// True: all labels are classes. One or two comparisons a label find that out; other labels are rare.
 template <typename L, int kVoxels>
 __device__ __forceinline__ bool checked_labels(const Volume& v, const L (&values)[kVoxels], int (&labels)[kVoxels],
                                                bool& bad) {
@@ -252,8 +252,8 @@ __device__ __forceinline__ void load_row(const X* p, int64_t first, int64_t stri
   for (int k = 0; k < kCount; ++k) f(k, p[(first + k) * stride]);
 }
 
-// The targets and weights that a kernel reads: of the logits' size only; or resampled as well, below 2^31 voxels; or
-// any, for which 64-bit divisions are compiled. Each costs registers.
+// Which targets and weights a kernel reads: only those of the logits' size; or resampled ones too, below 2^31 voxels;
+// or all, with 64-bit divisions. Each step costs registers.
 enum class Reads { kSameSize, kResampled, kAny };
 
 // The offsets of neighbouring voxels in a volume that is resampled.
@@ -301,8 +301,8 @@ __device__ __forceinline__ auto with_label_type(ElementType type, F&& f) {
 // The labels of a sample as a thread reads them, kVoxels neighbouring ones at once.
 template <Reads kReads, int kVoxels>
 struct LabelRow {
-  // Whether in whole loads, and then whether they are bytes, which is asked first: their way is short, and to find the
-  // type takes longer than to read them.
+  // Whether they are read in whole loads, and whether they are bytes. Bytes are asked for first: to find any other type
+  // takes longer than to read bytes.
   enum Kind { kSingle, kBytes, kWhole };
 
   const Volume& v;
@@ -358,8 +358,8 @@ struct LabelRow {
     }
   }
 
-  // The same by way of shared memory: expect, where whole(), begins to bring what take then finds there after
-  // wait_for_copies. slots: [16-byte pieces][threads of a block], or what is less.
+  // The same through shared memory, where whole(): expect begins the copy, and after wait_for_copies take reads it.
+  // slots: [16-byte pieces][threads of a block], or smaller pieces.
   __device__ __forceinline__ void expect(int64_t voxel, unsigned char* slots) const {
     with_type_of_whole([&](auto element) {
       using L = decltype(element);

@@ -77,12 +77,20 @@ inline void check_voxel_weight(const std::optional<Tensor>& weight, const Tensor
 }
 
 // (N, 1 or C, *spatial).
-inline void check_regions(const Tensor& regions, int64_t count, const Tensor& logits) {
+inline void check_regions(const Tensor& regions, const Tensor& logits) {
   const ScalarType t = regions.scalar_type();
   STD_TORCH_CHECK(is_integral(t) && t != ScalarType::Bool, "regions: expected uint8, int8, int16, int32 or int64, got ",
                   torch::headeronly::toString(t));
-  STD_TORCH_CHECK(count >= 1 && count <= INT32_MAX, "num_regions: expected 1 to 2^31 - 1, got ", count);
   check_volume("regions", regions, logits, true, regions.dim() > 1 && regions.size(1) == 1);
+}
+
+// (N, C), on the logits' device.
+inline void check_merged(const Tensor& merged, const Tensor& logits, int64_t activation) {
+  STD_TORCH_CHECK(merged.scalar_type() == ScalarType::Bool && merged.dim() == 2 && merged.size(0) == logits.size(0) &&
+                      merged.size(1) == logits.size(1) && merged.is_contiguous(),
+                  "merged: expected (N, C), contiguous, of bool");
+  STD_TORCH_CHECK(activation == 0, "merged: expected None without a softmax");
+  check_device("merged", merged, logits);
 }
 
 // (N, R, C, 2 or 4).

@@ -172,10 +172,11 @@ struct Operators {
 template <typename Backend>
 struct RegionOperators {
   static Tensor count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
-                           const Tensor& regions, int64_t num_regions, TK_PASS_ARGUMENTS, int64_t check) {
+                           const std::optional<Tensor>& regions, const std::optional<Tensor>& merged,
+                           int64_t num_regions, TK_PASS_ARGUMENTS, int64_t check) {
     check_range("check", check, 2);
     const Check mode = static_cast<Check>(check);
-    const RegionTensors volume(logits, target, voxel_weight, regions, num_regions, TK_PASS_RECORD, mode);
+    const RegionTensors volume(logits, target, voxel_weight, regions, merged, num_regions, TK_PASS_RECORD, mode);
     const Volume& v = volume.view.volume;
     const std::vector<int64_t> shape{v.samples, num_regions, v.classes, v.count_columns() + 1};
     Tensor counts = torch::stable::new_empty(logits, shape, ScalarType::Double);
@@ -184,19 +185,21 @@ struct RegionOperators {
   }
 
   static Tensor gradient_pass(const Tensor& coefficients, const Tensor& logits, const Tensor& target,
-                              const std::optional<Tensor>& voxel_weight, const Tensor& regions, TK_PASS_ARGUMENTS) {
+                              const std::optional<Tensor>& voxel_weight, const std::optional<Tensor>& regions,
+                              const std::optional<Tensor>& merged, TK_PASS_ARGUMENTS) {
     check_region_coefficients(coefficients, logits, cross_entropy);
-    const RegionTensors volume(logits, target, voxel_weight, regions, coefficients.size(1), TK_PASS_RECORD);
+    const RegionTensors volume(logits, target, voxel_weight, regions, merged, coefficients.size(1), TK_PASS_RECORD);
     Tensor gradient = Backend::new_gradient(volume.volume.logits);
     write_gradient(gradient, volume.view, coefficients);
     return gradient;
   }
 
   static void gradient_pass_(Tensor logits, const Tensor& coefficients, const Tensor& target,
-                             const std::optional<Tensor>& voxel_weight, const Tensor& regions, TK_PASS_ARGUMENTS) {
+                             const std::optional<Tensor>& voxel_weight, const std::optional<Tensor>& regions,
+                             const std::optional<Tensor>& merged, TK_PASS_ARGUMENTS) {
     check_in_place(logits);
     check_region_coefficients(coefficients, logits, cross_entropy);
-    const RegionTensors volume(logits, target, voxel_weight, regions, coefficients.size(1), TK_PASS_RECORD);
+    const RegionTensors volume(logits, target, voxel_weight, regions, merged, coefficients.size(1), TK_PASS_RECORD);
     write_gradient(logits, volume.view, coefficients);
   }
 

@@ -144,23 +144,29 @@ struct VolumeTensors {
   }
 };
 
-// The same with regions.
+// The same with regions (none: all voxels are in region 0) and classes that are merged with class 0.
 struct RegionTensors {
   VolumeTensors volume;
-  Tensor regions;
-  RegionVolume view;
+  std::optional<Tensor> regions, merged;
+  RegionVolume view{};
 
   RegionTensors(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-                const Tensor& regions_in, int64_t count, const PassOptions& a, Check check = Check::kIgnore)
-      : volume(logits, target, weight, a, check), regions(readable(checked(regions_in, count, logits), 2, logits)) {
-    const bool by_class = regions.size(1) != 1;
-    view = {volume.view, voxel_view(regions, 2, volume.logits, a.nearest_exact), count, by_class};
-  }
-
- private:
-  static const Tensor& checked(const Tensor& regions, int64_t count, const Tensor& logits) {
-    check_regions(regions, count, logits);
-    return regions;
+                const std::optional<Tensor>& regions_in, const std::optional<Tensor>& merged_in, int64_t count,
+                const PassOptions& a, Check check = Check::kIgnore)
+      : volume(logits, target, weight, a, check), merged(merged_in) {
+    STD_TORCH_CHECK(count >= 1 && count <= INT32_MAX, "num_regions: expected 1 to 2^31 - 1, got ", count);
+    view.volume = volume.view;
+    view.count = count;
+    if (regions_in.has_value()) {
+      check_regions(*regions_in, logits);
+      regions = readable(*regions_in, 2, logits);
+      view.regions = voxel_view(*regions, 2, volume.logits, a.nearest_exact);
+      view.by_class = regions->size(1) != 1;
+    }
+    if (merged.has_value()) {
+      check_merged(*merged, logits, a.activation);
+      view.merged = static_cast<const uint8_t*>(merged->const_data_ptr());
+    }
   }
 };
 

@@ -52,6 +52,8 @@ def valid_arguments(name: str, random_: random.Random) -> list:
     regions = torch.randint(-1, count, (samples, random_.choice((1, classes)), *space)).to(
         random_.choice((torch.int16, torch.int32, torch.int64))
     )
+    regions_there, regions = regions, random_.choice((regions, regions, None))
+    merged = random_.choice((None, torch.rand(samples, classes) < 0.5)) if activation == 0 else None
     of_regions = torch.rand(samples, count, classes, coefficients.size(-1), dtype=torch.float64)
     return {
         "count_pass": [logits, target, weight, *passes, check],
@@ -62,12 +64,20 @@ def valid_arguments(name: str, random_: random.Random) -> list:
         "linear_count_pass": [*head, target, weight, *passes, check],
         "linear_gradient_pass": [upstream, coefficients, *head, target, weight, *passes, random_.random() < 0.5],
         "linear_gradient_pass_": [features, upstream, coefficients, *head[1:], target, weight, *passes],
-        "region_count_pass": [logits, target, weight, regions, count, *passes, check],
-        "region_gradient_pass": [of_regions, logits, target, weight, regions, *passes],
-        "region_gradient_pass_": [logits, of_regions, target, weight, regions, *passes],
-        "linear_region_count_pass": [*head, target, weight, regions, count, *passes, check],
-        "linear_region_gradient_pass": [of_regions, *head, target, weight, regions, *passes, random_.random() < 0.5],
-        "linear_region_gradient_pass_": [features, of_regions, *head[1:], target, weight, regions, *passes],
+        "region_count_pass": [logits, target, weight, regions, merged, count, *passes, check],
+        "region_gradient_pass": [of_regions, logits, target, weight, regions, merged, *passes],
+        "region_gradient_pass_": [logits, of_regions, target, weight, regions, merged, *passes],
+        "linear_region_count_pass": [*head, target, weight, regions_there, count, *passes, check],
+        "linear_region_gradient_pass": [
+            of_regions,
+            *head,
+            target,
+            weight,
+            regions_there,
+            *passes,
+            random_.random() < 0.5,
+        ],
+        "linear_region_gradient_pass_": [features, of_regions, *head[1:], target, weight, regions_there, *passes],
         "cpu_capability": [None],
         "cpu_gradient_memory": [None],
     }[name]

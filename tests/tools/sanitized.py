@@ -25,6 +25,7 @@ NAMES = (
     "gradient_pass",
     "region_count_pass",
     "region_gradient_pass",
+    "hard_count_pass",
     "operators",
     "gradient_memory",
     "capability",

@@ -177,9 +177,9 @@ def compile_case(classes, dtype, label_dtype, options) -> list:
         launch.KERNELS.update(stand_ins)
         if options.get("regions"):
             regions = torch.zeros(len(logits), options["regions"], *space, dtype=torch.int16)
-            counts = launch.region_count_pass(logits, target, weight, regions, 50, *arguments, 1)
+            counts = launch.region_count_pass(logits, target, weight, regions, None, 50, *arguments, 1)
             coefficients = counts[..., : 4 if ce else 2]
-            launch.region_gradient_pass(coefficients, logits, target, weight, regions, *arguments)
+            launch.region_gradient_pass(coefficients, logits, target, weight, regions, None, *arguments)
             return found
         _, coefficients = launch.tversky_loss(
             logits,

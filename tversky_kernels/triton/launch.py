@@ -325,7 +325,7 @@ class _RegionVolume(_Volume):
         self.region_tail = (*self.tail[:2], self.region_programs, num_regions)
 
 
-def region_count_pass(logits, target, voxel_weight, regions, num_regions, *arguments):
+def region_count_pass(logits, target, voxel_weight, regions, _merged, num_regions, *arguments):
     """The counts (N, R, C, 4 or 7) in float64; NaN in a row with a label, weight or region out of range."""
     *options, check = arguments
     v = _RegionVolume(logits, target, voxel_weight, regions, num_regions, PassOptions(*options), check)
@@ -343,7 +343,7 @@ def region_count_pass(logits, target, voxel_weight, regions, num_regions, *argum
     return partial.sum(1).transpose(2, 3).contiguous()
 
 
-def _write_region_gradient(out, coefficients, logits, target, voxel_weight, regions, *arguments):
+def _write_region_gradient(out, coefficients, logits, target, voxel_weight, regions, _merged, *arguments):
     options = PassOptions(*arguments)
     num_regions = coefficients.size(1)
     v = _RegionVolume(logits, target, voxel_weight, regions, num_regions, options)
