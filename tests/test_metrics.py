@@ -212,3 +212,27 @@ def test_the_kernel_counts_as_torchs_operators_do(capability, dtype, monkeypatch
             patch.setattr(tk.metrics, "CPU_MISSING", "not now")
             expected = tk.hard_counts(logits, target, **options)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), seed
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_by_region(activation, by_class):
+    """Each region as a volume by itself; a region that is negative counts nowhere."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 9, 11, generator=generator)
+    target = torch.randint(0, 3, (2, 9, 11), generator=generator)
+    shape = (2, 3, 9, 11) if by_class else (2, 9, 11)
+    regions = torch.randint(-1, 4, shape, generator=generator)
+    how = {"activation": activation, "ignore_index": 2}
+    found = tk.hard_counts(logits, target, regions=regions, num_regions=5, **how)
+    assert found.tp.shape == (2, 5, 3)
+    assert found.tp.dtype == torch.int64
+    for r in range(5):
+        for c in range(3):
+            weight = (regions[:, c] if by_class else regions) == r
+            expected = tk.hard_counts(logits, target, voxel_weight=weight, **how)
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a[:, r, c].double(), b[:, c])
+    with pytest.raises(ValueError, match="regions: expected values below num_regions = 3, got 3"):
+        tk.hard_counts(logits, target, regions=regions, num_regions=3)
+    assert tk.metrics.dice(found).shape == (2, 5, 3)

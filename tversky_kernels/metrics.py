@@ -8,7 +8,9 @@ voxels at a time. Tables of patches, of a sliding window's parts or of patients 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +43,8 @@ def hard_counts(
     threshold: float = 0.5,
     ignore_index: int | None = None,
     voxel_weight: torch.Tensor | None = None,
+    regions: torch.Tensor | None = None,
+    num_regions: int | None = None,
     process_group: Group = None,
     check_target: bool | None = None,
 ) -> HardCounts:
@@ -55,6 +59,8 @@ def hard_counts(
         threshold: In (0, 1]. Not read with "softmax".
         ignore_index: Voxels with this label do not count.
         voxel_weight: (N, *spatial) or (N, 1, *spatial), >= 0: each voxel counts so much.
+        regions: As in `tversky_kernels.tversky_loss`: the counts of each region.
+        num_regions: How many there are; None: the largest plus one, on the CPU alone.
         process_group: A group whose ranks hold parts of the same samples; True: the default group. Every rank gets the
             counts of the whole. A bad label on one rank raises on all.
         check_target: None: a label out of range, or a dense value that is neither 0 nor 1, raises on the CPU.
@@ -62,14 +68,16 @@ def hard_counts(
             on. True: always raise. False: never raise.
 
     Returns:
-        HardCounts(tp, fp, fn, tn), (N, C) each, exact: int64, or float64 with a voxel_weight.
+        HardCounts(tp, fp, fn, tn), (N, C) each, or (N, R, C) with regions, exact: int64, or float64 with a
+        voxel_weight.
 
     Examples:
         >>> counts = tk.hard_counts(logits, label)
         >>> tk.metrics.dice(counts)[:, 1:].nanmean()
     """
     threshold = _options.number("threshold", threshold, positive=True, most=1.0)
-    options = {"activation": activation, "ignore_index": ignore_index}
+    options: dict[str, Any] = {"activation": activation, "ignore_index": ignore_index}
+    options |= {"regions": regions, "num_regions": num_regions}
     checked = _arguments.check_arguments(logits, target, voxel_weight, check_target=check_target, **options)
     ranks = distributed.ranks_of(process_group, None, "sum")
     raises = check_target is True or (check_target is None and logits.device.type == "cpu")
@@ -82,13 +90,15 @@ def hard_counts(
 def _joined(count, group, logits: torch.Tensor, checked, raises: bool) -> torch.Tensor:
     # Of all ranks. What fails on one of them raises on all, so that none waits for another.
     samples, classes = logits.shape[:2]
-    empty = functools.partial(logits.new_zeros, (4, samples, classes), dtype=torch.float64)
+    rows = () if checked.regions is None else (checked.regions.number,)
+    empty = functools.partial(logits.new_zeros, (4, samples, *rows, classes), dtype=torch.float64)
     sums, error = distributed.attempt(count, empty)
     try:
-        distributed.agree_on_sizes(group, [(samples, classes, 4)], logits.device, "process_group")
+        size = (math.prod((samples, *rows)), classes, 4)
+        distributed.agree_on_sizes(group, [size], logits.device, "process_group")
     except ValueError as different:
         raise (error or different) from None
-    options = (checked.plan.options, checked.volumes.voxel_weight is None, checked.volumes.dense)
+    options = (checked.plan.options, checked.volumes.voxel_weight is None, checked.volumes.dense, rows)
     token = distributed.token_of(*options, count.args[2:])
     joined = distributed.sum_over(group, [sums], 1.0, token, error, raises, "process_group")
     if joined.error or error:
@@ -100,7 +110,8 @@ def _sums(logits: torch.Tensor, checked, activation: str, threshold: float, rais
     # (4, N, C) in float64, exact up to 2^53: true positives, predicted, true and all voxels.
     target, weight, dense = checked.volumes
     ignore_index = checked.options.ignore_index
-    if activation == "softmax" and not dense and _takes_kernel(logits):
+    regions = checked.regions
+    if activation == "softmax" and not dense and regions is None and _takes_kernel(logits):
         try:
             return ops.hard_count_pass(logits, target, weight, ignore_index, raises)
         except RuntimeError as error:
@@ -110,7 +121,14 @@ def _sums(logits: torch.Tensor, checked, activation: str, threshold: float, rais
     z = logits.reshape(samples, classes, -1)
     labels = target.reshape(samples, classes, -1) if dense else target.reshape(samples, -1)
     weights = None if weight is None else weight.reshape(samples, -1)
-    sums = torch.zeros(4, samples, classes, dtype=torch.float64, device=z.device)
+    rows = () if regions is None else (regions.number,)
+    sums = torch.zeros(4, samples, *rows, classes, dtype=torch.float64, device=z.device)
+    ids = target  # not read
+    if regions is not None:
+        ids = regions.ids.reshape(samples, regions.ids.size(1), -1)
+        if raises and bool((ids.long() >= regions.number).any()):
+            bad = ids[ids.long() >= regions.number][0].item()
+            raise ValueError(f"regions: expected values below num_regions = {regions.number}, got {bad}")
     first_label = 1 if classes == 1 and activation != "softmax" else 0
     step = max(1, BLOCK // classes)
     for n in range(samples):
@@ -121,11 +139,14 @@ def _sums(logits: torch.Tensor, checked, activation: str, threshold: float, rais
             if raises:
                 _raise_for_bad_values(logits, g, w, ignore_index, dense)
             counted = _counted(g, ignore_index, dense, classes + first_label)
-            sums[3, n] += _sum(counted, w)
+            total: Callable[[torch.Tensor], torch.Tensor] = functools.partial(_sum, weight=w)
+            if regions is not None:
+                total = functools.partial(_sum_of_regions, ids[n, :, part], regions.number, classes, w)
+            sums[3, n] += total(counted)
             if activation == "softmax":
                 # max gives the first of equals, as argmax does, and is up to sixteen times as fast on the CPU.
                 largest = block.max(0).indices
-                if not dense:
+                if not dense and regions is None:
                     sums[:3, n] += _of_labels(largest, g, counted, w, classes)
                     continue
                 predicted = torch.nn.functional.one_hot(largest, classes).T.bool()
@@ -135,7 +156,7 @@ def _sums(logits: torch.Tensor, checked, activation: str, threshold: float, rais
             channels = torch.arange(first_label, first_label + classes, device=z.device).unsqueeze(1)
             true = g >= 0.5 if dense else g.unsqueeze(0) == channels
             true, predicted = true & counted, predicted & counted
-            sums[:3, n] += torch.stack([_sum(x, w) for x in (true & predicted, predicted, true)])
+            sums[:3, n] += torch.stack([total(x) for x in (true & predicted, predicted, true)])
     return sums
 
 
@@ -155,6 +176,15 @@ def _counted(g: torch.Tensor, ignore_index: int | None, dense: bool, labels: int
 
 def _sum(mask: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     return mask.sum(-1) if weight is None else (mask * weight).sum(-1)
+
+
+def _sum_of_regions(ids, number: int, classes: int, weight: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    # (R, C): ids (1 or C, voxels), mask (C, voxels) or (voxels).
+    ids = ids.long()
+    ids = torch.where((ids < 0) | (ids >= number), number, ids)  # the last row is dropped
+    values = (mask if weight is None else mask * weight).double().expand(classes, -1)
+    of_all = values.new_zeros(classes, number + 1).scatter_add_(1, ids.expand(classes, -1), values)
+    return of_all[:, :number].T
 
 
 def _of_labels(predicted, g, counted, weight, classes: int) -> torch.Tensor:
