@@ -115,6 +115,14 @@ def test_regions_of_partial_labels():
     )
 
 
+def test_generalised_dice():
+    logits, target = volumes()
+    each = tk.generalized_dice_loss(logits, target, annotated=ANNOTATED, reduction="none")
+    for n in range(2):
+        expected = tk.generalized_dice_loss(merged(logits, n), renumbered(target, n), reduction="none")
+        torch.testing.assert_close(each[n : n + 1], expected)
+
+
 def test_derivatives():
     logits, target = volumes((2, 2))
     logits.requires_grad_()

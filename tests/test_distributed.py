@@ -276,6 +276,39 @@ def hard(rank, world):
     }
 
 
+#: Of the voxels of each sample; and which classes it has annotated. Labels of others are 0.
+REGIONS = (torch.arange(240).view(6, 8, 5) // 60 + torch.arange(4).view(4, 1, 1, 1)) % 5 - 1
+ANNOTATED = torch.tensor([[True, True, False], [True, True, True], [True, False, True], [True, True, True]])
+DRAWN = torch.where(ANNOTATED.gather(1, TARGET.long().flatten(1)).view(TARGET.shape), TARGET, 0)
+ROWS = {
+    "regions": lambda z, t, r, a, **o: tk.tversky_ce_loss(z, t, regions=r, num_regions=4, **COMPOUND, **o),
+    "annotated": lambda z, t, r, a, **o: tk.tversky_ce_loss(z, t, annotated=a, **COMPOUND, **o),
+    "both": lambda z, t, r, a, **o: tk.tversky_loss(z, t, regions=r, num_regions=4, annotated=a, **OPTIONS, **o),
+}
+
+
+def rows(rank, world):
+    """Regions and partial labels: parts of volumes, parts of a batch, different samples."""
+    found = {}
+    for name, loss in ROWS.items():
+        for kind, parts, run in (
+            ("volume", (..., SLABS[world][rank], slice(None)), {"process_group": True}),
+            ("batch", SHARDS[world][rank], {"process_group": True, "batch": True}),
+            ("samples", SHARDS[world][rank], {"sample_group": True}),
+        ):
+            x = LOGITS.clone().requires_grad_()
+            annotated = ANNOTATED if kind == "volume" else ANNOTATED[parts]
+            value = loss(x[parts], DRAWN[parts], REGIONS[parts], annotated, grad_reduction="sum", **run)
+            found[name, kind] = value.detach(), torch.autograd.grad(value, x)[0]
+    bad = DRAWN[SHARDS[world][rank]].clone()
+    if rank == 0:
+        bad[0, 0, 0, 0] = 2  # not annotated there
+    part = SHARDS[world][rank]
+    options = {"annotated": ANNOTATED[part], "batch": True, "process_group": True}
+    found["bad label"] = error_of(tk.tversky_loss, LOGITS[part], bad, **options)
+    return found
+
+
 def modules(rank, world, early):
     part = SHARDS[world][rank]
     x, target = LOGITS[part], TARGET[part]
@@ -321,7 +354,7 @@ def nnunet_levels(rank, world, joined=True):
 
 
 SCENARIOS = (batch_under_ddp, volume_under_ddp, samples_under_ddp, sums_of_gradients, fsdp)
-SCENARIOS += (ranks_differ_in_their_backend, failures, no_voxels, hard, modules, nnunet, nnunet_levels)
+SCENARIOS += (ranks_differ_in_their_backend, failures, no_voxels, hard, rows, modules, nnunet, nnunet_levels)
 
 
 def worker(rank, world, path, results):
@@ -502,6 +535,22 @@ def test_hard_counts_of_slabs(ranks):
         assert "same options" in f["threshold"][1]
         assert f["samples"][0] == "ValueError"
         assert "tables of counts of one size" in f["samples"][1]
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize("kind", ["volume", "batch", "samples"])
+def test_regions_and_partial_labels(ranks, kind, name):
+    """Each rank has the loss of the whole; the ranks' gradients add up to its gradient."""
+    x = LOGITS.clone().requires_grad_()
+    expected = ROWS[name](x, DRAWN, REGIONS, ANNOTATED, batch=kind == "batch")
+    (true,) = torch.autograd.grad(expected, x)
+    parts = [f["rows"][name, kind] for f in ranks]
+    for value, _ in parts:
+        torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(sum(gradient for _, gradient in parts), true)
+    for rank, f in enumerate(ranks):
+        error, message = f["rows"]["bad label"]
+        assert error == ("ValueError" if rank == 0 else "RankError"), message
 
 
 def test_modules_made_before_there_are_groups(ranks):

@@ -446,6 +446,20 @@ def test_cc_loss(per_class):
     assert tk.CCLoss(region_weight=0.5)(logits, label, **how) == tk.cc_loss(logits, label, region_weight=0.5, **how)
 
 
+@pytest.mark.parametrize("by_class", [False, True])
+def test_generalised_dice_by_region(by_class):
+    logits, target, regions = volumes(by_class=by_class)
+    how = {"regions": regions, "num_regions": 5}  # the last has no voxel
+    rows = tk.generalized_dice_loss(logits, target, reduction="none", **how)
+    assert rows.shape == (2, 5)
+    torch.testing.assert_close(tk.generalized_dice_loss(logits, target, **how), rows[:, :4].mean())
+    torch.testing.assert_close(tk.generalized_dice_loss(logits, target, reduction="sum", **how), rows.sum())
+    if not by_class:
+        expected, _ = loop(lambda *a, **o: tk.generalized_dice_loss(*a, **o)[:, None], logits, target, regions, 4)
+        torch.testing.assert_close(rows[:, :4], expected[..., 0])
+    assert torch.isnan(tk.generalized_dice_loss(logits, target, regions=regions, num_regions=3, check_target=False))
+
+
 def test_lesion_losses_without_regions():
     logits, target, _ = volumes()
     with pytest.raises(ValueError, match="regions: expected the region of each voxel"):

@@ -83,7 +83,8 @@ class Checked(NamedTuple):
     """The result of `check_arguments`.
 
     class_parameters: (4, C) float64 or None, see `_class_parameters`. scalars: the options that tensors have, by name.
-    annotated: (N, C) of bool, on the logits' device; None: all are.
+    annotated: (N, C) of bool, on the logits' device; None: all are. all_annotated: known to be all
+    True. check_target: as it was given.
     """
 
     volumes: Volumes
@@ -92,6 +93,8 @@ class Checked(NamedTuple):
     scalars: dict[str, Any]  # of tensors
     regions: Regions | None = None
     annotated: torch.Tensor | None = None
+    all_annotated: bool = False
+    check_target: bool | None = None
 
     @property
     def options(self) -> Options:
@@ -105,6 +108,10 @@ class Checked(NamedTuple):
         parameters = self.class_parameters
         wants_gradient = parameters is not None and parameters.requires_grad and torch.is_grad_enabled()
         return bool(self.scalars) or wants_gradient or self.has_members
+
+    def of_one_process(self) -> Checked:
+        """Without `annotated` where all are; over several ranks others may have some that are not."""
+        return self._replace(annotated=None) if self.all_annotated else self
 
     @property
     def has_members(self) -> bool:
@@ -272,9 +279,11 @@ def check_arguments(
         target, voxel_weight = _mask_ignored(target, voxel_weight, layout.dense, unknown_label)
     if regions is not None or num_regions is not None:
         regions = _check_regions(regions, num_regions, logits, target, layout.dense, resample is not None)
+    all_annotated = False
     if annotated is not None:
-        annotated = _check_annotated(annotated, logits, activation, check_target)
-    return Checked(Volumes(target, voxel_weight, layout.dense), plan, class_parameters, scalars, regions, annotated)
+        annotated, all_annotated = _check_annotated(annotated, logits, activation, check_target)
+    volumes = Volumes(target, voxel_weight, layout.dense)
+    return Checked(volumes, plan, class_parameters, scalars, regions, annotated, all_annotated, check_target)
 
 
 def _check_regions(regions, num_regions, logits, target, dense: bool, any_resolution: bool) -> Regions:
@@ -305,7 +314,7 @@ def _check_regions(regions, num_regions, logits, target, dense: bool, any_resolu
     return Regions(ids, count_of_regions(num_regions))
 
 
-def _check_annotated(annotated, logits, activation: str, check_target: bool | None) -> torch.Tensor | None:
+def _check_annotated(annotated, logits, activation: str, check_target: bool | None) -> tuple[torch.Tensor, bool]:
     facts = _facts("annotated", annotated)
     if facts.dtype != torch.bool:
         raise TypeError(f"annotated: expected bool, got {facts.dtype}")
@@ -316,7 +325,7 @@ def _check_annotated(annotated, logits, activation: str, check_target: bool | No
     readable = _is_readable(annotated) or (check_target is True and not _tensors_are_for_now(annotated))
     if readable:
         if bool(annotated.all()):
-            return None
+            return annotated.to(logits.device, non_blocking=True), True
         if activation == "softmax" and not bool(annotated[:, 0].all()):
             sample = int((~annotated[:, 0]).nonzero()[0])
             raise ValueError(
@@ -324,9 +333,9 @@ def _check_annotated(annotated, logits, activation: str, check_target: bool | No
                 f"annotated in every sample; it is not in sample {sample}"
             )
     annotated = annotated.to(logits.device, non_blocking=True)
-    if activation != "softmax" or readable:
-        return annotated
-    return torch.cat([torch.ones_like(annotated[:, :1]), annotated[:, 1:]], 1)
+    if activation == "softmax" and not readable:
+        annotated = torch.cat([torch.ones_like(annotated[:, :1]), annotated[:, 1:]], 1)
+    return annotated, False
 
 
 def _host_scalar(name: str, value):

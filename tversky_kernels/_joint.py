@@ -76,7 +76,7 @@ def _summed_counts(parts: Sequence[Part], ranks: Ranks, check_target: bool | Non
     for part in parts:
         shape = (*part.rows, *part.size[1:])
         empty = functools.partial(part.like.new_zeros, shape, dtype=torch.float64)
-        counts, failed = distributed.attempt(functools.partial(_rows, part, check_target), empty)
+        counts, failed = distributed.attempt(functools.partial(_rows, part), empty)
         error = error or failed
         found.append(counts)
     if ranks.parts is None:
@@ -92,8 +92,8 @@ def _summed_counts(parts: Sequence[Part], ranks: Ranks, check_target: bool | Non
     return joined.values, joined.error or error, token
 
 
-def _rows(part: Part, check_target: bool | None) -> torch.Tensor:
-    return reference.rows_of(part.counts().double(), part.checked, check_target)
+def _rows(part: Part) -> torch.Tensor:
+    return reference.rows_of(part.counts().double(), part.checked)
 
 
 def counts(part: Part, ranks: Ranks, check_target: bool | None) -> torch.Tensor:

@@ -140,7 +140,7 @@ def _apply_loss(chosen, check, logits, checked, compiles, inplace):
     # Numbers of the operator `tversky_loss` are part of a compiled graph, which would be made again for each new value.
     if compiles or checked.needs_torch_table or chosen == "blocks":
         counts = _apply_counts(chosen, check, logits, checked, compiles, inplace)
-        return _loss_of_counts(counts, checked, compiles, _arguments.compute_dtype(logits), _raises(check))
+        return _loss_of_counts(counts, checked, compiles, _arguments.compute_dtype(logits))
     volumes = (logits, target, voxel_weight, _constant(class_parameters))
     return autograd.apply(autograd.TverskyLoss, *volumes, plan, check, inplace, chosen)[0]
 
@@ -152,6 +152,7 @@ def _loss(
     if ranks is not None:
         part = part_of(logits, checked, ranks, check_target, inplace_backward, backend)
         return _joint.losses([part], ranks, check_target)[0]
+    checked = checked.of_one_process()
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
     loss = _on_backend(logits, checked, _apply_loss, (inplace,), check_target, backend)
     return reference.checked_loss(logits, checked, None, check_target) if loss is None else loss
@@ -162,10 +163,6 @@ def _marginal_logits(logits, checked):
     if torch.compiler.is_compiling() or _is_transformed():
         return reference.marginal_logits(logits, checked.annotated)
     return autograd.apply(autograd.MarginalLogits, logits, checked.annotated)[0]
-
-
-def _raises(check: int) -> bool:
-    return check == _arguments.CHECKS["raise"]
 
 
 def part_of(logits, checked, ranks: Ranks, check_target, inplace_backward, backend) -> _joint.Part:
@@ -191,7 +188,7 @@ def _apply_linear(chosen, check, logits, checked, compiles, inplace, head, of_co
     result = autograd.apply(autograd.LinearTverskyLoss, *volumes, *how)[0]
     if wants_counts or not of_counts:
         return result
-    return _loss_of_counts(result, checked, compiles, _arguments.compute_dtype(features), _raises(check))
+    return _loss_of_counts(result, checked, compiles, _arguments.compute_dtype(features))
 
 
 def _apply_counts(chosen, check, logits, checked, compiles, inplace):
@@ -214,7 +211,7 @@ def _constant(class_parameters: torch.Tensor | None) -> torch.Tensor | None:
     return class_parameters.detach()
 
 
-def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, dtype, raises: bool) -> torch.Tensor:
+def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, dtype) -> torch.Tensor:
     # The table by torch's own operators: the arithmetic on the counts, in float64.
     options = checked.options
     if compiles:
@@ -224,7 +221,7 @@ def _loss_of_counts(counts: torch.Tensor, checked, compiles: bool, dtype, raises
             if not isinstance(value, torch.Tensor) and value != _NEUTRAL.get(name):
                 variable[name] = counts.new_zeros(()) + value
         checked = checked._replace(scalars={**checked.scalars, **variable})
-    rows = reference.rows_of(counts, checked, raises)
+    rows = reference.rows_of(counts, checked)
     terms = reference.terms_of_table(rows, checked, reference.flat_below(dtype))
     return reference.reduced(terms, checked.options).to(dtype)
 
@@ -583,9 +580,10 @@ def exact_counts(
 
 def counts_of(logits, checked, check_target, inplace_backward, backend) -> torch.Tensor:
     """`reference.rows_of` of one process."""
+    checked = checked.of_one_process()
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
     counts = _counts(logits, checked, check_target, inplace, backend)
-    return reference.rows_of(counts, checked, check_target)
+    return reference.rows_of(counts, checked)
 
 
 def generalized_dice_loss(
@@ -599,6 +597,9 @@ def generalized_dice_loss(
     include_background: bool = True,
     ignore_index: int | None = None,
     voxel_weight: torch.Tensor | None = None,
+    regions: torch.Tensor | None = None,
+    num_regions: int | None = None,
+    annotated: torch.Tensor | None = None,
     batch: bool = False,
     soft_label: bool = False,
     reduction: str = "mean",
@@ -622,10 +623,13 @@ def generalized_dice_loss(
         smooth_dr: Added to the denominator, >= 0. Where the denominator is still 0, the loss is 0.
         include_background: False leaves channel 0 out (without effect at C = 1).
         batch: True sums the counts over the batch first.
-        reduction: "mean" or "sum" over the samples, or "none": (N), or (1) with ``batch``.
+        reduction: "mean" or "sum" over the samples, or "none": (N), or (1) with ``batch``; with R regions (N, R).
         activation: See `tversky_loss`, as for all that follow.
         ignore_index: Voxels with this label do not count.
         voxel_weight: Multiplies a voxel's part in all sums.
+        regions: A quotient for each region; the mean is over a sample's regions, then over the samples.
+        num_regions: How many regions there are.
+        annotated: Which classes were annotated in which sample; the others are in no sum.
         soft_label: True measures the overlap by |p - g|.
         process_group: Ranks that hold parts of one batch or of the same volumes.
         sample_group: Ranks that hold different samples.
@@ -638,9 +642,17 @@ def generalized_dice_loss(
     _options.one_of("reduction", reduction, ("mean", "sum", "none"))
     smooth_nr, smooth_dr = _options.number("smooth_nr", smooth_nr), _options.number("smooth_dr", smooth_dr)
     ranks = ranks_of(process_group, sample_group, grad_reduction)
-    options = {"activation": activation, "ignore_index": ignore_index, "soft_label": soft_label, "batch": batch}
+    options: dict[str, Any] = {
+        "activation": activation,
+        "ignore_index": ignore_index,
+        "soft_label": soft_label,
+        "batch": batch,
+    }
+    options |= {"regions": regions, "num_regions": num_regions, "annotated": annotated}
     _options.flag("batch", batch)
     over_samples = ranks if ranks is not None and ranks.samples is not None else None
+    if over_samples is not None and regions is not None:
+        raise ValueError("sample_group: expected None with regions")
     if over_samples is not None and (batch or reduction == "none"):
         raise ValueError(
             "sample_group: expected batch=False and reduction='mean' or 'sum'; one batch is a process_group"
@@ -655,8 +667,16 @@ def generalized_dice_loss(
             lambda: logits.new_zeros((*logits.shape[:2], 3), dtype=torch.float64),
         )
     if not _options.flag("include_background", include_background) and logits.size(1) > 1:
-        counts = counts[:, 1:]
-    loss = generalized_dice_of_counts(counts, weight, smooth_nr, smooth_dr)
+        counts = counts[..., 1:, :]
+    members, counts = counts[..., -1].amax(-1), counts[..., :3]
+    loss = generalized_dice_of_counts(counts.flatten(0, -3), weight, smooth_nr, smooth_dr)
+    if regions is not None:
+        loss, some = loss.view(members.shape), ~(members <= 0)  # NaN, of bad values, is kept
+        loss = torch.where(some, loss, 0.0)
+        if reduction == "mean":
+            some = some.sum(1)
+            loss = loss.sum(1) / some.clamp(min=1)
+            return (loss.sum() / (some > 0).sum().clamp(min=1)).to(_arguments.compute_dtype(logits))
     dtype = _arguments.compute_dtype(logits)
     if over_samples is not None:
         token = (weight, smooth_nr, smooth_dr, include_background, reduction, logits.size(1), logits.dtype)
@@ -829,10 +849,11 @@ def linear_tversky_loss(
     # Stands for the logits wherever their shape, type and device are asked for, and has one element.
     logits = features.new_empty(()).expand(features.size(0), weight.size(0), *features.shape[2:])
     checked = _arguments.check_arguments(logits, target, check_target=run["check_target"], **options)
-    if reference.marginalises(checked):  # of logits that exist
+    if reference.marginalises(checked) and not checked.all_annotated:  # of logits that exist
         return _loss(reference.linear_logits(*head), checked, **{**run, "inplace_backward": False})
     check_target, inplace_backward, process_group, sample_group, grad_reduction, backend = run.values()
     ranks = ranks_of(process_group, sample_group, grad_reduction)
+    checked = checked if ranks is not None else checked.of_one_process()
     inplace = autograd.inplace_allowed("features", features, inplace_backward)
     by_reference = _is_transformed() and _only_by_reference(*head)
 

@@ -127,8 +127,9 @@ def checked_loss(
         _joint.check_ranks(ranks, checked.plan.options)
         part = _joint.Part(lambda: checked_counts(logits, checked, check_target), checked, logits)
         return _joint.losses([part], ranks, check_target)[0]
+    checked = checked.of_one_process()
     counts = checked_counts(logits, checked, check_target)
-    return reduced(terms_of_table(rows_of(counts, checked, check_target), checked), checked.options)
+    return reduced(terms_of_table(rows_of(counts, checked), checked), checked.options)
 
 
 def checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | None = None) -> torch.Tensor:
@@ -149,7 +150,7 @@ def checked_counts(logits: torch.Tensor, checked: Checked, check_target: bool | 
 
 def marginalises(checked: Checked) -> bool:
     """Whether classes that were not annotated are added to the background."""
-    return checked.annotated is not None and checked.plan.options.activation == "softmax"
+    return checked.annotated is not None and not checked.all_annotated and checked.plan.options.activation == "softmax"
 
 
 def marginal_logits(logits: torch.Tensor, annotated: torch.Tensor) -> torch.Tensor:
@@ -309,7 +310,7 @@ class Terms(NamedTuple):
     divisor: torch.Tensor | None = None
 
 
-def rows_of(counts: torch.Tensor, checked: Checked, check_target: bool | None = None) -> torch.Tensor:
+def rows_of(counts: torch.Tensor, checked: Checked) -> torch.Tensor:
     """The rows that the loss is made of: the counts, summed over the batch where that is asked for.
 
     Classes that were not annotated are 0, and a last column says how many annotated samples (or, with regions, voxels)
@@ -321,7 +322,7 @@ def rows_of(counts: torch.Tensor, checked: Checked, check_target: bool | None = 
         in_rows = (annotated.unsqueeze(1) if regional else annotated).unsqueeze(-1)
         if options.activation == "softmax" or not checked.volumes.dense:
             found = (~in_rows & ((counts[..., :1] + counts[..., 2:3]) > 0)).flatten(0, -3).any(0)[..., 0]
-            counts = _refuse_unannotated(counts, found, check_target)
+            counts = _refuse_unannotated(counts, found, checked.check_target)
         if options.activation == "softmax" and counts.size(-1) >= 6:
             # q = (1 - s) g + s / K for the K annotated classes of a sample. The loss divides by C, not by K.
             of_smoothing = torch.arange(counts.size(-1), device=counts.device) == 4
@@ -349,8 +350,8 @@ def terms_of_table(rows: torch.Tensor, checked: Checked, flat_below: float = 0.0
     shape = (*rows.shape[:-2], loss.size(1))
     how_many: torch.Tensor | int = kept.sum()
     if regional and options.reduction == "mean":
-        of_sample = kept.view(rows.size(0), -1).sum(1)
-        loss = _ratio(loss.view(rows.size(0), -1).sum(1), of_sample)
+        of_sample = kept.view(shape).flatten(1).sum(1)
+        loss = _ratio(loss.view(shape).flatten(1).sum(1), of_sample)
         how_many = (of_sample > 0).sum()
     else:
         loss = loss.view(shape)
