@@ -3,9 +3,9 @@
 
 namespace {
 
-// U: one number for all lanes, or one a lane.
-template <typename A, typename U>
-void gradient_of_sorted(const Volume& v, const Tile<A>& tile, int padded, const U* u, PresentClasses& present,
+// u: a number a lane, also where all lanes have the same: one kernel less to compile.
+template <typename A>
+void gradient_of_sorted(const Volume& v, const Tile<A>& tile, int padded, const Vector<A>* u, PresentClasses& present,
                         Vector<A>* scratch, const GradientRows<A>& out) {
   const int classes = static_cast<int>(v.classes), first_label = static_cast<int>(v.first_label);
   if (takes_general_kernels(v)) return general_gradient(v, tile, u, scratch, out);
@@ -26,11 +26,10 @@ void gradient_of_sorted(const Volume& v, const Tile<A>& tile, int padded, const 
 
 constexpr int kScratchVectors = larger(2 * kBlockVectors, 4 * kGeneralVectors);
 
-// Scratch: the tile, kScratchVectors a class, the coefficients of lanes and of a group [C][kAllCoefficients], present
-// classes.
+// Scratch: the tile, kScratchVectors a class, the coefficients of lanes [C][kAllCoefficients], present classes.
 template <typename T>
 int64_t scratch_bytes(const RegionVolume& r) {
-  return RegionTile<T>::bytes(r) + r.volume.classes * (kScratchVectors + 2 * kAllCoefficients) * kVectorBytes +
+  return RegionTile<T>::bytes(r) + r.volume.classes * (kScratchVectors + kAllCoefficients) * kVectorBytes +
          PresentClasses::bytes(r.volume.classes);
 }
 
@@ -49,7 +48,8 @@ void gradient_in_place(const Volume& v, const RegionTile<T>& tile, const Compute
     if (vectors > 0) {
       const int voxels = vectors * kLanes;
       const A* const u = table + larger(tile.region_at(i), 0) * row;  // of no region: its labels do not count
-      gradient_of_sorted(v, tile.tile_in_place(i, voxels), voxels, u, present, static_cast<V*>(nullptr), there);
+      for (int64_t k = 0; k < row; ++k) of_lanes[k] = broadcast<A>(u[k]);
+      gradient_of_sorted(v, tile.tile_in_place(i, voxels), voxels, of_lanes, present, static_cast<V*>(nullptr), there);
       i += voxels;
       continue;
     }
@@ -60,8 +60,7 @@ void gradient_in_place(const Volume& v, const RegionTile<T>& tile, const Compute
         const A* const u = table + larger(tile.region_at(i + lane), 0) * row;
         for (int64_t k = 0; k < row; ++k) lanes[k * kLanes + lane] = u[k];
       }
-      gradient_of_sorted(v, tile.tile_in_place(i, kLanes), kLanes, static_cast<const V*>(of_lanes), present,
-                         static_cast<V*>(nullptr), there);
+      gradient_of_sorted(v, tile.tile_in_place(i, kLanes), kLanes, of_lanes, present, static_cast<V*>(nullptr), there);
       i += kLanes;
       continue;
     }
@@ -69,8 +68,7 @@ void gradient_in_place(const Volume& v, const RegionTile<T>& tile, const Compute
       const A* const u = table + region * row;
       for (int64_t k = 0; k < row; ++k) of_lanes[k] = mask ? broadcast<A>(u[k]) : of_lanes[k];
     });
-    gradient_of_sorted(v, tile.tile_in_place(i, kLanes), kLanes, static_cast<const V*>(of_lanes), present,
-                       static_cast<V*>(nullptr), there);
+    gradient_of_sorted(v, tile.tile_in_place(i, kLanes), kLanes, of_lanes, present, static_cast<V*>(nullptr), there);
     i += kLanes;
   }
 }
@@ -88,8 +86,7 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
   RegionTile<T> tile(r, scratch);
   V* const block = reinterpret_cast<V*>(tile.rest);
   V* const of_lanes = block + v.classes * kScratchVectors;
-  A* const of_group = reinterpret_cast<A*>(of_lanes + row);
-  PresentClasses present(of_lanes + 2 * v.classes * kAllCoefficients, v.classes);
+  PresentClasses present(of_lanes + v.classes * kAllCoefficients, v.classes);
   BadInput bad;  // the count pass has told of it, and its coefficients are NaN then
   // A group's coefficients of class c; where it is in no region, zeros.
   const auto coefficients_of = [&](const Group& group, int64_t c, A* to) {
@@ -98,10 +95,12 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
   };
   tile.allows_in_place = view.voxel_stride == 1;
   const bool streamed = is_streamed<T>(v, view, false) && tile.reads_blocks_in_place();
-  const auto group_coefficients = [&](const Group& group) -> const A* {
-    if (!r.by_class) return table + tile.region(group, 0) * row;
-    for (int64_t c = 0; c < v.classes; ++c) coefficients_of(group, c, of_group + c * columns);
-    return of_group;
+  const auto take_group = [&](const Group& group) {
+    for (int64_t c = 0; c < v.classes; ++c) {
+      A of_class[kAllCoefficients];
+      coefficients_of(group, c, of_class);
+      for (int q = 0; q < columns; ++q) of_lanes[c * columns + q] = broadcast<A>(of_class[q]);
+    }
   };
   int taken = 0;
   for (int64_t at = begin; at < end; at += taken) {
@@ -117,11 +116,11 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
         continue;
       }
       if (tile.is_uniform) {
-        const A* const u = group_coefficients(tile.groups[0]);
+        take_group(tile.groups[0]);
         for (int from = 0; from < taken; from += kTileVoxels) {
           const int some = static_cast<int>(smaller(kTileVoxels, taken - from));
           const GradientRows<A> there{out + from, view.class_stride, streamed};
-          gradient_of_sorted(v, tile.tile_in_place(from, some), some, u, present, block, there);
+          gradient_of_sorted(v, tile.tile_in_place(from, some), some, of_lanes, present, block, there);
         }
         continue;
       }
@@ -130,11 +129,11 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
       const Group& group = tile.groups[g];
       const int whole = group.voxels / kStep * kStep;
       if (whole == 0) continue;
-      const A* const u = group_coefficients(group);
+      take_group(group);
       for (int from = group.blocks_at; from < group.blocks_at + whole; from += kTileVoxels) {
         const int some = static_cast<int>(smaller(kTileVoxels, group.blocks_at + whole - from));
         const GradientRows<A> out{tile.rows + from, tile.row_stride(), false};
-        gradient_of_sorted(v, tile.tile(from, some), some, u, present, block, out);
+        gradient_of_sorted(v, tile.tile(from, some), some, of_lanes, present, block, out);
       }
     }
     for (int from = tile.whole_end; from < tile.positions; from += kStep) {
@@ -148,7 +147,7 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
         }
       }
       const GradientRows<A> out{tile.rows + from, tile.row_stride(), false};
-      gradient_of_sorted(v, tile.tile(from, kStep), kStep, static_cast<const V*>(of_lanes), present, block, out);
+      gradient_of_sorted(v, tile.tile(from, kStep), kStep, of_lanes, present, block, out);
     }
     tile.spread_background();
     tile.scatter(view, sample, at);
