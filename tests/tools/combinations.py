@@ -260,8 +260,8 @@ def check_case(case, backend, device="cpu", rounding=1.0):
     most = torch.finfo(logits.dtype).max / 2**12  # coefficients are larger than what p (1 - p) makes of them
     if not math.isfinite(case.upstream) or true_gradient.abs().max().item() * abs(case.upstream) > most:
         # Infinite or NaN, where there is a gradient at all; and if numbers, then the right ones.
-        # By torch's table, as "blocks" and losses of regions have it, a gradient that is 0 in the type stays 0.
-        by_torch = backend == "blocks" or case.regions is not None or case.partly_annotated
+        # By torch's table ("blocks", regions, numbers in tensors) a gradient that is 0 in the type stays 0.
+        by_torch = backend == "blocks" or case.regions is not None or case.partly_annotated or case.how == "tensors"
         least = torch.finfo(logits.dtype).tiny if by_torch else 0.0
         if not math.isfinite(case.upstream) and true_gradient.abs().max().item() > least:
             assert not torch.isfinite(gradient).all()
