@@ -29,7 +29,7 @@ def with_small_blocks(function, *arguments):
 
 
 @hypothesis.settings(
-    max_examples=120, deadline=None, derandomize=True,
+    max_examples=60, deadline=None, derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @hypothesis.given(cases())
