@@ -61,7 +61,11 @@ PLANTED = {
         "kSplitVoxels + k) * classes",
         "kSplitVoxels + k / 2) * classes",
     ),
-    "a tile is read before it is filled": ("interleaved.cuh", "synchronise(lane);  // the others' copies are there", "//"),
+    "a tile is read before it is filled": (
+        "interleaved.cuh",
+        "synchronise(lane);  // the others' copies are there",
+        "//",
+    ),
     "the next tile is brought to this one": (
         "interleaved.cuh",
         "bring(v, rows, lane, at, other)",
