@@ -465,3 +465,5 @@ def test_lesion_losses_without_regions():
     with pytest.raises(ValueError, match="regions: expected the region of each voxel"):
         tk.blob_loss(logits, target, regions=None)
     assert torch.isfinite(tk.blob_loss(logits, target, regions=torch.zeros_like(target)))  # no lesion
+    for loss in (tk.blob_loss, tk.cc_loss):  # no sample
+        assert loss(logits[:0], target[:0], regions=target[:0], num_regions=2) == 0

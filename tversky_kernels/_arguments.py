@@ -18,10 +18,10 @@ from ._options import (
     TableOptions,
     check_squared,
     checked,
-    count_of_regions,
     flag_or_none,
     is_used,
     number,
+    region_count,
 )
 
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -47,7 +47,7 @@ class Volumes(NamedTuple):
     dense: bool
 
 
-class Regions(NamedTuple):
+class CheckedRegions(NamedTuple):
     """In which region each voxel is counted: ids (N, 1 or C, *spatial), in [0, number) or negative (in none)."""
 
     ids: torch.Tensor
@@ -91,7 +91,7 @@ class Checked(NamedTuple):
     plan: Plan
     class_parameters: torch.Tensor | None
     scalars: dict[str, Any]  # of tensors
-    regions: Regions | None = None
+    regions: CheckedRegions | None = None
     annotated: torch.Tensor | None = None
     all_annotated: bool = False
     check_target: bool | None = None
@@ -286,7 +286,7 @@ def check_arguments(
     return Checked(volumes, plan, class_parameters, scalars, regions, annotated, all_annotated, check_target)
 
 
-def _check_regions(regions, num_regions, logits, target, dense: bool, any_resolution: bool) -> Regions:
+def _check_regions(regions, num_regions, logits, target, dense: bool, any_resolution: bool) -> CheckedRegions:
     if regions is None:
         raise ValueError(f"num_regions: expected None without regions, got {num_regions!r}")
     facts = _facts("regions", regions)
@@ -311,7 +311,7 @@ def _check_regions(regions, num_regions, logits, target, dense: bool, any_resolu
                 f"{'a compiled graph' if regions.is_cpu else regions.device}; got None"
             )
         num_regions = max(1, int(regions.max()) + 1) if regions.numel() else 1
-    return Regions(ids, count_of_regions(num_regions))
+    return CheckedRegions(ids, region_count("num_regions", num_regions))
 
 
 def _check_annotated(annotated, logits, activation: str, check_target: bool | None) -> tuple[torch.Tensor, bool]:
@@ -633,7 +633,7 @@ def outside_of_unit(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | 
 
 
 def raise_for_bad_values(
-    logits: torch.Tensor, volumes: Volumes, ignore_index: int | None, regions: Regions | None = None
+    logits: torch.Tensor, volumes: Volumes, ignore_index: int | None, regions: CheckedRegions | None = None
 ) -> None:
     """Reads labels, dense targets, voxel weights and regions and raises where one is out of range. Waits for the
     device."""

@@ -75,10 +75,10 @@ def count_pass(logits, target, voxel_weight, *arguments) -> torch.Tensor:
 @torch.no_grad()
 def region_count_pass(logits, target, voxel_weight, regions, _merged, num_regions, *arguments) -> torch.Tensor:
     """As the operator: (N, R, C, 4 or 7) in float64."""
-    return _count(logits, target, voxel_weight, _arguments.Regions(regions, num_regions), *arguments)
+    return _count(logits, target, voxel_weight, _arguments.CheckedRegions(regions, num_regions), *arguments)
 
 
-def _count(logits, target, voxel_weight, regions: _arguments.Regions | None, *arguments) -> torch.Tensor:
+def _count(logits, target, voxel_weight, regions: _arguments.CheckedRegions | None, *arguments) -> torch.Tensor:
     *of_pass, check = arguments
     options = _options_of(PassOptions(*of_pass))
     ids = None if regions is None else regions.ids
@@ -146,7 +146,7 @@ def _write_of_regions(out, coefficients, logits, target, voxel_weight, ids, _mer
     rows = coefficients.flatten(0, 1)
     upstream = _upstream(rows.new_ones(()), rows, options).unflatten(0, coefficients.shape[:2])
     upstream = torch.cat([upstream, torch.zeros_like(upstream[..., :1])], -1)
-    regions = _arguments.Regions(ids, coefficients.size(1))
+    regions = _arguments.CheckedRegions(ids, coefficients.size(1))
     _write_gradient(_voxels_last(out), upstream, logits, target, voxel_weight, regions, options)
 
 

@@ -255,17 +255,13 @@ def _integer(name: str, value) -> int:
     return int(value)
 
 
-def count_of_regions(value) -> int:
-    """num_regions as an int, if it is one in [1, 2^31)."""
+def region_count(name: str, value) -> int:
+    """The value as an int, if it is one in [1, 2^31)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"num_regions: expected an integer or None, got {value!r}")
+        raise TypeError(f"{name}: expected an integer or None, got {value!r}")
     if not 1 <= int(value) < 2**31:
-        raise ValueError(f"num_regions: expected an integer in [1, 2^31), got {value}")
+        raise ValueError(f"{name}: expected an integer in [1, 2^31), got {value}")
     return int(value)
-
-
-def _regions(name: str, value) -> int:
-    return count_of_regions(value)
 
 
 def flag_or_none(name: str, value) -> bool | None:
@@ -303,7 +299,7 @@ ALLOWED: dict[str, Callable] = {
     "check_target": flag_or_none,
     "inplace_backward": flag,
     "grad_reduction": _choice(GRAD_REDUCTIONS),
-    "num_regions": _or_none(_regions),
+    "num_regions": _or_none(region_count),
 }
 #: Options that may be tensors of one number a class.
 PER_CLASS = ("alpha", "beta", "class_weight", "ce_class_weight", "weights")

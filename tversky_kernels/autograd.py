@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import reference
-from ._arguments import Checked, Plan, Regions, Volumes
+from ._arguments import Checked, CheckedRegions, Plan, Volumes
 from ._layout import is_dense
 from ._ops import LINEAR_OPERATORS, OPERATORS
 
@@ -108,7 +108,7 @@ class GradientPass(torch.autograd.Function):
         """Differentiates the reference's gradient."""
         upstream, logits, target, voxel_weight, ids, merged, class_parameters = ctx.saved_tensors
         volumes = Volumes(target, voxel_weight, target.dim() == logits.dim())
-        regions = None if ids is None else Regions(ids, ctx.num_regions)
+        regions = None if ids is None else CheckedRegions(ids, ctx.num_regions)
         annotated = None if merged is None else ~merged
         checked = Checked(volumes, ctx.plan, class_parameters, {}, regions, annotated)
         again = torch.is_grad_enabled()
@@ -346,7 +346,7 @@ def _differentiable_gradients(ctx, upstream, wanted):
     head = [x if x is None else x.view_as(x) for x in head]
     volumes = Volumes(target, voxel_weight, target.dim() == head[0].dim())
     logits = reference.linear_logits(*head)
-    regions = None if ids is None else Regions(ids, ctx.num_regions)
+    regions = None if ids is None else CheckedRegions(ids, ctx.num_regions)
     checked = Checked(volumes, ctx.plan, class_parameters, {}, regions)
     of = reference.checked_counts if ctx.of_counts else reference.checked_loss
     inputs = [x for x, is_wanted in zip(head, wanted, strict=True) if is_wanted]

@@ -150,7 +150,7 @@ def _loss(
 ) -> torch.Tensor:
     ranks = ranks_of(process_group, sample_group, grad_reduction)
     if ranks is not None:
-        part = part_of(logits, checked, ranks, check_target, inplace_backward, backend)
+        part = _part(logits, checked, ranks, check_target, inplace_backward, backend)
         return _joint.losses([part], ranks, check_target)[0]
     checked = checked.of_one_process()
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
@@ -165,7 +165,7 @@ def _marginal_logits(logits, checked):
     return autograd.apply(autograd.MarginalLogits, logits, checked.annotated)[0]
 
 
-def part_of(logits, checked, ranks: Ranks, check_target, inplace_backward, backend) -> _joint.Part:
+def _part(logits, checked, ranks: Ranks, check_target, inplace_backward, backend) -> _joint.Part:
     # This rank's part of a loss. All that is not said of this call alone is checked now.
     _joint.check_ranks(ranks, checked.plan.options)
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
@@ -572,18 +572,17 @@ def exact_counts(
     With regions or classes that were not annotated there is a column more, `reference.rows_of`'s last.
     """
     checked = _arguments.check_arguments(logits, target, voxel_weight, check_target=check_target, **options)
+    return rows_of_checked(logits, checked, check_target, inplace_backward, ranks, backend)
+
+
+def rows_of_checked(logits, checked, check_target, inplace_backward, ranks: Ranks | None, backend) -> torch.Tensor:
+    """`exact_counts` of arguments that have been checked."""
     if ranks is not None and ranks.parts is not None:
-        part = part_of(logits, checked, ranks, check_target, inplace_backward, backend)
+        part = _part(logits, checked, ranks, check_target, inplace_backward, backend)
         return _joint.counts(part, ranks, check_target)
-    return counts_of(logits, checked, check_target, inplace_backward, backend)
-
-
-def counts_of(logits, checked, check_target, inplace_backward, backend) -> torch.Tensor:
-    """`reference.rows_of` of one process."""
     checked = checked.of_one_process()
     inplace = inplace_backward is not False and autograd.inplace_allowed("logits", logits, inplace_backward)
-    counts = _counts(logits, checked, check_target, inplace, backend)
-    return reference.rows_of(counts, checked)
+    return reference.rows_of(_counts(logits, checked, check_target, inplace, backend), checked)
 
 
 def generalized_dice_loss(
@@ -767,7 +766,7 @@ def deep_supervision_loss(
         ]
     else:
         how = (ranks, run["check_target"], run["inplace_backward"], run["backend"])
-        parts = [part_of(level, c, *how) for level, c, w in zip(logits, levels, weights, strict=True) if w > 0]
+        parts = [_part(level, c, *how) for level, c, w in zip(logits, levels, weights, strict=True) if w > 0]
         found = iter(_joint.losses(parts, ranks, run["check_target"]) if parts else ())
         losses = [next(found) if w > 0 else None for w in weights]
     # A level of weight 0 is not read, but stays a part of the graph, as DDP wants it.

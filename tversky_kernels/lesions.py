@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from . import _arguments, _joint, _options, functional, reference
-from .distributed import ranks_of
+from . import _arguments, _options, functional, reference
+from .distributed import Ranks, ranks_of
 from .functional import Group, PerClass, Scalar
 
 __all__ = ["blob_loss", "cc_loss"]
@@ -64,8 +64,18 @@ def blob_loss(
         >>> regions, num_regions = tk.regions.components(label, batch=True)
         >>> loss = tk.blob_loss(logits, label, regions=regions, num_regions=num_regions)
     """
-    how = locals()
-    rows, checked, ce = _rows(how)
+    options: dict[str, Any] = {
+        "alpha": alpha,
+        "beta": beta,
+        "gamma": gamma,
+        "smooth_nr": smooth_nr,
+        "smooth_dr": smooth_dr,
+    }
+    options |= {"activation": activation, "include_background": include_background, "ignore_index": ignore_index}
+    options |= {"regions": regions, "num_regions": num_regions, "ce_weight": ce_weight, "check_target": check_target}
+    ranks = ranks_of(process_group, None, grad_reduction)
+    rows, checked = _rows(logits, target, voxel_weight, options, inplace_backward, ranks, backend)
+    ce = _cross_entropy(rows, checked)
     part = _options.number("blob_weight", blob_weight)
     whole, _, _ = _losses(rows.sum(1), checked, logits.dtype)
     # A lesion's row has all its voxels but those of the background, in which only false positives count.
@@ -74,7 +84,12 @@ def blob_loss(
     of_lesions = rows[..., :3] + background * rows[:, :1, :, :3]
     loss, is_absent, kept = _losses(of_lesions[:, 1:], checked, logits.dtype)
     lesions = _mean_of_samples(loss, ~is_absent & kept) if rows.size(1) > 1 else rows.new_zeros(())
-    total = _options.number("global_weight", global_weight) * whole.mean() + part * lesions + ce
+    total = (
+        _options.number("global_weight", global_weight)
+        * _mean_of_samples(whole, torch.ones_like(whole, dtype=torch.bool))
+        + part * lesions
+        + ce
+    )
     return total.to(_arguments.compute_dtype(logits))
 
 
@@ -127,41 +142,44 @@ def cc_loss(
         >>> regions, num_regions = tk.regions.voronoi(label, batch=True)
         >>> loss = tk.cc_loss(logits, label, regions=regions, num_regions=num_regions)
     """
-    how = locals()
-    rows, checked, ce = _rows(how)
+    options: dict[str, Any] = {
+        "alpha": alpha,
+        "beta": beta,
+        "gamma": gamma,
+        "smooth_nr": smooth_nr,
+        "smooth_dr": smooth_dr,
+    }
+    options |= {"activation": activation, "include_background": include_background, "ignore_index": ignore_index}
+    options |= {"regions": regions, "num_regions": num_regions, "ce_weight": ce_weight, "check_target": check_target}
+    ranks = ranks_of(process_group, None, grad_reduction)
+    rows, checked = _rows(logits, target, voxel_weight, options, inplace_backward, ranks, backend)
+    ce = _cross_entropy(rows, checked)
     part = _options.number("region_weight", region_weight)
     whole, _, _ = _losses(rows.sum(1), checked, logits.dtype)
     loss, _, kept = _losses(rows, checked, logits.dtype)
-    total = _options.number("global_weight", global_weight) * whole.mean()
+    total = _options.number("global_weight", global_weight) * _mean_of_samples(
+        whole, torch.ones_like(whole, dtype=torch.bool)
+    )
     total = total + part * _mean_of_samples(loss, kept) + ce
     return total.to(_arguments.compute_dtype(logits))
 
 
-_LOSS = ("alpha", "beta", "gamma", "smooth_nr", "smooth_dr", "activation", "include_background", "ignore_index")
-
-
-def _rows(how: dict[str, Any]) -> tuple[torch.Tensor, _arguments.Checked, torch.Tensor]:
-    # The counts (N, R, C, 4 or 7) in float64, and the weighted cross-entropy.
-    logits, target = how["logits"], how["target"]
-    if how["regions"] is None:
+def _rows(logits, target, voxel_weight, options: dict, inplace_backward, ranks: Ranks | None, backend):
+    # The counts (N, R, C, 4 or 7) in float64, and the arguments, checked.
+    if options["regions"] is None:
         raise ValueError("regions: expected the region of each voxel, for example tk.regions.components(label)")
-    options = {name: how[name] for name in (*_LOSS, "ce_weight", "regions", "num_regions")}
-    check_target, inplace_backward, backend = how["check_target"], how["inplace_backward"], how["backend"]
-    checked = _arguments.check_arguments(logits, target, how["voxel_weight"], check_target=check_target, **options)
-    ranks = ranks_of(how["process_group"], None, how["grad_reduction"])
-    if ranks is not None:
-        part = functional.part_of(logits, checked, ranks, check_target, inplace_backward, backend)
-        rows = _joint.counts(part, ranks, check_target)
-    else:
-        rows = functional.counts_of(logits, checked, check_target, inplace_backward, backend)
-    whole = rows.sum(1)[..., :-1]
-    ce = rows.new_zeros(())
-    if _options.is_used(checked.plan.options.ce_weight):
-        terms = reference.terms_of_counts(
-            reference.Counts(*whole.unbind(-1)), checked.options, None, checked.volumes.dense
-        )
-        ce = reference.reduced_cross_entropy(terms, checked.options._replace(reduction="mean"))
-    return rows, checked, ce
+    checked = _arguments.check_arguments(logits, target, voxel_weight, **options)
+    how = (options["check_target"], inplace_backward, ranks, backend)
+    return functional.rows_of_checked(logits, checked, *how), checked
+
+
+def _cross_entropy(rows: torch.Tensor, checked) -> torch.Tensor:
+    # The weighted mean over all voxels.
+    if not _options.is_used(checked.plan.options.ce_weight):
+        return rows.new_zeros(())
+    counts = reference.Counts(*rows.sum(1)[..., :-1].unbind(-1))
+    terms = reference.terms_of_counts(counts, checked.options, None, checked.volumes.dense)
+    return reference.reduced_cross_entropy(terms, checked.options._replace(reduction="mean"))
 
 
 def _losses(rows: torch.Tensor, checked, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 
 from . import _arguments, _options
-from ._arguments import Checked, Regions, Volumes
+from ._arguments import Checked, CheckedRegions, Volumes
 from ._options import Options
 from ._transforms import VMAP, active_transforms
 from .distributed import Ranks, ranks_of
@@ -184,7 +184,11 @@ def nearest_voxels(x: torch.Tensor, first: int, spatial, resample: str | None) -
 
 
 def sums(
-    logits: torch.Tensor, volumes: Volumes, options: Options, checks_targets: bool, regions: Regions | None = None
+    logits: torch.Tensor,
+    volumes: Volumes,
+    options: Options,
+    checks_targets: bool,
+    regions: CheckedRegions | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """tp, fp and fn and, with a cross-entropy, its sums, (N, C) each; and whether a label, voxel weight or region is
     out of range, or a dense target if that is asked. With regions (N, R, C) each, and last the number of voxels."""
@@ -261,7 +265,7 @@ def _total_of_regions(ids: torch.Tensor, count: int, x: torch.Tensor) -> torch.T
 
 
 def _region_ids(
-    regions: Regions, shape: torch.Size, resample: str | None
+    regions: CheckedRegions, shape: torch.Size, resample: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     # (N, 1 or C, voxels) in [0, R], R for voxels that count nowhere; which voxels (N, *spatial) are in any region;
     # whether an id is out of range.
