@@ -22,7 +22,7 @@ NAMESPACE = "tversky_kernels"
 # target: (N, *any) indices or (N, C, *any); where its spatial sizes are not the logits', its nearest voxels are taken.
 _TARGET = "Tensor target, Tensor? voxel_weight"
 # regions (N, 1 or C, *any): a voxel's region, in [0, num_regions); negative: it counts nowhere; None: all are in 0.
-# merged (N, C) of bool: classes whose probability belongs to class 0; for the CPU's kernels alone.
+# merged (N, C) of bool: classes whose probability belongs to class 0; not for Triton's kernels.
 _REGIONS = "Tensor? regions, Tensor? merged"
 _LINEAR_REGIONS = "Tensor regions"
 _VOXELS = f"{_TARGET}, {_LINEAR_REGIONS}"
@@ -42,7 +42,7 @@ SCHEMAS = (
     # coefficients (N, R, C, 2 or 4), with the upstream gradient in them
     f"region_gradient_pass(Tensor coefficients, Tensor logits, {_TARGET}, {_REGIONS}, {_PASS}) -> Tensor",
     f"region_gradient_pass_(Tensor(a!) logits, Tensor coefficients, {_TARGET}, {_REGIONS}, {_PASS}) -> ()",
-    # -> (4, N, C) float64, of the CPU alone: voxels of class c predicted as c, predicted as c, of class c; all voxels
+    # -> (N, 3, C) float64, of the CPU alone: voxels of class c predicted as c, predicted as c, of class c
     f"hard_count_pass(Tensor logits, {_TARGET}, int? ignore_index, bool raises) -> Tensor",
     "cpu_capability(int? force) -> int",
     # -> whether large gradients' memory is kept for the next ones; the bytes of it that gradients occupy, that wait
@@ -299,7 +299,7 @@ def _(logits, *_):
 
 @torch.library.register_fake(f"{NAMESPACE}::hard_count_pass")
 def _(logits, *_):
-    return logits.new_empty([4, logits.size(0), logits.size(1)], dtype=torch.float64)
+    return logits.new_empty([logits.size(0), 3, logits.size(1)], dtype=torch.float64)
 
 
 @_fake("region_count_pass")

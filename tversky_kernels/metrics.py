@@ -113,10 +113,12 @@ def _sums(logits: torch.Tensor, checked, activation: str, threshold: float, rais
     regions = checked.regions
     if activation == "softmax" and not dense and regions is None and _takes_kernel(logits):
         try:
-            return ops.hard_count_pass(logits, target, weight, ignore_index, raises)
+            counts = ops.hard_count_pass(logits, target, weight, ignore_index, raises).movedim(1, 0)
         except RuntimeError as error:
             raise_for_argument(error)
             raise
+        every = counts[2:].sum(-1, keepdim=True).expand_as(counts[2:])  # each voxel that counts has one label
+        return torch.cat([counts, every])
     samples, classes = logits.shape[:2]
     z = logits.reshape(samples, classes, -1)
     labels = target.reshape(samples, classes, -1) if dense else target.reshape(samples, -1)

@@ -72,29 +72,18 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
 namespace tversky_kernels {
 namespace cpu {
 
-#define TK_JOIN_(a, b) a##_##b
-#define TK_JOIN(a, b) TK_JOIN_(a, b)
-
 void TK_JOIN(gradient_pass, TK_CAPABILITY)(const Volume& v, int64_t sample, int64_t begin, int64_t end,
                                            const void* coefficients, const GradientView& out, void* scratch) {
 #if defined(TK_ONLY_BFLOAT16)  // see setup.py and kernels()
   return gradient<BFloat16>(v, sample, begin, end, coefficients, out, scratch);
 #else
-  switch (v.logits.type) {
-    case ElementType::kDouble: return gradient<double>(v, sample, begin, end, coefficients, out, scratch);
-    case ElementType::kHalf: return gradient<Half>(v, sample, begin, end, coefficients, out, scratch);
-    case ElementType::kBFloat16: return gradient<BFloat16>(v, sample, begin, end, coefficients, out, scratch);
-    default: return gradient<float>(v, sample, begin, end, coefficients, out, scratch);
-  }
+  with_logits_type(v.logits.type,
+                   [&](auto t) { gradient<decltype(t)>(v, sample, begin, end, coefficients, out, scratch); });
 #endif
 }
 
 int64_t TK_JOIN(gradient_scratch_bytes, TK_CAPABILITY)(const Volume& v) {
-  switch (v.logits.type) {
-    case ElementType::kDouble: return scratch_bytes<double>(v);
-    case ElementType::kFloat: return scratch_bytes<float>(v);
-    default: return scratch_bytes<Half>(v);
-  }
+  return with_logits_type(v.logits.type, [&](auto t) { return scratch_bytes<decltype(t)>(v); });
 }
 
 }  // namespace cpu

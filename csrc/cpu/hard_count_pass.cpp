@@ -86,25 +86,13 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
 namespace tversky_kernels {
 namespace cpu {
 
-#define TK_JOIN_(a, b) a##_##b
-#define TK_JOIN(a, b) TK_JOIN_(a, b)
-
 void TK_JOIN(hard_count_pass, TK_CAPABILITY)(const Volume& v, int64_t sample, int64_t begin, int64_t end,
                                              double* counts, void* scratch, BadInput* bad) {
-  switch (v.logits.type) {
-    case ElementType::kDouble: return count<double>(v, sample, begin, end, counts, scratch, bad);
-    case ElementType::kHalf: return count<Half>(v, sample, begin, end, counts, scratch, bad);
-    case ElementType::kBFloat16: return count<BFloat16>(v, sample, begin, end, counts, scratch, bad);
-    default: return count<float>(v, sample, begin, end, counts, scratch, bad);
-  }
+  with_logits_type(v.logits.type, [&](auto t) { count<decltype(t)>(v, sample, begin, end, counts, scratch, bad); });
 }
 
 int64_t TK_JOIN(hard_count_scratch_bytes, TK_CAPABILITY)(const Volume& v) {
-  switch (v.logits.type) {
-    case ElementType::kDouble: return scratch_bytes<double>(v);
-    case ElementType::kFloat: return scratch_bytes<float>(v);
-    default: return scratch_bytes<Half>(v);
-  }
+  return with_logits_type(v.logits.type, [&](auto t) { return scratch_bytes<decltype(t)>(v); });
 }
 
 }  // namespace cpu

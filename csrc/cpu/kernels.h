@@ -62,6 +62,10 @@ struct Kernels {
   ScratchBytes hard_count_scratch_bytes;
 };
 
+// The name of an entry point in the file that is compiled for TK_CAPABILITY.
+#define TK_JOIN_(a, b) a##_##b
+#define TK_JOIN(a, b) TK_JOIN_(a, b)
+
 #define TK_DECLARE_KERNELS(CAPABILITY)                                                                                \
   void count_pass_##CAPABILITY(const Volume&, int64_t, int64_t, int64_t, double*, void*, BadInput*);                  \
   void gradient_pass_##CAPABILITY(const Volume&, int64_t, int64_t, int64_t, const void*, const GradientView&, void*); \

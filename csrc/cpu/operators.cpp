@@ -136,31 +136,42 @@ class FoundBad {
   std::vector<One> found_;
 };
 
-// counts[N][C][columns], in a fixed order whatever the number of threads. NaN where the data are bad and that is not
-// raised.
-void count(const Volume& v, Check check, double* counts) {
-  const int64_t row = v.classes * v.count_columns();
-  std::fill(counts, counts + v.samples * row, 0.0);
-  if (v.samples * v.voxels == 0) return;
+// Adds each chunk's sums, `row` of them, to those of its sample, counts[N][row]: in a fixed order whatever the number
+// of threads. pass(kernels, sample, begin, end, sums, scratch, bad) counts a chunk. Returns the first bad value.
+template <typename Pass>
+BadInput count_chunks(const Volume& v, ScratchBytes Kernels::* scratch_bytes, int64_t row, double* counts,
+                      const Pass& pass) {
   const Chunks chunks(v);
   const int64_t total = v.samples * chunks.per_sample;
   std::vector<double> partial(total * row, 0.0);
   FoundBad found(total);
   const Kernels& k = kernels(v.logits.type);
-  for_each_chunk(v, chunks, k.count_scratch_bytes(v),
+  for_each_chunk(v, chunks, (k.*scratch_bytes)(v),
                  [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end, void* scratch, int64_t worker) {
                    BadInput bad;
-                   k.count_pass(v, sample, begin, end, &partial[chunk * row], scratch, &bad);
+                   pass(k, sample, begin, end, &partial[chunk * row], scratch, &bad);
                    found.add(worker, chunk, bad);
                  });
-  if (is_bad(found.first())) {
-    if (check == Check::kRaise) raise_bad_input(v, found.first());
-    std::fill(counts, counts + v.samples * row, std::numeric_limits<double>::quiet_NaN());
-    return;
-  }
   for (int64_t i = 0; i < total; ++i) {
     double* out = counts + i / chunks.per_sample * row;
     for (int64_t q = 0; q < row; ++q) out[q] += partial[i * row + q];
+  }
+  return found.first();
+}
+
+// counts[N][C][columns]; NaN where the data are bad and that is not raised.
+void count(const Volume& v, Check check, double* counts) {
+  const int64_t row = v.classes * v.count_columns();
+  std::fill(counts, counts + v.samples * row, 0.0);
+  if (v.samples * v.voxels == 0) return;
+  const BadInput bad =
+      count_chunks(v, &Kernels::count_scratch_bytes, row, counts,
+                   [&](const Kernels& k, int64_t sample, int64_t begin, int64_t end, double* sums, void* scratch,
+                       BadInput* found) { k.count_pass(v, sample, begin, end, sums, scratch, found); });
+  if (is_bad(bad)) {
+    if (check == Check::kRaise) raise_bad_input(v, bad);
+    std::fill(counts, counts + v.samples * row, std::numeric_limits<double>::quiet_NaN());
+    return;
   }
   spread_nan(v.samples * v.classes, v.count_columns(), counts);
 }
@@ -417,44 +428,22 @@ struct CpuRegions {
   }
 };
 
-// (3, N, C): voxels of class c predicted as such, predicted as c, of class c; and as a fourth all voxels that count.
+// (N, 3, C): voxels of class c predicted as such, predicted as c, of class c.
 Tensor hard_count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
                        std::optional<int64_t> ignore_index, bool raises) {
   const PassOptions options{0, ignore_index, 0, 0, 0.0, false};
   const VolumeTensors volume(logits, target, voxel_weight, options);
   const Volume& v = volume.view;
   STD_TORCH_CHECK(!v.dense, "target: expected class indices");
-  const std::vector<int64_t> shape{4, v.samples, v.classes};
-  Tensor out = torch::stable::new_zeros(logits, shape, ScalarType::Double);
-  double* const counts = out.mutable_data_ptr<double>();
-  if (v.samples * v.voxels == 0) return out;
-  const Chunks chunks(v);
-  const int64_t total = v.samples * chunks.per_sample, row = 3 * v.classes;
-  std::vector<double> partial(total * row, 0.0);
-  FoundBad found(total);
-  const Kernels& k = kernels(v.logits.type);
-  for_each_chunk(v, chunks, k.hard_count_scratch_bytes(v),
-                 [&](int64_t sample, int64_t chunk, int64_t begin, int64_t end, void* scratch, int64_t worker) {
-                   BadInput bad;
-                   k.hard_count_pass(v, sample, begin, end, &partial[chunk * row], scratch, &bad);
-                   found.add(worker, chunk, bad);
-                 });
-  if (raises) raise_bad_input(v, found.first());
-  for (int64_t i = 0; i < total; ++i) {
-    const int64_t sample = i / chunks.per_sample;
-    for (int64_t q = 0; q < 3; ++q) {
-      for (int64_t c = 0; c < v.classes; ++c) {
-        const double value = partial[i * row + q * v.classes + c];
-        counts[(q * v.samples + sample) * v.classes + c] += value;
-      }
-    }
-  }
-  for (int64_t n = 0; n < v.samples; ++n) {  // each voxel that counts has one label
-    double all = 0;
-    for (int64_t c = 0; c < v.classes; ++c) all += counts[(2 * v.samples + n) * v.classes + c];
-    for (int64_t c = 0; c < v.classes; ++c) counts[(3 * v.samples + n) * v.classes + c] = all;
-  }
-  return out;
+  const std::vector<int64_t> shape{v.samples, 3, v.classes};
+  Tensor counts = torch::stable::new_zeros(logits, shape, ScalarType::Double);
+  if (v.samples * v.voxels == 0) return counts;
+  const BadInput bad =
+      count_chunks(v, &Kernels::hard_count_scratch_bytes, 3 * v.classes, counts.mutable_data_ptr<double>(),
+                   [&](const Kernels& k, int64_t sample, int64_t begin, int64_t end, double* sums, void* scratch,
+                       BadInput* found) { k.hard_count_pass(v, sample, begin, end, sums, scratch, found); });
+  if (raises) raise_bad_input(v, bad);
+  return counts;
 }
 
 int64_t cpu_capability(std::optional<int64_t> force) {

@@ -260,21 +260,14 @@ void count(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end, co
 namespace tversky_kernels {
 namespace cpu {
 
-#define TK_JOIN_(a, b) a##_##b
-#define TK_JOIN(a, b) TK_JOIN_(a, b)
-
 void TK_JOIN(region_count_pass, TK_CAPABILITY)(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
                                                const RegionRows& rows, void* scratch, BadInput* bad) {
-  switch (r.volume.logits.type) {
-    case ElementType::kDouble: return count<double>(r, sample, begin, end, rows, scratch, bad);
-    case ElementType::kHalf: return count<Half>(r, sample, begin, end, rows, scratch, bad);
-    case ElementType::kBFloat16: return count<BFloat16>(r, sample, begin, end, rows, scratch, bad);
-    default: return count<float>(r, sample, begin, end, rows, scratch, bad);
-  }
+  with_logits_type(r.volume.logits.type,
+                   [&](auto t) { count<decltype(t)>(r, sample, begin, end, rows, scratch, bad); });
 }
 
 int64_t TK_JOIN(region_count_scratch_bytes, TK_CAPABILITY)(const RegionVolume& r) {
-  return r.volume.logits.type == ElementType::kDouble ? scratch_bytes<double>(r) : scratch_bytes<float>(r);
+  return with_logits_type(r.volume.logits.type, [&](auto t) { return scratch_bytes<decltype(t)>(r); });
 }
 
 }  // namespace cpu

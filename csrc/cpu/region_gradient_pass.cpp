@@ -160,21 +160,14 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
 namespace tversky_kernels {
 namespace cpu {
 
-#define TK_JOIN_(a, b) a##_##b
-#define TK_JOIN(a, b) TK_JOIN_(a, b)
-
 void TK_JOIN(region_gradient_pass, TK_CAPABILITY)(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
                                                   const void* coefficients, const GradientView& out, void* scratch) {
-  switch (r.volume.logits.type) {
-    case ElementType::kDouble: return gradient<double>(r, sample, begin, end, coefficients, out, scratch);
-    case ElementType::kHalf: return gradient<Half>(r, sample, begin, end, coefficients, out, scratch);
-    case ElementType::kBFloat16: return gradient<BFloat16>(r, sample, begin, end, coefficients, out, scratch);
-    default: return gradient<float>(r, sample, begin, end, coefficients, out, scratch);
-  }
+  with_logits_type(r.volume.logits.type,
+                   [&](auto t) { gradient<decltype(t)>(r, sample, begin, end, coefficients, out, scratch); });
 }
 
 int64_t TK_JOIN(region_gradient_scratch_bytes, TK_CAPABILITY)(const RegionVolume& r) {
-  return r.volume.logits.type == ElementType::kDouble ? scratch_bytes<double>(r) : scratch_bytes<float>(r);
+  return with_logits_type(r.volume.logits.type, [&](auto t) { return scratch_bytes<decltype(t)>(r); });
 }
 
 }  // namespace cpu

@@ -24,6 +24,17 @@ constexpr int kFewClasses = 4;        // softmax kernels that know the number of
 template <typename A>
 constexpr int kBlock = kBlockVectors * Lanes<A>::count;
 
+// Calls f with a value of the logits' type, and returns its result.
+template <typename F>
+auto with_logits_type(ElementType type, const F& f) {
+  switch (type) {
+    case ElementType::kDouble: return f(double{});
+    case ElementType::kHalf: return f(Half{});
+    case ElementType::kBFloat16: return f(BFloat16{});
+    default: return f(float{});
+  }
+}
+
 // The cross-entropy where a label is the target of a softmax: of focal exponent and label smoothing at most one.
 enum class CeForm { kNone, kPlain, kFocal, kSmoothed };
 

@@ -10,9 +10,6 @@
 
 #include "../../csrc/cpu/kernels.h"
 
-#define TK_JOIN_(a, b) a##_##b
-#define TK_JOIN(a, b) TK_JOIN_(a, b)
-
 using namespace tversky_kernels;
 using namespace tversky_kernels::cpu;
 
