@@ -267,7 +267,7 @@ def test_kept_objects_are_taken_until_something_changes(source, tmp_path):
     cuda = len(list((copy / "csrc" / "cuda").glob("*.cu")))
     assert compiled() == first - cuda
     changes = {"common/mathematics.h": first, "cpu/kernels.h": first - cuda - 1, "cpu/capability.cpp": 1}
-    changes |= {"cuda/launch.h": cuda, "cuda/tile.cuh": 1, "torch/operators.h": 2}  # a source that includes it
+    changes |= {"cuda/launch.h": cuda, "cuda/tile.cuh": 2, "torch/operators.h": 2}  # the sources that include it
     for name, recompiled in changes.items():
         path = copy / "csrc" / name
         path.write_text(path.read_text() + "// another\n")

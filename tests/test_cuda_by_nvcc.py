@@ -119,7 +119,7 @@ def test_instructions_that_bytes_leave_time_for():
 
 def test_library_loads_in_this_torch():
     assert _ops.CUDA_MISSING is None
-    for name in _ops.NAMES:
+    for name in (*_ops.NAMES, *_ops.REGION_NAMES):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tversky_kernels::{name}", "CUDA")
     if not torch.cuda.is_available():
         assert "finds no GPU" in tk.available_backends()["cuda"]

@@ -135,6 +135,12 @@ PLANTED = {
     "a class too many": ("split.cuh", "j < kClasses - 2 || j < own", "j < kClasses"),
     "a logit is too large for its exponential": ("own_targets.cuh", "largest <= A(80)", "largest <= A(1e9)"),
     "a soft target has the focal factor of a hard one": ("own_targets.cuh", "between == A(0)", "between >= A(0)"),
+    "a region has another one's sums": ("regions.cu", "if (found != region_) flush();", ";"),
+    "the last region's sums are forgotten": ("regions.cu", "      sums.flush();\n", ""),
+    "a voxel in no region counts": ("regions.cu", "if (!in_any) t.label(k) = kUncounted;", ""),
+    "a block's table is left out": ("regions.cu", "s < kSlices; ++s", "s < kSlices - 1; ++s"),
+    "a merged class keeps its probability": ("regions.cu", "if (c > 0) z = static_cast<A>(-INFINITY);", ""),
+    "a merged class has no part of the gradient": ("regions.cu", "(c == 0 || is_merged(merged, c))", "c == 0"),
 }
 #: The source that a bug in a header is compiled for, where it is not few.cu.
 COMPILED_FOR = {
@@ -180,6 +186,12 @@ FOUND_BY = {
     "a warp is not asked": "test_many_classes and 118",
     "a logit is too large for its exponential": "test_sigmoid_of_channels",
     "a soft target has the focal factor of a hard one": "test_sigmoid_of_channels",
+    "a region has another one's sums": "test_regions",
+    "the last region's sums are forgotten": "test_regions",
+    "a voxel in no region counts": "test_what_is_in_no_region",
+    "a block's table is left out": "test_regions_of_many_blocks",
+    "a merged class keeps its probability": "test_annotated",
+    "a merged class has no part of the gradient": "test_annotated",
 }
 
 

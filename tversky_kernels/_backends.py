@@ -116,12 +116,10 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def beyond_cuda(logits: torch.Tensor, regions=None) -> str | None:
+def beyond_cuda(logits: torch.Tensor) -> str | None:
     """What of a case the CUDA kernels alone do not compute, as the end of an error message; None: nothing."""
     if not logits.is_cuda:
         return None
-    if regions is not None:
-        return "regions"
     most = MOST_CLASSES_OF_CUDA_IN_FLOAT64 if logits.dtype == torch.float64 else MOST_CLASSES_OF_CUDA
     return None if logits.shape[1] <= most else f"more than {most} classes of {logits.dtype}"
 

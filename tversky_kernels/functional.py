@@ -80,6 +80,8 @@ def _only_by_reference(*tensors: torch.Tensor | None) -> bool:
 
 
 _forward_ad = torch.autograd.forward_ad
+#: The backends whose kernels add up classes that were not annotated themselves.
+MERGING = ("cpu", "cuda")
 
 
 def _on_backend(logits, checked, function, how, check_target, backend):
@@ -89,12 +91,12 @@ def _on_backend(logits, checked, function, how, check_target, backend):
     differentiable_target = volumes.target.requires_grad and torch.is_grad_enabled()
     unsupported = "the gradient of a target" if differentiable_target else None
     triton_first = _backends.faster_by_triton(logits, plan.options, volumes.dense)
-    chosen = _backends.choose(backend, logits.device, unsupported, triton_first, _backends.beyond_cuda(logits, regions))
+    chosen = _backends.choose(backend, logits.device, unsupported, triton_first, _backends.beyond_cuda(logits))
     if chosen == "reference" or (
         _is_transformed() and _only_by_reference(logits, volumes.voxel_weight, checked.class_parameters)
     ):
         return None
-    if reference.marginalises(checked) and chosen != "cpu":
+    if reference.marginalises(checked) and chosen not in MERGING:
         logits = _marginal_logits(logits, checked)
     on_host = chosen == "cpu" or (chosen == "blocks" and logits.device.type == "cpu")  # which check while they read
     check = _arguments.check_mode(check_target, on_host)
@@ -193,7 +195,7 @@ def _apply_linear(chosen, check, logits, checked, compiles, inplace, head, of_co
 
 def _apply_counts(chosen, check, logits, checked, compiles, inplace):
     ids, number = _ids_and_count(checked)
-    merged = ~checked.annotated if chosen == "cpu" and reference.marginalises(checked) else None
+    merged = ~checked.annotated if chosen in MERGING and reference.marginalises(checked) else None
     number = max(number, int(merged is not None))  # all voxels in one region
     volumes = (logits, *checked.volumes[:2], ids, merged, number)
     counts = autograd.apply(autograd.Counts, *volumes, checked.plan, check, inplace, chosen)

@@ -24,18 +24,20 @@ enum class Activation : int { kSoftmax = 0, kSigmoid = 1, kNone = 2 };
 enum class Absent : int { kKeep = 0, kZero = 1, kSkip = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 enum class CrossEntropy : int { kNone = 0, kPlain = 1, kSmoothed = 2 };
-// How labels and weights out of range, and values of a dense target outside [0, 1], are treated. kIgnore: labels and
-// weights make the counts NaN, a dense target may hold anything. kPoison: all of them make the counts NaN. kRaise: they
-// raise, where the kernels run on the host (elsewhere it is kPoison).
+// What happens to labels and weights out of range, and to values of a dense target outside [0, 1]. kIgnore: labels and
+// weights make the counts NaN; a dense target may hold anything. kPoison: all of them make the counts NaN. kRaise: they
+// raise an error where the kernels run on the host; elsewhere as kPoison.
 enum class Check : int { kIgnore = 0, kPoison = 1, kRaise = 2 };
-// How a voxel's part of TP, FP and FN is measured: by products, by |p - g|, or by (p - g)^2, for which alpha = beta.
+// How a voxel's part of TP, FP and FN is measured: by products, by |p - g|, or by (p - g)^2. The last needs alpha =
+// beta.
 enum class OverlapForm : int { kProduct = 0, kAbsolute = 1, kSquared = 2 };
-// The divisor of the mean cross-entropy: sum w b_label, sum w, or C sum w. kLabels: sum w b_label again,
-// where tp + fn is not the weight of a label and column kVoxels is.
+// The divisor of the mean cross-entropy: sum w b_label, sum w, or C sum w. kLabels is sum w b_label, too: for overlaps
+// of which tp + fn is not the weight of a label, so that column kVoxels holds it.
 enum class CeMean : int { kClassWeights = 0, kVoxels = 1, kChannels = 2, kLabels = 3 };
 
-// The columns of the counts table, without and with a cross-entropy: sum g (-log p), sum (-log p) for label smoothing
-// (zero without it) and the sum of the voxels' weights, the same for every class (but see Volume::sums_label_weights).
+// The columns of the counts table, without and with a cross-entropy. kCe: sum g (-log p). kSmoothing: sum (-log p),
+// zero without label smoothing. kVoxels: the sum of the voxels' weights, the same for every class (but see
+// Volume::sums_label_weights).
 enum Count : int { kTp, kFp, kFn, kCe, kSmoothing, kVoxels, kOverlapCounts = 3, kAllCounts = 6 };
 // The columns of the coefficients: dL/dp where g = 0 and where g = 1, dL/dCE and dL/dsmoothing.
 enum Coefficient : int {
@@ -49,20 +51,20 @@ enum Coefficient : int {
 
 // ---- One voxel
 
-// p and 1 - p of a binary outcome, neither by subtraction.
+// p and 1 - p of a binary outcome. Neither is made by a subtraction.
 template <typename V>
 struct Probability {
   V p, complement;
 };
 
-// Of the outcome that the target says.
+// p and 1 - p of the outcome that the target names.
 template <typename V, typename M>
 TK_MATH Probability<V> of_outcome(M is_one, const Probability<V>& p) {
   return {is_one ? p.p : p.complement, is_one ? p.complement : p.p};
 }
 
-// Softmax over two classes is the sigmoid of z_1 - z_0; but +inf gives NaN, as any softmax does, so that an overflow of
-// half precision is seen. top: the larger of the two.
+// The softmax over two classes is the sigmoid of z_1 - z_0. But +inf gives NaN, as in any softmax, so that an overflow
+// of half precision is seen. top: the larger of the two.
 template <typename V>
 TK_MATH V two_class_logit(V z0, V z1, V top) {
   return (z1 - z0) + top * 0.0f;
@@ -75,14 +77,14 @@ TK_MATH Probability<V> logistic(M x_is_negative, V e, V inverse) {
   return {x_is_negative ? small : inverse, x_is_negative ? inverse : small};
 }
 
-// dz = p (1 - p) u of a sigmoid, from e = exp(-|z|) and inverse = 1 / (1 + e). For softmax over two
-// classes, the sigmoid of z_1 - z_0: dz_1 = p_0 p_1 (u_1 - u_0) = -dz_0.
+// dz = p (1 - p) u of a sigmoid, from e = exp(-|z|) and inverse = 1 / (1 + e). For a softmax over two classes, which is
+// the sigmoid of z_1 - z_0: dz_1 = p_0 p_1 (u_1 - u_0) = -dz_0.
 template <typename V>
 TK_MATH V logistic_gradient(V e, V inverse, V u) {
   return ((e * inverse) * inverse) * u;
 }
 
-// The exponentials of one voxel's softmax, the target's apart from the others', so that 1 - p_target is a sum of
+// The exponentials of one voxel's softmax. The target's stands apart from the others, so 1 - p_target is a sum of
 // positive terms and keeps its relative accuracy as p_target -> 1.
 template <typename V>
 struct SoftmaxSums {
@@ -97,7 +99,7 @@ struct SoftmaxSums {
     return other;
   }
 
-  // The same for a class that is not the target of any voxel here; 0 where the voxel does not count.
+  // The same for a class that is the target of no voxel here; 0 where the voxel does not count.
   TK_MATH V add_other(V e) {
     others += e;
     return e;
@@ -121,8 +123,8 @@ struct SoftmaxGradient {
     offset += k_target;
     at_target -= k_target * (sums.others * scale);
   }
-  // The same with label smoothing, of which every class has a part s_c, s_all together. From the others, s_c times the
-  // voxel's weight is still to be taken.
+  // The same with label smoothing: every class has a part s_c, and s_all is their sum. For the other classes the caller
+  // still subtracts s_c times the voxel weight.
   TK_MATH void add_smoothed_cross_entropy(const SoftmaxSums<V>& sums, V k_target, V s_target, V s_all) {
     offset += k_target + s_all;
     at_target += (sums.target * scale) * (s_all - s_target) - (sums.others * scale) * (k_target + s_target);
@@ -140,8 +142,8 @@ TK_MATH SoftmaxGradient<V> softmax_gradient(const SoftmaxSums<V>& sums, V weight
   return {scale, -shift - excess, (sums.target * scale) * (above - excess)};
 }
 
-// OverlapForm::kSquared with an index target: a voxel adds p^2 to FP where it is not the target and (1 - p)^2 to FN
-// where it is, so that its slopes are these.
+// OverlapForm::kSquared with an index target. A voxel adds p^2 to the FP of every other class and (1 - p)^2 to the FN
+// of its target. These are the slopes.
 template <bool kSquared, typename V>
 TK_MATH V error_of(V p) {
   return kSquared ? p * p : p;
@@ -155,8 +157,8 @@ TK_MATH V squared_slope_of_target(V complement, V u_background, V u_foreground) 
   return u_foreground - (2 * complement) * u_background;
 }
 
-// -log p_t = (z_top - z_t) + log(sum of exponentials): this is sum of exponentials - 1, the largest one being 1, for
-// log1p, so that it keeps its relative accuracy as p_t -> 1.
+// -log p_t = (z_top - z_t) + log(sum of exponentials). This is the sum of exponentials - 1, where the largest one is 1,
+// for log1p: it keeps its relative accuracy as p_t -> 1.
 template <typename V>
 TK_MATH V exponentials_beyond_one(const SoftmaxSums<V>& sums) {
   return sums.others + (sums.target - 1);
@@ -164,8 +166,8 @@ TK_MATH V exponentials_beyond_one(const SoftmaxSums<V>& sums) {
 
 // ---- One voxel and class with a target g of its own, between 0 and 1
 
-// The exponentials of one voxel's softmax, those of the largest logit (which are 1; more than one where there is a tie)
-// apart from the others', so that 1 - p of the largest is a sum of positive terms.
+// The exponentials of one voxel's softmax. Those of the largest logit (1 each; several in a tie) stand apart from the
+// others, so 1 - p of the largest is a sum of positive terms.
 template <typename V>
 struct TopSums {
   V rest{}, tops{};
@@ -191,7 +193,7 @@ struct Overlap {
   V tp, fp, fn;
 };
 
-// p - g, by way of 1 - p where that is the more accurate.
+// p - g, by 1 - p where that is more accurate.
 template <typename V>
 TK_MATH V difference_of(const Probability<V>& p, V g) {
   return g >= 0.5f ? (1 - g) - p.complement : p.p - g;
@@ -207,7 +209,7 @@ TK_MATH Overlap<V> overlap_of(const Probability<V>& p, V g, OverlapForm form) {
 }
 
 // dL/dp. u_foreground: see foreground_coefficient. Neither coefficient may lose digits to the other, which can be far
-// larger: dL/dFP is where beta = 0, or of squares, and hardly a voxel is wrong.
+// larger. dL/dFP is far larger where beta = 0, or for squares where hardly a voxel is wrong.
 template <typename V>
 TK_MATH V overlap_slope(const Probability<V>& p, V g, V u_background, V u_foreground, OverlapForm form) {
   if (form == OverlapForm::kProduct) return u_background * (1 - g) + u_foreground * g;
@@ -218,17 +220,17 @@ TK_MATH V overlap_slope(const Probability<V>& p, V g, V u_background, V u_foregr
   return d > 0 ? u_background : lower;
 }
 
-// The focal factor (1 - p)^f of the cross-entropy -log p. f = 2 is what is mostly asked for, and needs no powers. pow
-// is the caller's, for it differs by machine.
+// The focal factor (1 - p)^f of the cross-entropy -log p. f = 2 is asked for most often and needs no power. The caller
+// gives pow, because CUDA spells it differently.
 template <typename V, typename A, typename Pow>
 TK_MATH V focal_factor(V complement, A focal_gamma, const Pow& pow) {
   if (focal_gamma == 2) return complement * complement;
   return pow(complement, focal_gamma);
 }
 
-// -p d/dp [(1 - p)^f (-log p)] = (1 - p)^f - f p (1 - p)^f (log p / (1 - p)), which is 1 for f = 0. Where p = 1 the
-// factor is 0, and so is this; where p = 0 it is 1, and -log p is not read. So of a softmax's label, from SoftmaxSums,
-// log(1 + others / target) will do for it: nothing cancels, and where it overflows p is 0.
+// -p d/dp [(1 - p)^f (-log p)] = (1 - p)^f - f p (1 - p)^f (log p / (1 - p)). This is 1 for f = 0. Where p = 1 the
+// factor is 0, and so is this. Where p = 0 it is 1, and -log p is not read. So log(1 + others / target), from
+// SoftmaxSums, will do for -log p of a softmax's label: nothing cancels, and where it overflows p is 0.
 template <typename V, typename A, typename Pow>
 TK_MATH V focal_slope(const Probability<V>& p, V minus_log_p, A focal_gamma, const Pow& pow) {
   const V entropy = p.p > 0 ? p.p * minus_log_p : V{};
@@ -237,7 +239,7 @@ TK_MATH V focal_slope(const Probability<V>& p, V minus_log_p, A focal_gamma, con
   return pow(p.complement, focal_gamma) * (1 + focal_gamma * (entropy / safe));
 }
 
-// dz of a dense softmax from all classes' u: as SoftmaxGradient, with the largest logit in the target's place.
+// dz of a dense softmax from all classes' u: as SoftmaxGradient, with the largest logit in the place of the target.
 //   rest_u = sum of p u over the others, top_u = sum of u over the largest, beyond_one = S - 1, inverse = 1 / S
 template <typename V>
 struct DenseSoftmaxGradient {
@@ -269,26 +271,27 @@ struct TverskyRow {
   double u_foreground;  // dL/dp where g = 1: dL/dTP - dL/dFN
 };
 
-// A voxel weight below the smallest normal number of the type in which is computed counts as 0, as an exponential does:
-// processors and cards treat smaller numbers differently.
+// A voxel weight below the smallest normal number counts as 0, and so does an exponential: processors and cards treat
+// smaller numbers differently.
 template <typename A>
 constexpr A kSmallestNormal = sizeof(A) == 8 ? A(2.2250738585072014e-308) : A(1.17549435e-38f);
 
-// The coefficient of overlap_slope for g = 1: dL/dp; of squares dL/dTP, because dL/dFN is dL/dFP there. u: in double.
+// The coefficient of overlap_slope for g = 1: dL/dp. For squares it is dL/dTP, because dL/dFN is dL/dFP there. u: in
+// double.
 TK_MATH double foreground_coefficient(const double* u, OverlapForm form) {
   return form == OverlapForm::kSquared ? u[kForeground] + u[kBackground] : u[kForeground];
 }
 
-// The largest coefficient that the table makes, for logits that are computed in double and in float. gamma < 1 can make
-// the slope at g = 1 of a class that is nearly right, or absent, larger than a float; times g = 0 it must be 0, also
-// after a GradScaler's factor and summed over a thousand classes. An upstream gradient is not bounded by it.
+// The largest coefficient that the table makes, for logits computed in double and in float. With gamma < 1 the slope at
+// g = 1 of a class that is nearly right, or absent, can be larger than a float. Times g = 0 it must still be 0, also
+// after the factor of a GradScaler and summed over a thousand classes. It does not bound an upstream gradient.
 constexpr double kMostOfDouble = 1e290, kMostOfFloat = 1e30;
 TK_MATH double bounded_coefficient(double x, double most) {
   return x > most ? most : x < -most ? -most : x;  // NaN stays
 }
 
 // focal_slope takes -log p = log(1 + others / target) of a softmax's label. This is the target exponential to divide
-// by. It is not below 1e-30, where the quotient would overflow; p (-log p) is as good as 0 there.
+// by. It is at least 1e-30: below, the quotient would overflow, and p (-log p) is as good as 0.
 template <typename V>
 TK_MATH V exponential_for_focal_slope(V target) {
   const V least = V{} + 1e-30f;
@@ -306,7 +309,8 @@ TK_MATH TverskyRow tversky_row(double tp, double fp, double fn, const TverskyPar
   double x = error / denominator;                  // 1 - TI, without forming TI
   double slope = 1.0;                              // d x^gamma / dx
   if (a.gamma != 1.0) {
-    // x < 0 needs smooth_nr > smooth_dr; x <= 0 has no finite power or slope for every gamma: the minimum, flat.
+    // x < 0 needs smooth_nr > smooth_dr. x <= 0 has no finite power or slope for some gamma. So it is the minimum, and
+    // flat.
     slope = x <= 0.0 ? 0.0 : a.gamma * pow(x, a.gamma - 1.0);
     x = x <= 0.0 ? 0.0 : pow(x, a.gamma);
   }
@@ -332,7 +336,7 @@ struct CeTerms {
 TK_MATH CeTerms ce_terms(const double* counts, double class_weight, int64_t classes, const CeParameters& a) {
   const double options = a.mean == CeMean::kChannels ? 2.0 : static_cast<double>(classes);
   const double sum = (1.0 - a.label_smoothing) * counts[kCe] + a.label_smoothing / options * counts[kSmoothing];
-  // tp + fn is the weight of the voxels with this label; every class has the same sum of weights.
+  // tp + fn is the weight of the voxels with this label. The sum of weights is the same for every class.
   const double divisor = a.mean == CeMean::kClassWeights ? class_weight * (counts[kTp] + counts[kFn])
                          : a.mean == CeMean::kLabels     ? class_weight * counts[kVoxels]
                          : a.mean == CeMean::kVoxels     ? counts[kVoxels] / static_cast<double>(classes)

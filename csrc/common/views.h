@@ -16,16 +16,16 @@ struct LogitsView {
   int64_t sample_stride, class_stride, voxel_stride;
 };
 
-// Which voxel of a finer (or coarser) volume the voxels of this one take their value from: the one that torch's
-// interpolate takes, with mode="nearest" (the voxel's corner) or "nearest-exact" (its centre). Three dimensions, the
-// last one innermost; missing dimensions have size 1.
+// Which voxel of a finer (or coarser) volume each voxel reads: the one that torch's interpolate takes, with
+// mode="nearest" (the corner of the voxel) or "nearest-exact" (its centre). Three dimensions, the last one innermost;
+// missing dimensions have size 1.
 struct Resampling {
   bool active;
   int64_t sizes[3];         // of this volume
-  int64_t source_sizes[3];  // of the one that is read
-  int64_t strides[3];       // of the one that is read, in elements
+  int64_t source_sizes[3];  // of the volume that is read
+  int64_t strides[3];       // of the volume that is read, in elements
   float scales[3];          // source size / size
-  float shift;              // of the place in a voxel that is looked for: 0 is its corner, 0.5 its centre
+  float shift;              // of the place in a voxel: 0 is its corner, 0.5 its centre
 
   // Rounded as torch rounds: once after the product and the first shift.
   static TK_MATH float place(float x, float scale, float shift) {
@@ -41,15 +41,15 @@ struct Resampling {
     const Index last = static_cast<Index>(source_sizes[dimension] - 1);
     return (at < last ? at : last) * strides[dimension];
   }
-  // The offset of the voxel that is read for this volume's voxel, from the start of the sample.
+  // The offset of the voxel to read for this volume's voxel, from the start of the sample.
   TK_MATH int64_t offset(int64_t voxel) const {
     const int64_t row = voxel / sizes[2];
     return source(0, row / sizes[1]) + source(1, row % sizes[1]) + source(2, voxel % sizes[2]);
   }
 };
 
-// (N, voxels), or (N, C, voxels) where it is dense, with any strides, in elements. data is null where the argument was
-// not given; voxel_stride does not count where the volume is resampled.
+// (N, voxels), or for a dense target (N, C, voxels), with any strides, in elements. data is null where the argument was
+// not given. A resampled volume does not use voxel_stride.
 struct VoxelView {
   const void* data;
   ElementType type;
@@ -88,18 +88,19 @@ struct Volume {
   TK_MATH int coefficient_columns() const {
     return cross_entropy == CrossEntropy::kNone ? kOverlapCoefficients : kAllCoefficients;
   }
-  // Whether column kVoxels of a class is the weight of the voxels with its label; else that of all voxels.
+  // Whether column kVoxels of a class is the weight of the voxels with its label. Otherwise it is the weight of all
+  // voxels.
   TK_MATH bool sums_label_weights() const {
     return overlap == OverlapForm::kSquared && !dense && activation == Activation::kSoftmax;
   }
-  // Whether a softmax's label is the target and its cross-entropy is smoothed, and nothing is a power or a square: for
-  // most types and layouts of this CUDA's kernels for one label a voxel will do, although it is_general.
+  // Whether a softmax's label is the target, its cross-entropy is smoothed, and there is no power and no square. The
+  // volume is_general then, but for most types and layouts CUDA's kernels for one label a voxel compute it.
   TK_MATH bool smooths_labels() const {
     return cross_entropy == CrossEntropy::kSmoothed && activation == Activation::kSoftmax && !dense &&
            overlap != OverlapForm::kSquared && focal_gamma == 0;
   }
-  // Whether every class of a voxel needs its own g and its own term, which CUDA's kernels for one label a voxel do not
-  // make. Those of the CPU make more: see takes_general_kernels.
+  // Whether every class of a voxel needs its own g and its own term. CUDA's kernels for one label a voxel do not make
+  // them; the CPU's make some: see takes_general_kernels.
   TK_MATH bool is_general() const {
     return dense || (overlap == OverlapForm::kSquared && activation != Activation::kSoftmax) ||
            (cross_entropy != CrossEntropy::kNone &&
@@ -107,13 +108,13 @@ struct Volume {
   }
 };
 
-// A volume whose voxels are counted in rows of their own, one a region.
+// A volume whose voxels are counted in rows, one for each region.
 struct RegionVolume {
   Volume volume;
-  VoxelView regions;  // ids, (N, 1 or C, voxels): in [0, count), or negative for voxels in none; null: all are 0
+  VoxelView regions;  // ids, (N, 1 or C, voxels): in [0, count); negative: the voxel is in none; null: all are 0
   int64_t count;
   bool by_class;          // each class has a partition of its own
-  const uint8_t* merged;  // [N][C], 1 for classes whose probability belongs to class 0; null: none does
+  const uint8_t* merged;  // [N][C], 1 for classes whose probability belongs to class 0; null: no class
 };
 
 }  // namespace tversky_kernels

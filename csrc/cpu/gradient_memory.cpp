@@ -1,8 +1,8 @@
-// Memory for fresh gradients on the CPU. A page that the system hands out costs more than the arithmetic on it, and a
-// C library asks the system for every large block anew. So it is touched in huge pages; and where the user asks for it
-// (TVERSKY_KERNELS_KEEP_GRADIENT=1) the memory of large gradients stays here when they die, for the next step's.
-// Meanwhile the system may take it (MADV_FREE), as soon as anything else needs it. Such a gradient's storage cannot be
-// resized, which is why nobody gets one unasked.
+// Memory for fresh gradients on the CPU. A page that the system hands out costs more than the arithmetic on it, and a C
+// library asks the system for every large block anew. So the memory is touched in huge pages. Where the user asks for
+// it (TVERSKY_KERNELS_KEEP_GRADIENT=1), the memory of a large gradient that dies stays here for the next step.
+// Meanwhile the system may take it (MADV_FREE). The storage of such a gradient cannot be resized, so nobody gets one
+// unasked.
 #include "gradient_memory.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -38,10 +38,10 @@ bool is_set_to(const char* variable, const char* value) {
   return found != nullptr && std::string(found) == value;
 }
 
-// First touches fresh memory in pages of 2 MB, where the system leaves that to its programs (madvise): each costs about
-// as much as 80 of 4 KB, of which it replaces 512. Where they turn out slow, because a virtual machine has given its
-// large free blocks back to its host or memory must be compacted first, the rest is left alone, and so are the next
-// calls'.
+// Touches fresh memory first in pages of 2 MB, where the system leaves the choice to its programs (madvise). Such a
+// page costs about as much as 80 pages of 4 KB and replaces 512. They can be slow: a virtual machine may have given its
+// large free blocks back to its host, or memory must be compacted first. Then the rest is left alone, and so are the
+// next calls.
 void touch_in_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kPage = int64_t{2} << 20;
@@ -88,7 +88,7 @@ void unmap([[maybe_unused]] const Block& block) {
 #endif
 }
 
-// Lets the system take the memory when it needs it; false where it does not know how.
+// Lets the system take the memory when it needs it. False where the system does not know how.
 bool lend_to_system([[maybe_unused]] const Block& block) {
 #if defined(__linux__) && defined(MADV_FREE)
   return madvise(block.data, block.bytes, MADV_FREE) == 0;
@@ -97,10 +97,10 @@ bool lend_to_system([[maybe_unused]] const Block& block) {
 #endif
 }
 
-// Holds, used and waiting together, never more than was once in use at the same time.
+// Blocks in use and waiting ones together are never more than were once in use at the same time.
 class GradientMemory {
  public:
-  // Never destroyed: gradients may die after everything else.
+  // Never destroyed: a gradient may die after everything else.
   static GradientMemory& instance() {
     static GradientMemory* const memory = new GradientMemory;
     return *memory;
@@ -153,7 +153,7 @@ class GradientMemory {
   }
 
  private:
-  // A process that forks while another thread is in here would leave the child a mutex that nobody unlocks.
+  // A process that forks while another thread is in here would leave the child a locked mutex that nobody unlocks.
   GradientMemory() {
 #if defined(__linux__)
     const auto unlock = [] { instance().mutex_.unlock(); };

@@ -25,7 +25,7 @@ void gradient_tile(const Volume& v, const Tile<T>& tile, const Compute<T>* u, Pr
   }
 }
 
-// Vectors of a class that are kept: two blocks' logits, or four things in the general kernels.
+// Vectors that are kept for a class: the logits of two blocks, or four things in the general kernels.
 constexpr int kScratchVectors = larger(2 * kBlockVectors, 4 * kGeneralVectors);
 
 // Scratch: the tile's buffers, kScratchVectors a class, gradient rows[C][row voxels], present classes.
@@ -44,13 +44,13 @@ void gradient(const Volume& v, int64_t sample, int64_t begin, int64_t end, const
   TileBuffers<T> buffers(v, scratch);
   const bool inner =
       is_inner(v, view.class_stride, view.voxel_stride) && is_inner(v, v.logits.class_stride, v.logits.voxel_stride);
-  // Copied voxels are kept in rows.
+  // The gradient of copied voxels goes to rows first.
   if (!inner && (view.voxel_stride != 1 || v.logits.voxel_stride != 1)) buffers.tile_voxels = buffers.row_voxels;
   Vector<A>* block = reinterpret_cast<Vector<A>*>(buffers.rest);
   T* buffer = reinterpret_cast<T*>(block + v.classes * kScratchVectors);
   PresentClasses present(buffer + v.classes * buffers.row_voxels, v.classes);
   const bool streamed = is_streamed<T>(v, view, inner);
-  BadInput bad;  // the count pass has told of it, and its coefficients are NaN then
+  BadInput bad;  // the count pass has reported it, and the coefficients are NaN then
   for (int64_t at = begin; at < end;) {
     const int voxels = buffers.take(end - at);
     const Tile<T> tile = load_tile<T>(v, sample, at, voxels, buffers, inner, bad);

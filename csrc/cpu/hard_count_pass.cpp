@@ -4,8 +4,8 @@
 
 namespace {
 
-constexpr int kTables = 4;  // neighbouring voxels count in different ones, so that they need not wait for each other
-constexpr int kPairClasses = 32;  // up to so many, pairs of label and prediction are counted: one addition a voxel
+constexpr int kTables = 4;  // neighbouring voxels count in different tables, so that they need not wait for each other
+constexpr int kPairClasses = 32;  // up to here pairs of label and prediction are counted: one addition a voxel
 
 // Scratch: the tile's buffers, each voxel's predicted class, tables of true positives, predictions and labels, pairs.
 template <typename T>
@@ -40,7 +40,7 @@ void count(const Volume& v, int64_t sample, int64_t begin, int64_t end, double* 
   using A = Compute<T>;
   using Int = typename Lanes<A>::Int;
   TileBuffers<T> buffers(v, scratch);
-  if (v.logits.voxel_stride != 1) buffers.tile_voxels = buffers.row_voxels;  // what is copied is kept in rows
+  if (v.logits.voxel_stride != 1) buffers.tile_voxels = buffers.row_voxels;  // copied voxels are kept in rows
   const int64_t classes = v.classes, size = 3 * classes;
   Int* const predicted = reinterpret_cast<Int*>(buffers.rest);
   double* const tables = reinterpret_cast<double*>(predicted + kTileVoxels);

@@ -8,15 +8,15 @@
 namespace tversky_kernels {
 namespace cpu {
 
-// Bad values that a pass has found. Only reading the data can find them.
+// Bad values that a pass has found while it read the data.
 struct BadInput {
-  bool label = false;   // one that is neither a class nor ignore_index
-  int64_t value = 0;    // that label
+  bool label = false;   // a label that is neither a class nor ignore_index
+  int64_t value = 0;    // its value
   bool weight = false;  // a voxel weight that is negative or NaN
   double weight_value = 0;
   bool target = false;  // a value of a dense target outside [0, 1]
   double target_value = 0;
-  bool region = false;  // one that is not below the number of regions
+  bool region = false;  // a region that is not below the number of regions
   int64_t region_value = 0;
 };
 
@@ -25,14 +25,15 @@ using CountPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t
                            BadInput*);
 
 // Writes the gradient of voxels [begin, end) of one sample. coefficients[C][2 or 4], see enum Coefficient, in the type
-// in which is computed (double for double logits, else float).
+// of the computation (double for double logits, else float).
 using GradientPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, const void* coefficients,
                               const GradientView&, void* scratch);
 
 // Bytes of scratch that one call of either pass needs.
 using ScratchBytes = int64_t (*)(const Volume&);
 
-// Where a chunk's counts of a region go: row(context, region) is its [C][4 or 7], the last the number of voxels.
+// Where the counts of a chunk go: row(context, region) is the region's [C][4 or 7], the last column the number of
+// voxels.
 struct RegionRows {
   double* (*row)(void* context, int64_t region);
   void* context;
@@ -45,8 +46,8 @@ using RegionGradientPass = void (*)(const RegionVolume&, int64_t sample, int64_t
                                     const void* coefficients, const GradientView&, void* scratch);
 using RegionScratchBytes = int64_t (*)(const RegionVolume&);
 
-// Adds to counts[3][C] of voxels [begin, end) of one sample: those of class c predicted as such, predicted as c, of
-// class c. Softmax, class indices.
+// Adds to counts[3][C], of voxels [begin, end) of one sample: those of class c predicted as c, those predicted as c,
+// and those of class c. Softmax, class indices.
 using HardCountPass = void (*)(const Volume&, int64_t sample, int64_t begin, int64_t end, double* counts, void* scratch,
                                BadInput*);
 

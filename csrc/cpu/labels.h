@@ -1,13 +1,14 @@
-// The family "labels": a softmax, and a label as the target. Two classes are a sigmoid of their difference, up to four
-// stay in registers, more go block by block: 64 voxels, copied to where their classes lie side by side (tile.h).
+// The family "labels": a softmax, and a label as the target. Two classes are a sigmoid of their difference. Up to four
+// classes stay in registers. More go in blocks of 64 voxels, which are copied so that the classes of a block lie side
+// by side (tile.h).
 #pragma once
 
 #include "passes.h"
 
 namespace {
 
-// Softmax over two classes is a sigmoid of the difference: one exponential, and each class's false positives are the
-// other's false negatives.
+// The softmax over two classes is a sigmoid of their difference: one exponential, and the false positives of each class
+// are the other's false negatives.
 template <typename T, Labels kLabels, CeForm kCeForm, bool kSquared, bool kInner>
 TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T>* counts) {
   constexpr bool kMasked = kLabels == Labels::kSome, kCrossEntropy = kCeForm != CeForm::kNone;
@@ -18,8 +19,8 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   V right0{}, right1{}, missed0{}, missed1{}, cross_entropy0{}, cross_entropy1{}, voxels0{}, voxels1{};
   V smoothing0{}, smoothing1{};
   const bool weighted = tile.weights != nullptr;
-  // Without weights the logarithms are summed as one of a product: 1 + product is that of all 1 + e, each at most 2.
-  // Kept as the product less 1, it keeps its relative accuracy where all e are small.
+  // Without weights the sum of logarithms is the logarithm of a product. 1 + product is the product of all 1 + e, each
+  // at most 2. The product less 1 is kept: it keeps its relative accuracy where all e are small.
   V product0{}, product1{};
   const auto take_logarithms = [&]() __attribute__((always_inline)) {
     const V of_label0 = log1p<A>(product0), of_label1 = log1p<A>(product1);
@@ -49,7 +50,7 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
       const V factor = focal_factor(is1 ? p.complement : p.p, tile.focal_gamma, FocalPower{});
       cross_entropy = (cross_entropy + log1p_of_fraction<A>(e)) * factor;
     }
-    // -log p of class 0 and of class 1, but for log(1 + e)
+    // -log p of class 0 and of class 1, without the common log(1 + e)
     V minus_log0 = maximum(V{}, difference), minus_log1 = maximum(V{}, -difference);
     if (weighted) {
       const V weight = load<V>(tile.weights + i);
@@ -109,8 +110,8 @@ TK_INLINE void count_two_classes(const Tile<T>& tile, int padded, CountVectors<T
   }
 }
 
-// From the logits of kVectors vectors of voxels and their maxima; exponentials take the logits' place. kClasses: the
-// number of classes where it is known when this is compiled, else 0. read_next(c) is called for every class on the way.
+// From the logits of kVectors vectors of voxels and their maxima. The exponentials overwrite the logits. kClasses: the
+// number of classes where the compiler knows it, else 0. Calls read_next(c) for every class on the way.
 template <typename T, int kClasses, int kVectors, Labels kLabels, CeForm kCeForm, bool kSquared, typename Next>
 TK_INLINE void count_softmax_block(const Tile<T>& tile, int at, int runtime_classes, PresentClasses& present,
                                    LogitsVector<T>* logits, const LogitsVector<T>* top, const Next& read_next,
@@ -272,7 +273,7 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const U* u,
   const U* u1 = u + kCoefficients<kCrossEntropy>;
   const U difference0 = u1[kBackground] - u[kForeground];  // u_1 - u_0 where the label is 0
   const U difference1 = u1[kForeground] - u[kBackground];  // where it is 1
-  // The same of squares, at the label: u_label - u_other = u_foreground - 2 p_other (both u_background).
+  // The same for squares, at the label: u_label - u_other = u_foreground - 2 p_other (both u_background).
   const U backgrounds = u[kBackground] + u1[kBackground];
   for (int i = 0; i < padded; i += Lanes<A>::count) {
     const I label = tile.template label<kLabels>(i);
@@ -313,8 +314,8 @@ TK_INLINE void two_classes_gradient(const Tile<T>& tile, int padded, const U* u,
   }
 }
 
-// As count_softmax_block. s_all: the sum of all classes' dL/dsmoothing. store_dz(c, k, dz) takes the gradient of class
-// c in the k-th vector.
+// As count_softmax_block. s_all: the sum of all classes' dL/dsmoothing. store_dz(c, k, dz) gets the gradient of class c
+// in the k-th vector.
 template <typename T, int kClasses, int kVectors, Labels kLabels, CeForm kCeForm, bool kSquared, typename U,
           typename Next, typename Store>
 TK_INLINE void softmax_gradient_block(const Tile<T>& tile, int at, int runtime_classes, const U* u, U s_all,
@@ -425,7 +426,7 @@ TK_INLINE void softmax_gradient_rows(const Tile<T>& tile, int padded, int classe
       store_classes<kClasses, kInner>(out.rows, out.row_stride, at, dz, out.streamed);
     }
   } else {
-    // for_each_block uses the first half of the scratch alone here.
+    // for_each_block uses only the first half of the scratch here.
     [[maybe_unused]] T* const block_rows = reinterpret_cast<T*>(scratch + classes * kBlockVectors);
     for_each_block<kInner>(tile, padded, classes, scratch,
                            [&](int at, V* logits, const V* top, const auto& read_next) __attribute__((always_inline)) {

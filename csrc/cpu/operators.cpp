@@ -17,7 +17,8 @@ namespace tversky_kernels {
 namespace cpu {
 namespace {
 
-// Equal runs of voxels of one sample. They depend on the shape alone, so the sums over them do not depend on threads.
+// Equal runs of voxels of one sample. They depend on the shape alone, so the sums do not depend on the number of
+// threads.
 struct Chunks {
   int64_t voxels_each, per_sample;
 
@@ -33,7 +34,8 @@ struct Chunks {
   }
 };
 
-// A worker's share of the chunks, [first, last). Its owner takes them from the front, others from the back.
+// A worker's share of the chunks, [first, last). Its owner takes chunks from the front, other workers take them from
+// the back.
 class Share {
  public:
   void set(uint32_t first, uint32_t last) { range_.store(uint64_t{last} << 32 | first, std::memory_order_relaxed); }
@@ -52,9 +54,9 @@ class Share {
   alignas(64) std::atomic<uint64_t> range_{0};
 };
 
-// Calls body(sample, chunk, begin, end, scratch, worker) for every chunk. Each worker starts on its own share: the same
-// in both passes, and the same as in torch's operators, so that the worker's caches hold it. A worker that is done
-// helps the others, so that nobody waits for a core that another program has slowed down.
+// Calls body(sample, chunk, begin, end, scratch, worker) for every chunk. Each worker starts on its own share. The
+// share is the same in both passes and in torch's operators, so the worker finds it in its caches. A worker that has
+// finished helps the others: nobody waits for a core that another program has slowed down.
 template <typename Body>
 void for_each_chunk(const Volume& v, const Chunks& chunks, int64_t scratch_bytes, const Body& body) {
   const int64_t total = v.samples * chunks.per_sample;
@@ -107,7 +109,8 @@ void raise_bad_region(const RegionVolume& r, const BadInput& bad) {
                   "\n");
 }
 
-// NaN in one of a class's overlap counts is NaN in all: a voxel of another class adds nothing to its tp.
+// Where one of the overlap counts of a class is NaN, all of them become NaN: a voxel of another class adds nothing to
+// its tp.
 void spread_nan(int64_t rows, int columns, double* counts) {
   for (int64_t i = 0; i < rows; ++i) {
     double* q = counts + i * columns;
@@ -159,7 +162,7 @@ BadInput count_chunks(const Volume& v, ScratchBytes Kernels::* scratch_bytes, in
   return found.first();
 }
 
-// counts[N][C][columns]; NaN where the data are bad and that is not raised.
+// counts[N][C][columns]; NaN where values are bad and no error is raised.
 void count(const Volume& v, Check check, double* counts) {
   const int64_t row = v.classes * v.count_columns();
   std::fill(counts, counts + v.samples * row, 0.0);
@@ -176,7 +179,8 @@ void count(const Volume& v, Check check, double* counts) {
   spread_nan(v.samples * v.classes, v.count_columns(), counts);
 }
 
-// The whole loss from counts[N][C][columns]: writes loss (one value, or one a row and class) and coefficients.
+// The whole loss from counts[N][C][columns]. Writes the loss (one value, or one for each row and class) and the
+// coefficients.
 void evaluate_table(const Table& t, const double* counts, double* loss, double* coefficients) {
   const auto power = [](double x, double y) { return std::pow(x, y); };
   const int columns = t.columns(), width = t.coefficient_columns();
@@ -238,7 +242,7 @@ void evaluate_table(const Table& t, const double* counts, double* loss, double* 
   }
 }
 
-// coefficients[rows][C][columns] times the upstream gradient, as the pass takes them.
+// coefficients[rows][C][columns] times the upstream gradient, in the type of the pass.
 template <typename A>
 std::vector<A> scaled_coefficients(const Tensor& grad_loss, const Tensor& coefficients, OverlapForm form) {
   const int64_t rows = coefficients.size(0), classes = coefficients.size(1), columns = coefficients.size(2);
@@ -316,14 +320,14 @@ struct Cpu {
 
 // ---- Regions
 
-// A chunk's rows, of the regions that it meets alone.
+// The rows of a chunk: only of the regions that it meets.
 struct ChunkRows {
   int64_t size;
   std::vector<int64_t> regions;
   std::vector<double> values;
 };
 
-// A chunk's rows while it is counted. slots: of each region, where its row is; -1 for none.
+// The rows of a chunk while it is counted. slots: the place of each region's row; -1: it has none.
 struct RowsOfChunk {
   ChunkRows* rows;
   std::vector<int32_t>* slots;
@@ -341,7 +345,7 @@ struct RowsOfChunk {
   }
 };
 
-// Fewer chunks, which a region's rows are worth.
+// Fewer chunks than without regions: each has rows of its own.
 Chunks region_chunks(const Volume& v) {
   Chunks chunks(v);
   constexpr int64_t kLeast = 32768, kMost = 64;
@@ -428,7 +432,7 @@ struct CpuRegions {
   }
 };
 
-// (N, 3, C): voxels of class c predicted as such, predicted as c, of class c.
+// (N, 3, C): the voxels of class c predicted as c, those predicted as c, and those of class c.
 Tensor hard_count_pass(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
                        std::optional<int64_t> ignore_index, bool raises) {
   const PassOptions options{0, ignore_index, 0, 0, 0.0, false};

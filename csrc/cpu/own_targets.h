@@ -1,6 +1,6 @@
 // The family "own targets": every class of a voxel has a target g of its own (takes_general_kernels), dense or as
 // one-hot rows, with all options of the cross-entropy. Voxels that do not count have logits, targets and weight 0 here,
-// so that the arithmetic needs no masks.
+// so the arithmetic needs no masks.
 #pragma once
 
 #include "passes.h"
@@ -39,7 +39,7 @@ TK_INLINE Vector<Compute<T>> general_weight(const Tile<T>& tile, int at) {
   return tile.masked ? (general_counted(tile, at) ? weight : V{}) : weight;
 }
 
-// Whether all targets are 0 or 1, so that a binary cross-entropy has one term each. is_one: g == 1.
+// Whether all targets are 0 or 1. Each binary cross-entropy then has one term. is_one: g == 1.
 template <typename A>
 TK_INLINE bool is_hard(Vector<A> g, IntVector<A> is_one) {
   return !any(~is_one & (g != 0));
@@ -146,7 +146,7 @@ TK_INLINE void add_overlap(Probability<Vector<A>> p, Vector<A> g, bool weighted,
   fn += overlap.fn;
 }
 
-// The sums of one class. They continue from the sums so far, so that the size of a tile changes no bits.
+// The sums of one class. They continue from the sums so far, so the size of a tile changes no bits.
 template <typename A, bool kCrossEntropy>
 struct GeneralSums {
   Vector<A> tp, fp, fn, ce{}, smoothing{};
@@ -165,8 +165,8 @@ struct GeneralSums {
   }
 };
 
-// Whether the values of a dense target are in [0, 1]: their bits, as unsigned integers, are then not above those of 1.
-// (Those of -0 are, which find_bad_target knows.)
+// Whether the values of a dense target are in [0, 1]: as unsigned integers their bits are then not above the bits of 1.
+// (Those of -0 are; find_bad_target knows it.)
 template <typename A>
 struct TargetCheck {
   typedef std::make_unsigned_t<typename Lanes<A>::Int> Bits __attribute__((vector_size(TK_VECTOR_BYTES)));

@@ -23,7 +23,7 @@ TK_INLINE void add_to_double(DoubleVector& total, Vector<A> v) {
   }
 }
 
-// Where a tile's gradient goes: rows of the gradient itself, or a buffer that is copied there afterwards.
+// Where the gradient of a tile goes: to rows of the gradient itself, or to a buffer that is copied there afterwards.
 template <typename T>
 struct GradientRows {
   T* rows;
@@ -31,11 +31,11 @@ struct GradientRows {
   bool streamed;  // past the caches
 };
 
-// Whether a gradient is stored past the caches: a large fresh one, whose memory would be read first, and drive out the
-// logits that are still to be read. inner: its classes lie side by side.
+// Whether a gradient is stored past the caches. A large fresh one is: its memory would be read first, and would drive
+// out the logits that are still to be read. inner: the classes of a voxel lie side by side.
 template <typename T>
 bool is_streamed(const Volume& v, const GradientView& view, bool inner) {
-  constexpr int64_t kLeastBytes = int64_t{8} << 20, kLine = 64;  // of less, whoever reads it next finds it in a cache
+  constexpr int64_t kLeastBytes = int64_t{8} << 20, kLine = 64;  // the next reader of a smaller one finds it in a cache
   const auto is_aligned = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % kLine == 0; };
   return view.data != v.logits.data &&
          v.samples * v.classes * v.voxels * static_cast<int64_t>(sizeof(T)) >= kLeastBytes &&
@@ -46,8 +46,8 @@ bool is_streamed(const Volume& v, const GradientView& view, bool inner) {
 template <bool kCrossEntropy>
 constexpr int kCoefficients = kCrossEntropy ? kAllCoefficients : kOverlapCoefficients;
 
-// A pass has its coefficients as numbers (U is A), the same for all lanes, or as vectors (U is Vector<A>), a number a
-// lane. `spread` makes a vector of either.
+// A pass has its coefficients as numbers (U is A), the same for all lanes, or as vectors (U is Vector<A>), a number for
+// each lane. `spread` makes a vector of either.
 template <typename A, typename U>
 TK_INLINE Vector<A> spread(U x) {
   if constexpr (std::is_same_v<U, A>) {

@@ -27,7 +27,7 @@ void count_sorted(const Volume& v, const Tile<A>& tile, int padded, PresentClass
 
 constexpr int kScratchVectors = larger(2 * kBlockVectors, 2 * kGeneralVectors);
 
-// Regions whose sums are kept in vectors where voxels are counted in place: as many as a cache holds.
+// How many regions have their sums in vectors where voxels are counted in place: as many as a cache holds.
 int slots_of(const Volume& v) {
   constexpr int64_t kMost = 256, kLeast = 16, kBytes = 1 << 20;
   return static_cast<int>(larger(kLeast, smaller(kMost, kBytes / (v.classes * kAllCounts * kVectorBytes))));
@@ -40,7 +40,7 @@ int64_t scratch_bytes(const RegionVolume& r) {
          slots * static_cast<int64_t>(kVectorBytes + sizeof(int32_t)) + PresentClasses::bytes(r.volume.classes);
 }
 
-// Adds to a region's rows the sums of some lanes, each class's to the region that the group has for it.
+// Adds the sums of some lanes to a region's rows: each class's to the region that the group has for that class.
 template <typename T>
 void add_to_rows(const RegionVolume& r, const RegionTile<T>& tile, const Group& group,
                  const CountVectors<Compute<T>>* sums, int first_lane, int last_lane, const RegionRows& rows) {
@@ -78,7 +78,7 @@ void add_members(const RegionVolume& r, const RegionTile<T>& tile, const Group& 
   }
 }
 
-// The sums of some regions, a vector each, and how many voxels count: for tiles in place.
+// For tiles in place: the sums of some regions, a vector each, and how many of their voxels count.
 template <typename T>
 class RegionSums {
  public:
@@ -93,7 +93,7 @@ class RegionSums {
         regions_(reinterpret_cast<int32_t*>(counted_ + most_)),
         slots_(buckets) {}
 
-  // A region's slot; makes room where there is none.
+  // The slot of a region. Writes all slots out first where none is free.
   int slot(int32_t region, const RegionRows& rows) {
     if (slots_[region] >= 0) return slots_[region];
     if (used_ == most_) flush(rows);

@@ -3,7 +3,7 @@
 
 namespace {
 
-// u: a number a lane, also where all lanes have the same: one kernel less to compile.
+// u: a number for each lane, also where all lanes have the same one: that saves a kernel.
 template <typename A>
 void gradient_of_sorted(const Volume& v, const Tile<A>& tile, int padded, const Vector<A>* u, PresentClasses& present,
                         Vector<A>* scratch, const GradientRows<A>& out) {
@@ -47,7 +47,7 @@ void gradient_in_place(const Volume& v, const RegionTile<T>& tile, const Compute
     const int vectors = tile.uniform_vectors(i);
     if (vectors > 0) {
       const int voxels = vectors * kLanes;
-      const A* const u = table + larger(tile.region_at(i), 0) * row;  // of no region: its labels do not count
+      const A* const u = table + larger(tile.region_at(i), 0) * row;  // in no region: its labels do not count
       for (int64_t k = 0; k < row; ++k) of_lanes[k] = broadcast<A>(u[k]);
       gradient_of_sorted(v, tile.tile_in_place(i, voxels), voxels, of_lanes, present, static_cast<V*>(nullptr), there);
       i += voxels;
@@ -87,8 +87,8 @@ void gradient(const RegionVolume& r, int64_t sample, int64_t begin, int64_t end,
   V* const block = reinterpret_cast<V*>(tile.rest);
   V* const of_lanes = block + v.classes * kScratchVectors;
   PresentClasses present(of_lanes + v.classes * kAllCoefficients, v.classes);
-  BadInput bad;  // the count pass has told of it, and its coefficients are NaN then
-  // A group's coefficients of class c; where it is in no region, zeros.
+  BadInput bad;  // the count pass has reported it, and the coefficients are NaN then
+  // A group's coefficients of class c; zeros where it is in no region.
   const auto coefficients_of = [&](const Group& group, int64_t c, A* to) {
     const int32_t region = tile.region(group, c);
     for (int q = 0; q < columns; ++q) to[q] = region < 0 ? A(0) : table[region * row + c * columns + q];

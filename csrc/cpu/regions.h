@@ -1,6 +1,6 @@
 // The family "regions": voxels that are counted in one of several rows. The voxels of a tile are sorted by their region
-// into lanes, so that the other families' kernels see one region in each lane: first whole blocks of one region, then
-// blocks whose lanes belong to several. The kernels' sums are kept a lane, and so are the coefficients that they take.
+// into lanes, so that the kernels of the other families see one region in each lane. First come whole blocks of one
+// region, then blocks whose lanes belong to several. Sums and coefficients are kept for each lane.
 #pragma once
 
 #include "channels.h"
@@ -9,7 +9,7 @@
 
 namespace {
 
-// Copies a few numbers: what a call of memcpy takes is more than the copy.
+// Copies a few numbers. A call of memcpy takes longer than the copy.
 template <typename E>
 TK_INLINE void copy_piece(E* to, const E* from, int length) {
 #if defined(__AVX512F__)
@@ -40,17 +40,17 @@ int region_tile_voxels(const Volume& v) {
   return static_cast<int>(larger(256, smaller(kRegionVoxels, fitting / 256 * 256)));
 }
 
-// `length` voxels of the tile from `voxel` on, which are sorted to `position`; kNoGroup: to none.
+// `length` voxels of the tile from `voxel` on, sorted to `position` and after; kNoGroup: sorted nowhere.
 struct Piece {
   int32_t voxel, position, length;
 };
 
-// Voxels of the same rows: their region or, where each class has a partition of its own, their tuple of regions.
+// Voxels with the same rows: the same region or, where each class has a partition of its own, the same regions.
 struct Group {
-  int32_t first_voxel;  // whose ids these are
+  int32_t first_voxel;  // the ids of this voxel are the ids of all
   int32_t voxels, placed;
-  int32_t blocks_at, lane;  // where its whole blocks and the lanes of what remains begin
-  int32_t bucket, next;     // of its hash; the group there before
+  int32_t blocks_at, lane;  // where its whole blocks begin, and the lanes of the rest
+  int32_t bucket, next;     // of its hash; the earlier group there
   int64_t members;          // voxels that count
 };
 
@@ -121,15 +121,16 @@ class RegionTile {
   int whole_end = 0, positions = 0;  // positions [0, whole_end) are blocks of one group each
   char* rest;
 
-  // Of each region id, kNoGroup between two tiles that are counted in place.
+  // An entry for each region id; kNoGroup between two tiles that are counted in place.
   int32_t* buckets() { return buckets_; }
   int row_stride() const { return capacity_; }
-  // The region in which a group is counted for class c; negative: in none.
+  // The region in which a group is counted for class c; negative: in no region.
   int32_t region(const Group& group, int64_t c) const {
     return ids_[(r_.by_class ? c * most_ : 0) + group.first_voxel];
   }
 
-  // Whether the other families' kernels read whole vectors of voxels where they are: those that take one at a time.
+  // Whether the kernels of the other families read whole vectors of voxels in place. Those that take one vector at a
+  // time do.
   bool reads_in_place() const {
     const bool one_vector = v_.activation != Activation::kSoftmax || v_.classes <= kFewClasses;
     return reads_blocks_in_place() && one_vector && !takes_general_kernels(v_) && !r_.by_class && r_.count <= kHashes;
@@ -143,8 +144,8 @@ class RegionTile {
     return static_cast<int>(smaller(most_, whole ? left / kLanes * kLanes : left));
   }
 
-  // Reads some of the voxels [begin, begin + count) of a sample, of which take() says how many, and returns of how
-  // many. Sorts them, but for those in place.
+  // Reads some of the voxels [begin, begin + count) of a sample (take() says how many), and returns their number. Sorts
+  // them unless they are counted in place.
   int fill(int64_t sample, int64_t begin, int count, BadInput& bad) {
     for (int g = 0; g < group_count; ++g) buckets_[groups[g].bucket] = kNoGroup;
     group_count = 0;
@@ -167,7 +168,7 @@ class RegionTile {
     }
     if (in_place || is_uniform) return count;
     sort(count, masked);
-    // What no voxel is sorted to counts nowhere, and holds numbers.
+    // A place that gets no voxel counts nowhere. It holds numbers.
     const int64_t empty = positions - whole_end;
     for (int i = whole_end; i < positions; ++i) labels_[i] = kUncounted;
     if (v_.weight.data != nullptr) memset(weights_ + whole_end, 0, empty * sizeof(A));
@@ -185,7 +186,7 @@ class RegionTile {
     return count;
   }
 
-  // Whether all voxels are of one group, groups[0] (or of none), and blocks of them are read where they are.
+  // Whether all voxels are of one group, groups[0] (or of none), and blocks of them are read in place.
   bool is_uniform = false;
 
   // ---- In place: vectors of voxels, each with the regions of its lanes
@@ -196,14 +197,14 @@ class RegionTile {
   IntVector<A> regions_at(int i) const { return (IntVector<A>)load_widened<Int>(ids_ + i); }
   IntVector<A> labels_at(int i) const { return load<IntVector<A>>(unsorted_labels_ + i); }
   int32_t region_at(int i) const { return ids_[i]; }
-  // How many vectors from voxel i on are of its region as a whole; 0: not even the first.
+  // How many vectors from voxel i on have one region, the same for all; 0: not even the first.
   int uniform_vectors(int i) const {
     const IntVector<A> region = IntVector<A>{} + static_cast<Int>(ids_[i]);
     int vectors = 0;
     while (i + vectors * kLanes < count_ && !any(regions_at(i + vectors * kLanes) != region)) ++vectors;
     return vectors;
   }
-  // Calls work(region, mask of its lanes) for each region of the vector of voxels from i on that is not negative.
+  // Calls work(region, mask of its lanes) for each region that is not negative in the vector of voxels from i on.
   template <typename F>
   TK_INLINE void for_each_region(int i, const F& work) const {
     const IntVector<A> ids = regions_at(i);
@@ -220,7 +221,7 @@ class RegionTile {
       if (!any(pending)) return;
     }
   }
-  // Whether the vector of voxels from i on is of many regions: neighbours differ more often than not.
+  // Whether the vector of voxels from i on has many regions: more than half of the neighbours differ.
   bool is_scattered(int i) const {
     int changes = 0;
     for (int lane = 1; lane < kLanes; ++lane) changes += ids_[i + lane] != ids_[i + lane - 1];
@@ -276,7 +277,7 @@ class RegionTile {
     return t;
   }
 
-  // The gradients of classes that are a part of the background, from the background's: see merge().
+  // The gradients of the classes that belong to the background, from the gradient of the background: see merge().
   void spread_background() {
     if (merged_ == nullptr) return;
     memcpy(background_gradient_, rows, positions * sizeof(A));
@@ -292,7 +293,7 @@ class RegionTile {
     }
   }
 
-  // Writes what stands in the rows to where the voxels come from; 0 for voxels in no region.
+  // Writes the rows to the places of the voxels; 0 for voxels in no region.
   void scatter(const GradientView& view, int64_t sample, int64_t begin) const {
     T* const out = static_cast<T*>(view.data) + sample * view.sample_stride + begin * view.voxel_stride;
     for (int64_t c = 0; c < v_.classes; ++c) {
@@ -324,17 +325,16 @@ class RegionTile {
   Int *labels_, *unsorted_labels_;
   int32_t *ids_, *buckets_;
   Run* runs_;
-  int32_t*
-      position_of_;  // of each voxel, where the tile is fragmented: in pieces so short that they are not copied whole
+  int32_t* position_of_;  // of each voxel, where the pieces are too short to copy them whole
   bool fragmented_ = false;
   int count_ = 0;
   const T* at_ = nullptr;  // the logits of the first voxel
   const uint8_t* merged_ = nullptr;
-  A *background_, *background_gradient_;  // of merged classes: the logit, and what stood in its row
+  A *background_, *background_gradient_;  // of merged classes: the logit of class 0, and its gradient
 
   // ---- Classes that were not annotated
 
-  // Which classes of a sample are a part of its background; null: none.
+  // The classes of a sample that belong to its background; null: there are none.
   const uint8_t* merged_classes(int64_t sample) const {
     if (r_.merged == nullptr) return nullptr;
     const uint8_t* const of_sample = r_.merged + sample * v_.classes;
@@ -344,8 +344,8 @@ class RegionTile {
     return nullptr;
   }
 
-  // The softmax has the probabilities of these classes in that of class 0: its logit becomes the logarithm of the sum
-  // of their exponentials, and theirs -inf.
+  // The softmax gives the probability of these classes to class 0: its logit becomes the logarithm of the sum of their
+  // exponentials, and their logits become -inf.
   void merge() {
     for (int i = 0; i < positions; i += kLanes) {
       V top = load<V>(rows + i), sum{};
@@ -411,7 +411,7 @@ class RegionTile {
     }
   }
 
-  // How many voxels from `voxel` on have its ids.
+  // How many voxels from `voxel` on have the same ids.
   int run_length(int voxel, int end) const {
     int run = end;
     for (int64_t c = 0; c < (r_.by_class ? v_.classes : 1); ++c) {
@@ -427,7 +427,7 @@ class RegionTile {
     return run - voxel;
   }
 
-  // The group of a voxel, which may be new.
+  // The group of a voxel. Makes it where there is none.
   int find_group(int voxel) {
     if (!r_.by_class && r_.count <= kHashes) {  // the id is the bucket
       const int32_t id = ids_[voxel];
@@ -508,7 +508,7 @@ class RegionTile {
     return counted;
   }
 
-  // Voxels that follow each other go to lanes, or to whole blocks, that do.
+  // Neighbouring voxels go to neighbouring lanes, or to whole blocks.
   void place(Run run) {
     if (run.group == kNoGroup) {
       pieces[piece_count++] = {run.voxel, kNoGroup, run.length};
@@ -522,7 +522,7 @@ class RegionTile {
       if (at < 0) {
         position = group.blocks_at + group.placed;
         most = -at;
-      } else {  // its lanes may be those of two blocks
+      } else {  // its lanes may be in two blocks
         int lanes = static_cast<int>(smaller(lanes_of(group), kLanes - first_lane));
         int from = block + first_lane;
         if (at >= lanes * kBlockVectors) {

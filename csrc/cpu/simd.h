@@ -35,7 +35,7 @@ typedef uint8_t ByteVector __attribute__((vector_size(TK_VECTOR_BYTES)));
 typedef double DoubleVector __attribute__((vector_size(TK_VECTOR_BYTES)));
 typedef int64_t Int64Vector __attribute__((vector_size(TK_VECTOR_BYTES)));
 
-// Accumulation type -> its vector, the integers of the same width, and the constants of exp.
+// Of each accumulation type: its vector, the integers of the same width, and the constants of exp.
 template <typename A>
 struct Lanes;
 
@@ -104,8 +104,8 @@ TK_INLINE void store(T* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
 
-// The same past the caches, so that what was there need not be read first; p is as aligned as V is large.
-// Other threads see it after finish_streams().
+// The same past the caches: the old contents of the memory are not read first. p is aligned to the size of V. Other
+// threads see the values after finish_streams().
 template <typename T, typename V>
 TK_INLINE void stream(T* p, V v) {
 #if defined(__AVX512F__)
@@ -129,7 +129,7 @@ TK_INLINE void finish_streams() {
 #endif
 }
 
-// Of the first n elements of a vector; the others are 0, and stay as they are in memory.
+// The first n elements of a vector. The others are read as 0, and are not written.
 template <typename V, typename T>
 TK_INLINE V load_first(const T* p, int n) {
 #if defined(__AVX512F__)
@@ -158,8 +158,8 @@ TK_INLINE void prefetch_to_second_level(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// a > b ? a : b, so that b's NaN stays and a's does not; gcc does not find the instruction by itself where a is
-// constant.
+// a > b ? a : b: where b is NaN the result is NaN, where a is NaN it is b. gcc does not find the instruction by itself
+// where a is constant.
 template <typename V>
 TK_INLINE V maximum(V a, V b) {
 #if defined(__AVX512F__)
@@ -179,7 +179,7 @@ TK_INLINE V maximum(V a, V b) {
 #endif
 }
 
-// sum += value where the mask says so. Where there are masked additions gcc makes one of it only in this form.
+// sum += value in the lanes of the mask. gcc makes a masked addition of it, where there is one, only in this form.
 template <typename M, typename V>
 TK_INLINE void add_where(M mask, V& sum, V value) {
 #if defined(__AVX512F__)
@@ -200,7 +200,7 @@ TK_INLINE Vector<A> negative_magnitude(Vector<A> x) {
 template <typename A>
 TK_INLINE Vector<A> reciprocal(Vector<A> x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) {  // 14 bits and a Newton step: a third of a division's time
+  if constexpr (sizeof(A) == 4) {  // 14 bits and a Newton step: a third of the time of a division
     const FloatVector y = (FloatVector)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
     return y + y * (1 - x * y);
   }
@@ -208,7 +208,7 @@ TK_INLINE Vector<A> reciprocal(Vector<A> x) {
   return 1 / x;
 }
 
-// q[0] + q[1] x + ... by pairs, so that fewer steps wait for each other than by Horner's rule. x2: x * x.
+// q[0] + q[1] x + ... by pairs: fewer steps wait for each other than in Horner's rule. x2: x * x.
 template <int kTerms, typename V, typename A>
 TK_INLINE V polynomial(const A (&q)[kTerms], V x, V x2) {
   constexpr int kLast = (kTerms - 1) / 2 * 2;
@@ -224,25 +224,25 @@ constexpr int32_t kSixteenthPowers[16] = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x
                                           0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
                                           0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
 
-// As below, by a table that fits a register: x = n ln 2 / 16 + r, where |r| <= ln 2 / 32 needs three terms.
+// As below, by a table that fits into a register: x = n ln 2 / 16 + r, where |r| <= ln 2 / 32 needs three terms.
 TK_INLINE FloatVector exp_by_table(FloatVector x) {
   using L = Lanes<float>;
-  constexpr float kMagic = 12582912.0f, kStep = 0.693147182f / 16;  // that ln 2 is off by 3e-9 of it
+  constexpr float kMagic = 12582912.0f, kStep = 0.693147182f / 16;  // here ln 2 is wrong by 3e-9 of itself
   const FloatVector shifted = x * (16 * L::log2e) + kMagic;         // its low bits are n
   const FloatVector n = shifted - kMagic;
   const FloatVector r = x - n * kStep;
-  const FloatVector exponential_minus_1 = (r * r) * (r * 0.16666667f + 0.5f) + r;  // off by r^4 / 24: 9e-9
+  const FloatVector exponential_minus_1 = (r * r) * (r * 0.16666667f + 0.5f) + r;  // the error is r^4 / 24: 9e-9
   const __m512i n_bits = _mm512_slli_epi32((__m512i)shifted, L::mantissa_bits - 4);
   const __m512i power =
       _mm512_maskz_permutexvar_epi32(0xffff, (__m512i)shifted, (__m512i)load<Int32Vector>(kSixteenthPowers));
-  // 2^(n / 16), by the instruction's addition that wraps around: of an x that underflows it is any number.
+  // 2^(n / 16), by an integer addition that wraps around. For an x that underflows the result is any number.
   const FloatVector scale = (FloatVector)_mm512_add_epi32(n_bits, power);
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(L::smallest), _CMP_NLT_UQ);
   return (FloatVector)_mm512_maskz_fmadd_ps(normal, (__m512)exponential_minus_1, (__m512)scale, (__m512)scale);
 }
 #endif
 
-// e^x for x <= 0 (and for small positive x), error about 1 ulp; what would be below the smallest normal number is 0.
+// e^x for x <= 0 (and for small positive x), with an error of about 1 ulp. Below the smallest normal number it is 0.
 // NaN stays NaN.
 template <typename A>
 TK_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
@@ -291,7 +291,7 @@ TK_INLINE IntVector<A> take_exponent(Vector<A>& x) {
   return exponent;
 }
 
-// log(x) for normal x > 0 (for smaller ones, and 0, a number below -87), and log(1 + x) for x > -1/4, which keeps its
+// log(x) for normal x > 0 (for smaller x, and 0, a number below -87), and log(1 + x) for x > -1/4, which keeps its
 // relative accuracy as x -> 0. NaN stays NaN.
 template <typename A>
 TK_INLINE Vector<A> log_positive(Vector<A> x) {
@@ -349,8 +349,8 @@ TK_INLINE bool any(I mask) {
 
 // ---- Integers of other widths
 //
-// __builtin_convertvector says the same, but gcc 12 takes such vectors apart lane by lane. The masked forms of the
-// intrinsics are there because the same compiler warns of the header of the unmasked ones.
+// __builtin_convertvector says the same, but gcc 12 takes such vectors apart lane by lane. The intrinsics have their
+// masked forms, because gcc 12 warns of the header of the others.
 
 template <typename Wide>
 struct Integers {
@@ -411,7 +411,7 @@ TK_INLINE void store_narrowed(Narrow* p, V v) {
   }
 }
 
-// A vector of them as float, which gcc 12 would convert one by one.
+// A vector of integers as float. gcc 12 would convert the lanes one by one.
 TK_INLINE FloatVector convert_long(const int64_t* p) {
 #if defined(__AVX512F__)
   const __m256 first = _mm512_maskz_cvtepi64_ps(0xff, _mm512_loadu_si512(p));
@@ -490,7 +490,7 @@ TK_INLINE FloatVector widen(HalfVector bits, Half) {
   const Uint32Vector w = widen_bits(bits);
   const Uint32Vector sign = (w & 0x8000u) << 16;
   const Uint32Vector magnitude = (w & 0x7fffu) << 13;
-  // Scaling by 2^112 rebiases the exponent and normalises subnormals in one exact multiplication.
+  // To scale by 2^112 adds to the exponent and normalises subnormals, in one exact multiplication.
   const Uint32Vector finite = (Uint32Vector)((FloatVector)magnitude * 5.192296858534828e33f);
   const Uint32Vector special = magnitude | 0x7f800000u;
   return (FloatVector)(sign | (magnitude >= 0x0f800000u ? special : finite));
@@ -509,7 +509,7 @@ TK_INLINE HalfVector narrow(FloatVector x, Half) {
   const Uint32Vector b = (Uint32Vector)x;
   const Uint32Vector sign = (b >> 16) & 0x8000u;
   const Uint32Vector magnitude = b & 0x7fffffffu;
-  // Adding 0.5 leaves a result below 2^-14 in the low bits, rounded to multiples of 2^-24: the subnormals of float16.
+  // To add 0.5 leaves a result below 2^-14 in the low bits, rounded to multiples of 2^-24: the subnormals of float16.
   const Uint32Vector subnormal = (Uint32Vector)((FloatVector)magnitude + 0.5f) - 0x3f000000u;
   const Uint32Vector normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   Uint32Vector h = magnitude < 0x38800000u ? subnormal : normal;
@@ -520,7 +520,7 @@ TK_INLINE HalfVector narrow(FloatVector x, Half) {
 #endif
 }
 
-// ---- Logits as they are stored, as vectors of the type in which they are computed
+// ---- Logits in memory, as vectors of the type of the computation
 
 template <typename T>
 struct Accumulation {

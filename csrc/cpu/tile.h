@@ -1,6 +1,6 @@
-// A tile: a run of voxels of one sample as both passes want them, whatever layout the tensors have: logits as one row a
-// class, labels as integers of the width in which is computed, everything padded to whole blocks. Rows that are stored
-// so already are not copied. See simd.h for why all of this has internal linkage.
+// A tile: a run of voxels of one sample in the form that both passes take, whatever layout the tensors have. Logits are
+// one row for each class, labels are integers as wide as the type of the computation, and everything is padded to whole
+// blocks. Rows that are stored so already are not copied. simd.h says why all of this has internal linkage.
 #pragma once
 
 #include <type_traits>
@@ -19,7 +19,7 @@ constexpr int kTileVoxels = 1024;     // at most
 constexpr int kCopiedVoxels = 128;    // at most, where a tile's logits are copied
 constexpr int kRowBytes = 48 * 1024;  // of copied rows, so that they stay in the first-level cache
 constexpr int kUncounted = -1;        // label of a voxel that does not count
-constexpr int kFewClasses = 4;        // softmax kernels that know the number of classes have up to so many
+constexpr int kFewClasses = 4;        // the most classes for which softmax kernels know the number of classes
 
 template <typename A>
 constexpr int kBlock = kBlockVectors * Lanes<A>::count;
@@ -35,7 +35,8 @@ auto with_logits_type(ElementType type, const F& f) {
   }
 }
 
-// The cross-entropy where a label is the target of a softmax: of focal exponent and label smoothing at most one.
+// The cross-entropy of a softmax whose label is the target: with a focal exponent, or with label smoothing, not with
+// both.
 enum class CeForm { kNone, kPlain, kFocal, kSmoothed };
 
 TK_INLINE CeForm ce_form(const Volume& v) {
@@ -48,14 +49,14 @@ TK_INLINE bool has_ce_option(const Volume& v) {
   return ce_form(v) == CeForm::kFocal || ce_form(v) == CeForm::kSmoothed;
 }
 
-// Whether every class of a voxel needs its own g and its own term, which the kernels for one label a voxel do without.
+// Whether every class of a voxel needs its own g and its own term. The kernels for one label a voxel do not make them.
 TK_INLINE bool takes_general_kernels(const Volume& v) {
   if (v.dense || v.activation != Activation::kSoftmax) return v.is_general();
   const bool both = v.focal_gamma != 0 && v.cross_entropy == CrossEntropy::kSmoothed;
   return both || (has_ce_option(v) && v.overlap == OverlapForm::kSquared);
 }
 
-// A tile's labels: bytes in place, all of which count; or converted, and all of them count (kAll) or not (kSome).
+// A tile's labels: bytes in place, which all count; or converted, where all count (kAll) or some do not (kSome).
 enum class Labels { kBytes, kAll, kSome };
 
 template <typename T>
@@ -64,15 +65,15 @@ struct Tile {
   const T* rows;  // logits of class c: rows + c * row_stride
   int64_t row_stride;
   const typename Lanes<A>::Int* labels;
-  const uint8_t* bytes;  // in place of the labels; null: they are converted
+  const uint8_t* bytes;  // instead of labels; null: the labels are converted
   const A* weights;      // null: all are 1
-  const A* targets;      // g of class c: targets + c * target_stride; null: they follow from the labels
+  const A* targets;      // g of class c: targets + c * target_stride; null: g follows from the labels
   int64_t target_stride;
   typename Lanes<A>::Int first_label;  // of class 0
   int voxels;                          // before padding
   bool masked;                         // some label is kUncounted
-  bool is_inner;                       // the classes of a voxel lie side by side from `rows` on, and are read there
-  A focal_gamma;                       // of the cross-entropy; 0: it has none
+  bool is_inner;                       // the classes of a voxel lie side by side from `rows` on and are read there
+  A focal_gamma;                       // of the cross-entropy; 0: none
 
   int padded_voxels() const { return (voxels + kBlock<A> - 1) / kBlock<A> * kBlock<A>; }
   template <Labels kLabels>
@@ -116,8 +117,8 @@ TK_INLINE void with_ce_forms(const Volume& v, const F& work) {
   }
 }
 
-// Calls work with what decides the code of a softmax whose label is the target, as constants: the tile's Labels, the
-// form of the cross-entropy, and whether errors are squared.
+// Calls work with all that decides the code of a softmax whose label is the target, as constants: the Labels of the
+// tile, the form of the cross-entropy, and whether errors are squared.
 template <typename T, typename F>
 TK_INLINE void with_softmax_options(const Volume& v, const Tile<T>& tile, const F& work) {
   with_labels(tile, [&](auto labels) __attribute__((always_inline)) {
@@ -179,7 +180,7 @@ TK_INLINE double to_accumulation<BFloat16, double>(BFloat16 x) {
 
 // ---- Labels and weights
 
-// Where the tile's voxels are found in a volume of other sizes, as offsets from the start of the sample.
+// The place of each of the tile's voxels in a volume of another size, as offsets from the start of the sample.
 TK_INLINE void resampled_offsets(const Resampling& r, int64_t begin, int count, int64_t* offsets) {
   for (int i = 0; i < count;) {
     const int64_t row = (begin + i) / r.sizes[2], first = (begin + i) % r.sizes[2];
@@ -190,7 +191,7 @@ TK_INLINE void resampled_offsets(const Resampling& r, int64_t begin, int count, 
   }
 }
 
-// The tile's values of a volume that is resampled, gathered; null where they can be read in place.
+// The tile's values of a resampled volume, gathered; null where the volume is not resampled.
 template <typename T>
 TK_INLINE const T* gather_resampled(const VoxelView& view, const T* sample, int64_t begin, int count, T* gathered) {
   if (!view.resampling.active) return nullptr;
@@ -200,7 +201,7 @@ TK_INLINE const T* gather_resampled(const VoxelView& view, const T* sample, int6
   return gathered;
 }
 
-// Labels of type T become Int, those that do not count kUncounted. Wide is the type in which they are compared.
+// Labels of type T become Int; kUncounted where a voxel does not count. Wide is the type in which they are compared.
 template <typename T, typename Wide, typename Int>
 TK_INLINE void load_labels_as(const T* p, int64_t stride, int count, Wide label_count, bool has_ignore_index,
                               Wide ignore_index, Int* out, bool& masked, BadInput& bad) {
@@ -268,7 +269,7 @@ void load_labels(const Volume& v, int64_t sample, int64_t begin, int count, Int*
   }
 }
 
-// The labels as they are stored, where the kernels for few classes can take them so; else null.
+// The labels as they are stored, where the kernels for few classes can read them; else null.
 TK_INLINE const uint8_t* labels_in_place(const Volume& v, int64_t sample, int64_t begin, int count) {
   const bool bytes = v.target.type == ElementType::kBool || v.target.type == ElementType::kUint8 ||
                      v.target.type == ElementType::kInt8;
@@ -302,7 +303,7 @@ TK_INLINE void load_weights_of(const Volume& v, int64_t sample, int64_t begin, i
       bad.weight = true;
       bad.weight_value = static_cast<double>(w);
     }
-    if (w < kSmallestNormal<A> && w > -kSmallestNormal<A>) {  // so that not even a NaN logit of this voxel counts
+    if (w < kSmallestNormal<A> && w > -kSmallestNormal<A>) {  // hides the voxel, and so a NaN logit
       weights[i] = 0;
       labels[i] = kUncounted;
       masked = true;
@@ -326,7 +327,7 @@ void load_weights(const Volume& v, int64_t sample, int64_t begin, int count, A* 
 
 // ---- Dense targets
 
-// n numbers that lie side by side. load_widened has better instructions than gcc 12 finds, where it has any.
+// n numbers that lie side by side. load_widened has better instructions than gcc 12 finds, where there are any.
 template <typename T, typename A>
 TK_INLINE void convert(const T* p, int n, A* out) {
   using V = Vector<A>;
@@ -358,8 +359,8 @@ TK_INLINE void load_targets_row(const T* p, int64_t stride, const int64_t* offse
   }
 }
 
-// The g of voxels whose classes lie side by side, as one_hot leaves them. Returns of how many, from the first one on.
-// converted: memory for a vector of voxels.
+// The g of voxels whose classes lie side by side, as one_hot leaves them. Returns how many voxels it has read, from the
+// first one on. converted: memory for a vector of voxels.
 template <typename T, typename A>
 TK_INLINE int load_inner_targets(const T* p, int classes, int count, A* converted, A* rows, int64_t row_stride) {
   constexpr int kLanes = Lanes<A>::count, kLine = 64 / sizeof(T);
@@ -443,7 +444,7 @@ void load_targets(const Volume& v, int64_t sample, int64_t begin, int count, A* 
 
 // ---- Rows
 
-// Copies `count` voxels of C classes into rows, or (kScatter) rows back to where the voxels are.
+// Copies `count` voxels of C classes into rows or, with kScatter, from rows back to the voxels.
 template <bool kScatter, typename T>
 TK_INLINE void copy_rows(T* at, int64_t class_stride, int64_t voxel_stride, T* rows, int64_t row_stride,
                          int64_t classes, int count) {
@@ -458,7 +459,7 @@ TK_INLINE void copy_rows(T* at, int64_t class_stride, int64_t voxel_stride, T* r
   const int done = class_stride == 1 && voxel_stride == classes
                        ? copy_class_inner<kScatter>(at, static_cast<int>(classes), rows, row_stride, count)
                        : 0;
-  constexpr int64_t kTogether = 16;  // classes of a voxel that lie in one cache line, if any do
+  constexpr int64_t kTogether = 16;  // classes of a voxel in one cache line, where they lie side by side
   for (int64_t first = 0; first < classes; first += kTogether) {
     const int64_t last = smaller(first + kTogether, classes);
     for (int i = done; i < count; ++i) {
@@ -476,15 +477,15 @@ TK_INLINE void copy_rows(T* at, int64_t class_stride, int64_t voxel_stride, T* r
 }
 
 // Where the channel after c begins: the next row, or after the last row the first row of the next tile. Kernels that go
-// channel by channel prefetch it, because a row is too short a stream for the processor's own prefetching.
+// from channel to channel prefetch it: a row is too short a stream for the processor's own prefetching.
 template <typename T>
 TK_INLINE const T* next_channel(const Tile<T>& tile, int c, int classes) {
   return c + 1 < classes ? tile.rows + (c + 1) * tile.row_stride : tile.rows + tile.padded_voxels();
 }
 
-constexpr int kFewChannels = 8;  // fewer are not worth asking which of them occur
+constexpr int kFewChannels = 8;  // for fewer it takes longer to ask which of them occur
 
-// ---- A few classes of one vector of voxels at a time, from rows or from where they lie side by side
+// ---- A few classes of one vector of voxels at a time, from rows, or from memory where they lie side by side
 
 template <typename T>
 TK_INLINE Vector<Compute<T>> to_compute(typename Stored<T>::Vector v) {
@@ -504,7 +505,7 @@ TK_INLINE typename Stored<T>::Vector to_stored(Vector<Compute<T>> v) {
   }
 }
 
-// Rows as they are computed with, of one vector of voxels: class c at first[c * kStep]; and their maxima.
+// The rows of one vector of voxels in the type of the computation, class c at first[c * kStep], and their maxima.
 template <typename T, int kStep>
 struct ComputedRows {
   using V = Vector<Compute<T>>;
@@ -555,20 +556,20 @@ TK_INLINE void store_classes(T* rows, int64_t row_stride, int i, Vector<Compute<
   for (int c = 0; c < C; ++c) store_logits(rows + c * row_stride + i, dz[c], streamed);
 }
 
-// Whether memory with these strides is read and written so.
+// Whether memory with these strides is read and written in this form.
 TK_INLINE bool is_inner(const Volume& v, int64_t class_stride, int64_t voxel_stride) {
   return kReadsInner && v.activation == Activation::kSoftmax && !takes_general_kernels(v) && !has_ce_option(v) &&
          v.overlap != OverlapForm::kSquared && v.classes >= 2 && class_stride == 1 && voxel_stride == v.classes;
 }
 
-// Which classes occur among the labels of a block. Most do not, where there are many, and need no masks.
+// Which classes occur among the labels of a block. Where there are many classes most do not, and need no masks.
 class PresentClasses {
  public:
-  static int64_t bytes(int64_t classes) { return (classes + 2 + 63) / 64 * 64; }  // kUncounted, and label 1 of a C = 1
+  static int64_t bytes(int64_t classes) { return (classes + 2 + 63) / 64 * 64; }  // kUncounted, and label 1 where C = 1
   PresentClasses(void* memory, int64_t classes) : flags_(static_cast<uint8_t*>(memory) - kUncounted) {
     memset(memory, 0, bytes(classes));
   }
-  // count: of labels, whole vectors.
+  // count: how many labels; whole vectors.
   template <typename Int>
   TK_INLINE void set(const Int* labels, int count, bool present) {
     using I = typename Integers<Int>::Vector;
@@ -587,10 +588,10 @@ class PresentClasses {
   uint8_t* flags_;  // flags_[kUncounted] is the first byte
 };
 
-// Reads the softmax's logits of one block of kBlockVectors vectors after another, class by class: into memory where the
-// classes of a block lie side by side, with their maxima. Rows a power of two apart share a few lines of every cache,
-// so that a block's logits are soon gone from it: each is read once, while the block before is worked on, and asked for
-// a few rows before that.
+// Reads the softmax's logits of one block of kBlockVectors vectors after another, class by class, into memory where the
+// classes of a block lie side by side, with their maxima. Rows that are a power of two apart share a few lines of every
+// cache, so a block's logits are soon gone from it. So each logit is read once, while the kernel works on the block
+// before, and prefetched a few rows earlier.
 template <typename T>
 struct BlockReader {
   using V = Vector<Compute<T>>;
@@ -623,7 +624,7 @@ struct BlockReader {
 };
 
 #if defined(TK_HAS_SHUFFLES)
-// A block of voxels whose classes lie side by side, from `at` on: into memory as BlockReader does.
+// A block of voxels whose classes lie side by side, from `at` on, into memory as BlockReader writes it.
 template <typename T>
 __attribute__((noinline)) void read_inner_block(const T* at, int classes, Vector<Compute<T>>* logits,
                                                 Vector<Compute<T>>* top) {
@@ -634,8 +635,8 @@ __attribute__((noinline)) void read_inner_block(const T* at, int classes, Vector
     top[k] = rows.top;
   }
 }
-// Rows of a block to where its voxels' classes lie side by side. streamed: past the caches, in whole lines, which where
-// the rows do not give them so are put together in `lines`, of the block's size.
+// The rows of a block to memory where the classes of a voxel lie side by side. streamed: past the caches, in whole
+// lines. Lines that rows do not fill are put together in `lines`, which has the block's size.
 template <typename T>
 __attribute__((noinline)) void write_inner_block(T* at, int classes, T* rows, bool streamed, T* lines) {
   using V = typename Stored<T>::Vector;
@@ -656,7 +657,7 @@ template <typename T>
 void write_inner_block(T*, int, T*, bool, T*) {}
 #endif
 
-// Calls work(at, logits, top, read_next) for every block of the tile; it calls read_next(c) for every class.
+// Calls work(at, logits, top, read_next) for every block of the tile. work calls read_next(c) for every class.
 template <bool kInner, typename T, typename F>
 TK_INLINE void for_each_block(const Tile<T>& tile, int padded, int classes, Vector<Compute<T>>* scratch, F&& work) {
   using V = Vector<Compute<T>>;
@@ -679,7 +680,7 @@ TK_INLINE void for_each_block(const Tile<T>& tile, int padded, int classes, Vect
     V top[kBlockVectors] = {lowest, lowest, lowest, lowest};
     for (int c = 0; c < classes; ++c) reader.read_class(0, c, logits, top);
     for (int at = 0; at < padded; at += kStep) {
-      const int next_at = at + kStep < padded ? at + kStep : at;  // after the last one nothing is new
+      const int next_at = at + kStep < padded ? at + kStep : at;  // there is no block after the last one
       V next_top[kBlockVectors] = {lowest, lowest, lowest, lowest};
       work(at, logits, top,
            [&](int c) __attribute__((always_inline)) { reader.read_class(next_at, c, next, next_top); });
@@ -691,8 +692,8 @@ TK_INLINE void for_each_block(const Tile<T>& tile, int padded, int classes, Vect
   }
 }
 
-// Calls read_next(c) and add_class(c, whether it is some voxel's label, as a constant) for every class. kAll: that it
-// is need not be asked.
+// Calls read_next(c) and add_class(c, whether it is some voxel's label, as a constant) for every class. kAll: every
+// class is taken for a label that occurs.
 template <bool kAll, typename Next, typename Add>
 TK_INLINE void for_each_class(int classes, const PresentClasses& present, const Next& read_next, const Add& add_class) {
 #pragma GCC unroll 8
@@ -706,7 +707,7 @@ TK_INLINE void for_each_class(int classes, const PresentClasses& present, const 
   }
 }
 
-// Where and how a pass keeps its working memory; the same arithmetic sizes it and lays it out.
+// The working memory of a pass. The same arithmetic sizes it and lays it out.
 template <typename T>
 struct TileBuffers {
   using A = Compute<T>;
@@ -714,7 +715,7 @@ struct TileBuffers {
   int tile_voxels, row_voxels;
   T* rows;       // [C][row_voxels]
   A* targets;    // [C][tile_voxels] of a dense target
-  A* converted;  // [C] vectors: of a dense target, as load_inner_targets wants it
+  A* converted;  // [C] vectors: of a dense target, for load_inner_targets
   Int* labels;
   A* weights;
   char* rest;
@@ -722,14 +723,14 @@ struct TileBuffers {
   static int64_t bytes_per_voxel(const Volume& v) {
     return v.classes * static_cast<int64_t>(sizeof(T) + (v.dense ? sizeof(A) : 0));
   }
-  // Whether whole blocks of logits are read where they are.
+  // Whether whole blocks of logits are read in place.
   static bool is_direct(const Volume& v) {
     return !v.dense && (v.logits.voxel_stride == 1 || is_inner(v, v.logits.class_stride, v.logits.voxel_stride));
   }
   static int voxels_per_tile(const Volume& v) {
     if (is_direct(v)) return kTileVoxels;
-    // Halved, so that partial sums end at the same voxels in every layout. Kernels that know the number of classes have
-    // sums of each tile.
+    // Half of it, so that partial sums end at the same voxels in every layout. Kernels that know the number of classes
+    // have sums for each tile.
     int voxels = v.logits.voxel_stride == 1 || v.classes <= kFewClasses ? kTileVoxels : kCopiedVoxels;
     while (voxels > kBlock<A> && voxels * bytes_per_voxel(v) > kRowBytes) voxels /= 2;
     return voxels;
@@ -750,13 +751,13 @@ struct TileBuffers {
     rest = reinterpret_cast<char*>(rows + v.classes * row_voxels);
   }
 
-  // How many of the `left` voxels the next tile takes: whole blocks; the incomplete last block is a tile of its own.
+  // How many of the `left` voxels the next tile takes: whole blocks. The incomplete last block is a tile of its own.
   int take(int64_t left) const {
     return static_cast<int>(left < kBlock<A> ? left : smaller(left / kBlock<A> * kBlock<A>, tile_voxels));
   }
 };
 
-// inner_allowed: the caller reads and writes classes that lie side by side where they are.
+// inner_allowed: the caller can read and write classes that lie side by side in place.
 template <typename T>
 Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, const TileBuffers<T>& buffers,
                   bool inner_allowed, BadInput& bad) {
@@ -773,7 +774,7 @@ Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, con
   const int padded = tile.padded_voxels();
   tile.bytes = count == padded ? labels_in_place(v, sample, begin, count) : nullptr;
   if (tile.bytes != nullptr) {
-    // There is nothing to convert.
+    // Nothing needs a conversion.
   } else if (v.dense) {
     load_targets(v, sample, begin, count, buffers.converted, buffers.targets, tile.target_stride, buffers.labels,
                  tile.masked);
@@ -795,7 +796,7 @@ Tile<T> load_tile(const Volume& v, int64_t sample, int64_t begin, int count, con
     }
   }
 
-  // Only copied from.
+  // Rows that are only copied.
   T* at = const_cast<T*>(static_cast<const T*>(v.logits.data)) + sample * v.logits.sample_stride +
           begin * v.logits.voxel_stride;
   if (v.logits.voxel_stride == 1 && count == padded) {

@@ -1,5 +1,5 @@
 // Copies between class-inner memory (channels_last: the classes of a voxel lie side by side) and rows of one class, in
-// registers. See simd.h for why all of this has internal linkage.
+// registers. simd.h says why all of this has internal linkage.
 #pragma once
 
 #include <utility>
@@ -14,7 +14,7 @@
 
 namespace {
 
-// As many stored elements as a vector of the type in which is computed has lanes.
+// As many stored elements as a vector of the type of the computation has lanes.
 template <typename T>
 struct Stored {
   using Vector = HalfVector;
@@ -40,12 +40,12 @@ struct BufferRows {
 
 #if defined(TK_HAS_SHUFFLES)
 
-// Up to this many classes their rows are made of the few vectors that hold all of their voxels: halved as long as the
-// classes are even, then each picked out of them.
+// Up to this many classes, rows are made of the few vectors that hold all of their voxels: the vectors are halved while
+// the number of classes is even, then each class is picked out of them.
 constexpr int kMostPicked = 8;
 
-// Lane `i` of class c's row is element i * C + c of the C vectors. step(j): what lane i takes from (row so far, vector
-// j).
+// Lane `i` of the row of class c is element i * C + c of the C vectors. step(j): the element that lane i takes from
+// (row so far, vector j).
 template <int C, int kLanes>
 constexpr int picked_lane(int c, int j, int i) {
   const int at = i * C + c;
@@ -79,12 +79,13 @@ TK_INLINE V place(const V* rows, std::integer_sequence<int, J...>) {
   return vector;
 }
 
-// Of an even number of classes every second element is one of half as many. kOdd: from the second one on.
+// Where the number of classes is even, every second element is one of half as many classes. kOdd: from the second one
+// on.
 template <bool kOdd, typename V, int... I>
 TK_INLINE V every_second(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, 2 * I + kOdd...);
 }
-// The opposite: a and b in turn, the first or (kHigh) the second half of what that is.
+// The opposite: a and b in turn. kHigh: the second half of the result, else the first.
 template <bool kHigh, typename V, int... I>
 TK_INLINE V in_turn(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int kLanes = sizeof...(I);
@@ -128,7 +129,7 @@ TK_INLINE void place_all(V* v, std::integer_sequence<int, K...>) {
   ((v[K] = vectors[K]), ...);
 }
 
-// The C vectors of one vector of voxels become the rows of their classes, and these become them.
+// The C vectors of one vector of voxels become the rows of their classes; and the other way round.
 template <int C, int kLanes, typename V>
 TK_INLINE void vectors_to_rows(V* v) {
   if constexpr (C % 2 == 0) {
@@ -170,7 +171,7 @@ TK_INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
   b = __builtin_shufflevector(a, b, ((I & kDistance) == 0 ? I + kDistance : kLanes + I)...);
   a = first;
 }
-// The pairs of one stage: J is 0 ... kLanes / 2, and its bits around that of kDistance are the pair's first.
+// The pairs of one stage. J is 0 ... kLanes / 2; its bits around the bit of kDistance are the first of the pair.
 constexpr int first_of_pair(int j, int distance) {
   return j / distance * 2 * distance + j % distance;
 }
@@ -184,8 +185,8 @@ TK_INLINE void transpose(V* square, std::integer_sequence<int, J...> pairs) {
   }
 }
 
-// A square of voxels x classes, these from `first` on. `inside`: how many of the classes there are. Indices are
-// constants throughout, so that the square stays in registers.
+// A square of voxels x classes; the classes begin with `first`, and `inside` of them exist. Indices are constants
+// throughout, so the square stays in registers.
 template <bool kScatter, typename T, typename Rows, int... K>
 TK_INLINE void copy_square(T* at, int classes, Rows& rows, int first, int inside, bool streamed,
                            std::integer_sequence<int, K...>) {
@@ -194,13 +195,14 @@ TK_INLINE void copy_square(T* at, int classes, Rows& rows, int first, int inside
   constexpr std::make_integer_sequence<int, kLanes / 2> pairs{};
   constexpr int kLast = kLanes - 1;
   V square[kLanes];
-  // With fewer classes than lanes a voxel's vector reaches into the next one's, which the last one must not.
+  // With fewer classes than lanes the vector of a voxel reaches into the next voxel. The vector of the last one must
+  // not.
   static_assert(2 * (kMostPicked + 1) >= kLanes, "so that it does not reach beyond that");
   T* const voxel = at + first;
   if (kScatter) {
     ((square[K] = K < inside ? rows.get(first + K) : V{}), ...);
     transpose<kLanes / 2>(square, pairs);
-    // In this order the next voxel's store repairs what is written too much.
+    // In this order the store of the next voxel repairs the elements that are written too much.
     ((K < kLast || inside == kLanes ? store(voxel + K * classes, square[K], streamed)
                                     : store_first(voxel + K * classes, square[K], inside)),
      ...);
@@ -226,8 +228,8 @@ TK_INLINE bool copy_few_classes_of(int classes, T* at, Rows& rows, bool streamed
   }
 }
 
-// One vector of voxels, of whose 2 and more classes rows.put takes the rows, or (kScatter) rows.get gives them.
-// streamed: past the caches; the voxels' classes must be whole vectors then, or few.
+// One vector of voxels with 2 and more classes. rows.put takes their rows or, with kScatter, rows.get gives them.
+// streamed: past the caches; then the classes of the voxels must be whole vectors, or few.
 template <bool kScatter, typename T, typename Rows>
 TK_INLINE void copy_vector_of_voxels(T* at, int classes, Rows& rows, bool streamed = false) {
   constexpr int kLanes = sizeof(typename Stored<T>::Vector) / sizeof(T);
@@ -242,8 +244,8 @@ TK_INLINE void copy_vector_of_voxels(T* at, int classes, Rows& rows, bool stream
 
 #endif
 
-// Copies voxels whose classes lie side by side, and they one after the other, to rows or (kScatter) back. Returns how
-// many voxels, from the first one on: whole vectors of them.
+// Copies voxels whose classes lie side by side, one voxel after the other, to rows or, with kScatter, back. Returns how
+// many voxels it has copied, from the first one on: whole vectors.
 template <bool kScatter, typename T>
 int copy_class_inner(T* at, int classes, T* rows, int64_t row_stride, int count) {
 #if defined(TK_HAS_SHUFFLES)

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kChannelBlocks<T>)
   const T* row =
       static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride + channel * v.logits.class_stride;
   GeneralSums<A> sums;
-  bool bad = false, outside = false;  // outside: asked for once at the end, or ptxas spills a register
+  bool bad = false, outside = false;  // outside: evaluated once at the end; earlier, ptxas spills a register
   const bool plain = has_plain_channels(v);
   for_each_own<Order::kBackward, kVoxels>(share, [&](int64_t at) {
     Logits<T, kPack<T>> packs[kPacks];
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
       static_cast<const T*>(v.logits.data) + share.sample * v.logits.sample_stride + channel * v.logits.class_stride;
   T* out = static_cast<T*>(a.out.data) + share.sample * a.out.sample_stride + channel * a.out.class_stride;
   const Coefficients<A> u = coefficients_of<A, kCrossEntropy>(v, a, share.sample, channel);
-  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  bool bad = false;  // the count pass has reported it, and the coefficients are NaN then
   for_each_own<Order::kForward, kVoxels>(share, [&](int64_t at) {
     Logits<T, kPack<T>> packs[kPacks];
     Packed<T, kPack<T>> slopes[kPacks];
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
     const bool all_count = load_channel(v, share.sample, channel, at, g, labels, weights, bad);
     bool done = false;
     if constexpr (kMayBePlain<kActivation, A>) {
-      // Asked for here: a register that holds the answer from before the loop is one too many.
+      // Asked here: to hold the answer from before the loop takes one register too many.
       done = all_count && has_plain_channels(v) && are_plain(z, g, kCrossEntropy && v.focal_gamma != 0);
       if (done) plain_channel_gradient<kCrossEntropy>(v, u, z, g, store);
     }
@@ -144,7 +144,7 @@ void gradient_channels(const GradientLaunch& launch) {
   with_channels(launch.v, [&](auto element, auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     with_bool(launch.v.cross_entropy != CrossEntropy::kNone, [&](auto has_cross_entropy) {
-      // Without an activation it is not asked for.
+      // Without an activation there is no cross-entropy.
       constexpr bool kCrossEntropy = decltype(has_cross_entropy)::value && kActivation != Activation::kNone;
       launch.run(channel_gradient_pass_kernel<decltype(element), kActivation, kCrossEntropy>);
     });

@@ -11,7 +11,7 @@ __device__ __forceinline__ double upstream_gradient(const GradientArguments& a, 
   return a.grad_is_double ? static_cast<const double*>(a.grad_loss)[at] : static_cast<const float*>(a.grad_loss)[at];
 }
 
-// Times the upstream gradient, in double.
+// The coefficients of a class, times the upstream gradient, in double.
 template <typename A, bool kCrossEntropy>
 __device__ Coefficients<A> coefficients_of(const Volume& v, const GradientArguments& a, int64_t sample, int64_t c) {
   const int64_t classes = v.classes, row = sample * a.row_stride, dropped = classes - a.grad_classes;
@@ -31,8 +31,8 @@ __device__ Coefficients<A> coefficients_of(const Volume& v, const GradientArgume
   return result;
 }
 
-// The coefficients of all classes in shared memory, memory[C + 1], once a block. The first is 0: the coefficient of a
-// label that is kUncounted. Returns the place of class 0. All threads must call, and synchronise before they read.
+// The coefficients of all classes in shared memory, memory[C + 1], once for each block. The first is 0, for the label
+// kUncounted. Returns the place of class 0. All threads must call it, and synchronise before they read.
 template <bool kCrossEntropy, typename A>
 [[nodiscard]] __device__ __forceinline__ const Coefficients<A>* fill_coefficients(const Volume& v,
                                                                                   const GradientArguments& a,
@@ -46,7 +46,7 @@ template <bool kCrossEntropy, typename A>
   return memory + 1;
 }
 
-// Of all classes' dL/dsmoothing, which fill_coefficients made.
+// The sum of all classes' dL/dsmoothing, from the coefficients of fill_coefficients.
 template <typename A>
 __device__ __forceinline__ A sum_of_smoothing(const Coefficients<A>* of_class, int classes) {
   A sum = A(0);

@@ -7,8 +7,8 @@
 namespace tversky_kernels {
 namespace cuda {
 
-// The values of each thread that has its classes in registers: the counts' columns, of which a cross-entropy has one or
-// (smoothed) two more and, from kWeights on, the sum of the weights (of squares, those of each label: see
+// The values of a thread that has its classes in registers: the columns of the counts. A cross-entropy has one or
+// (smoothed) two columns more. From kWeights on comes the sum of the weights; for squares, the sum of each label (see
 // Volume::sums_label_weights).
 template <CrossEntropy kCeForm>
 constexpr int kWeights = kCeForm == CrossEntropy::kSmoothed ? kVoxels : kSmoothing;
@@ -18,8 +18,8 @@ constexpr int count_values(int classes) {
                                         : kWeights<kCeForm> * classes + (kSquared ? classes : 1);
 }
 
-// What LabelSums keeps of each class, in whole words: tp, fn and with a cross-entropy ce and, of squares,
-// the weights, of smoothing, the logarithms; and the values of a block whose threads have so many classes.
+// The columns of LabelSums for each class, in whole words: tp and fn; with a cross-entropy also ce, and for squares the
+// weights, for smoothing the logarithms. Then the values of a block whose threads have so many classes.
 template <bool kCrossEntropy>
 constexpr int kLabelColumns = kCrossEntropy ? 4 : 2;
 template <bool kCrossEntropy>
@@ -27,17 +27,18 @@ constexpr int label_sum_values(int classes) {
   return (classes + 1) * kLabelColumns<kCrossEntropy> * Plan::kThreads;
 }
 
-// Unnamed, as the kernels are: so their shared memory and this function's are one symbol to the compiler.
+// In an unnamed namespace, as the kernels: their shared memory and this function's are one symbol for the compiler
+// then.
 namespace {
 
-// Every block begins with it. finished: TableArguments::finished.
+// Every block begins with this call. finished: TableArguments::finished.
 __device__ __forceinline__ void begin_count(unsigned* finished) {
   let_next_launch_begin();
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;
 }
 
-// Sums kValues values of every thread over the block, in a fixed order, and calls store(i, sum), each in one thread;
-// NaN where a thread is bad.
+// Sums kValues values of every thread over the block, in a fixed order. Calls store(i, sum), each in one thread. The
+// sum is NaN where a thread is bad.
 template <typename A, int kValues, typename F>
 __device__ void block_sums(A (&values)[kValues], bool bad, F&& store) {
   TK_SHARED(memory);
@@ -58,9 +59,9 @@ __device__ void block_sums(A (&values)[kValues], bool bad, F&& store) {
 
 }  // namespace
 
-// What belongs to the label of a voxel alone: each thread sums it in columns of its own in shared memory, one for
-// every class that it has and one for labels that are none of them. To find a label's sum in registers would take a
-// comparison and a selection of every class.
+// The sums that belong to the label of a voxel alone. Each thread has columns of its own in shared memory: one for each
+// of its classes, and one for all other labels. To find the sum of a label in registers would take a comparison and a
+// selection for every class.
 template <typename A, bool kCrossEntropy>
 struct LabelSums {
   static constexpr int kColumns = kLabelColumns<kCrossEntropy>, kOfThreads = kColumns * Plan::kThreads;
@@ -74,7 +75,7 @@ struct LabelSums {
       for (int j = 0; j < kColumns; ++j) mine[i * kOfThreads + j] = A(0);
     }
   }
-  // c: which of the thread's classes the label is, -1 where none.
+  // c: the place of the label among the thread's classes; -1: it is none of them.
   template <bool kLast>
   __device__ __forceinline__ void add(int c, A tp, A fn, A ce, A last) const {
     constexpr int kWord = 16 / sizeof(A) < kColumns ? 16 / sizeof(A) : kColumns;

@@ -1,4 +1,4 @@
-// Values that are known when a kernel is launched, as constants: each calls f with one.
+// Values that are known at the launch of a kernel, as constants. Each function calls f with one.
 #pragma once
 
 #include <type_traits>

@@ -8,7 +8,7 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// The first that takes a volume.
+// The first one that takes a volume is used.
 constexpr const Family* kFamilies[] = {&kFew, &kSplitLabels, &kSplitTargets, &kChannels, &kTiled};
 
 bool aligned(const LogitsView& x, int64_t element_size, int64_t bytes) {
@@ -86,7 +86,7 @@ Plan make_plan(const Volume& v, const GradientView* out, int multiprocessors) {
     const int64_t rounds = std::max<int64_t>(1, (turns + kMostTurns - 1) / kMostTurns);
     programs = std::max<int64_t>(1, std::min(pieces, programs * rounds));
   }
-  // Two blocks a multiprocessor run at once at the least.
+  // At least two blocks of a multiprocessor run at once.
   const int64_t groups = std::max<int64_t>(1, programs / (2 * static_cast<int64_t>(multiprocessors)));
   const int64_t group = programs / groups;
   plan.blocks = {static_cast<int>(groups * group), static_cast<int>(group), static_cast<int>(of_block),

@@ -58,6 +58,7 @@ extern const Family
     kSplitTargets;              // the same with a target for every class      softmax, any target, up to 160 classes
 extern const Family kChannels;  // every channel by itself                     sigmoid, none
 extern const Family kTiled;     // a block's voxels in shared memory           all
+// With regions: regions.cu, which is the only one and has a plan of its own.
 
 // ---- Shared by the families' plans
 
@@ -75,7 +76,7 @@ bool takes_labels(const Volume& v) {
   const bool smooths = v.smooths_labels() && sizeof(T) < 8;
   return v.activation == Activation::kSoftmax && v.classes >= 2 && (!v.is_general() || smooths) && !is_resampled(v);
 }
-// Blocks of a gradient pass that share nothing: the more there are, the closer together they end.
+// Blocks of a gradient pass. They share nothing: the more there are, the closer together they end.
 int gradient_blocks(const Volume& volume);
 
 }  // namespace cuda

@@ -10,11 +10,11 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// Classes that fit in a thread's registers; more of float64 would spill.
+// The most classes that fit in a thread's registers. One more of float64 would spill.
 template <typename T>
 constexpr int kMostInRegisters = sizeof(T) == 8 ? 3 : 4;
 
-// Blocks of a multiprocessor at the least, which bounds the registers of the kernels that hold all classes in them.
+// The least number of blocks of a multiprocessor. It bounds the registers of the kernels that hold all classes in them.
 template <int kClasses, CrossEntropy kCeForm>
 constexpr int kFewBlocks = kClasses == 2 && kCeForm == CrossEntropy::kNone ? 4 : 2;
 
@@ -28,16 +28,16 @@ void with_few_classes(int64_t classes, F&& f) {
   }
 }
 
-// Whether the count pass brings the next voxels to shared memory while a thread that has all classes of some works on
-// these. The gradient pass waits for memory anyway, two classes have so many threads at once that it gains nothing, and
-// a copy has 4 bytes at least, of labels too.
+// Whether the count pass brings the next voxels to shared memory while a thread works on these. The gradient pass waits
+// for memory anyway. Two classes have so many threads at once that they gain nothing. A copy has at least 4 bytes, also
+// of labels.
 template <typename T>
 constexpr bool few_come_ahead(int classes) {
   return sizeof(T) < 8 && classes > 2;
 }
 
-// The values of a block whose threads have all classes in their registers: those of each warp, and before them what
-// LabelSums keeps; whole words of 16 bytes, for such lie behind them.
+// The values of a block whose threads have all classes in registers: first the memory of LabelSums, then the sums of
+// each warp, in whole words of 16 bytes, because such words lie behind them.
 template <CrossEntropy kCeForm, bool kSquared>
 constexpr int few_sum_values(int classes) {
   const int of_warps = Plan::kThreads / kWarp * count_values<kCeForm, kSquared>(classes);
@@ -45,12 +45,12 @@ constexpr int few_sum_values(int classes) {
   return ((of_warps > of_labels ? of_warps : of_labels) + 3) & ~3;
 }
 
-// Voxels that a thread takes at once: one 16-byte load of each class, or 8 bytes where that is many registers.
+// Voxels that a thread takes at once: one 16-byte load of each class, or 8 bytes where 16 take too many registers.
 template <typename T, int kClasses, bool kCrossEntropy>
 constexpr int kVoxelsOf = 16 / sizeof(T) * kClasses <= (kCrossEntropy ? 16 : 32) ? 16 / sizeof(T) : 8 / sizeof(T);
 
-// The counts of a block whose threads have those of all classes. With a cross-entropy there are 4 or (smoothed) 5
-// columns and the sum of the weights, which belongs to every class.
+// The counts of a block whose threads have the counts of all classes. With a cross-entropy there are 4 or (smoothed) 5
+// columns, and the sum of the weights, which is the same for every class.
 template <typename A, int kClasses, CrossEntropy kCeForm, bool kSquared, int kValues>
 __device__ void store_block_sums(A (&values)[kValues], bool bad, A* out) {
   block_sums(values, bad, [&](int i, A total) {
@@ -90,9 +90,9 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
   // From here on the sum of the weights, or of each label's.
   constexpr int of_weights = kWeights<kCeForm> * kClasses;
   TK_SHARED(memory);
-  // Two classes have theirs in registers.
+  // Two classes have their sums in registers.
   const LabelSums<A, kCrossEntropy> of_label(reinterpret_cast<A*>(memory), kClasses > 2 ? kClasses : -1);
-  A log_sums = A(0);  // of smoothing, the same for every class
+  A log_sums = A(0);  // for smoothing, the same for every class
   bool bad = false;
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   using Ahead = ClassesAhead<kInterleaved, T, kClasses, kVoxels>;
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
 #pragma unroll
   for (int c = 0; c < kClasses; ++c) u[c] = of_class[c];
   const A smoothing_of_all = kSmoothed ? sum_of_smoothing(of_class, kClasses) : A(0);
-  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  bool bad = false;  // the count pass has reported it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kVoxels> target_row(v, kept(share.sample * v.target.sample_stride));
   for_each_own<Order::kForward, kVoxels>(share, [&](int64_t at) {
     Logits<T, kVoxels> z[kClasses];
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kFewBlocks<kClasses, kCeForm>)
     }
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) {
-      const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
+      const A weight = weights[k];  // 0 where the voxel does not count; the gradient is 0 then
       const int label = labels[k];
       if constexpr (kClasses == 2) {
         const A z0 = z[0].at(k), z1 = z[1].at(k);
@@ -304,7 +304,7 @@ void with_few(const Volume& v, F&& f) {
           constexpr int kClasses = decltype(classes)::value;
           constexpr bool kSmoothed = decltype(ce)::value == CrossEntropy::kSmoothed;
           constexpr bool kSquared = decltype(squared)::value, kInterleaved = decltype(interleaved)::value;
-          // For the rest there is no plan.
+          // There is no plan for other cases.
           if constexpr ((!kSquared || kClasses == 2) && !(kSmoothed && (kInterleaved || sizeof(T) == 8))) {
             f(element, classes, ce, squared, interleaved);
           }

@@ -1,5 +1,5 @@
-// The classes of a voxel split over lanes, as in split.cuh, where they lie side by side (channels_last): by way of a
-// tile in shared memory, in which each lane takes neighbouring classes.
+// The classes of a voxel split over lanes, as in split.cuh, where the classes of a voxel lie side by side
+// (channels_last). They come through a tile in shared memory, from which each lane takes neighbouring classes.
 #pragma once
 
 #include "launch.h"
@@ -9,17 +9,17 @@
 namespace tversky_kernels {
 namespace cuda {
 
-// Whether the next tile is brought to shared memory meanwhile: two of them in float32 would leave an sm_80 one block a
-// multiprocessor.
+// Whether the next tile is brought to shared memory while a warp works on this one. In float32 two tiles would leave an
+// sm_80 one block for each multiprocessor.
 template <typename T>
 constexpr bool kTileAhead = sizeof(T) == 2;
-// Classes that a lane takes from a tile by one access, where it has at most so many.
+// The most classes that a lane takes from a tile by one access.
 template <int kClasses>
 constexpr int kUnitOf = kClasses % 2 == 0 ? 2 : 1;
-// A row of a tile: as few packs as are whole pieces of 16 bytes.
+// A row of a tile: as few packs as make whole pieces of 16 bytes.
 struct RowOfTile {
   int packs;   // of kSplitVoxels voxels
-  int pieces;  // that it has
+  int pieces;  // packs that it has
   int stride;  // pieces from one row to the next, an odd number: rows begin in different banks
   __host__ __device__ RowOfTile(int classes, int element_size)
       : packs(classes * kSplitVoxels * element_size % 16 == 0 ? 1 : 2),
@@ -28,14 +28,14 @@ struct RowOfTile {
 };
 
 // kUnit_: classes that a lane takes by one access. kTurns neighbouring lanes have neighbouring units and take them in
-// turn; all such groups of lanes have as many units, the first ones perhaps one more.
+// turn. All such groups of lanes have as many units; the first groups may have one more.
 template <int kUnit_, int kTurns>
 struct TileLane : LaneOfVoxel {
   static_assert(kTurns == 1 || kTurns == 2 || kTurns == 4);
   static constexpr bool kKnowsOwner = false;
   static constexpr int kUnit = kUnit_;
 
-  int first_class;  // of this lane; where the next ones are, offset_of tells
+  int first_class;  // of this lane; offset_of gives the places of the next ones
   int own;          // how many they are
 
   __device__ __forceinline__ TileLane(const SplitShape& shape_, int classes) : LaneOfVoxel(shape_) {
@@ -45,21 +45,21 @@ struct TileLane : LaneOfVoxel {
     own = (units.first(group + 1) - start - turn + kTurns - 1) / kTurns * kUnit;
   }
 
-  // From the lane's first class to its class j.
+  // The distance from the lane's first class to its class j.
   static constexpr __device__ int offset_of(int j) { return j / kUnit * (kTurns * kUnit) + j % kUnit; }
   __device__ __forceinline__ int class_of(int j) const { return first_class + offset_of(j); }
-  // Whether class_of(j) exists, of at most kClasses: with_interleaved_classes takes kClasses so that only the last few
-  // may not.
+  // Whether class_of(j) exists, of at most kClasses. with_interleaved_classes takes kClasses so that only the last few
+  // may be missing.
   template <int kClasses>
   __device__ __forceinline__ bool has(int j) const {
     return j < kClasses - (kUnit == 2 ? 2 : 3) || j < own;
   }
   __device__ __forceinline__ bool has_label(int label) const {
-    constexpr unsigned kOthers = (kTurns - 1) * kUnit;  // the bits that tell whose turn it is
+    constexpr unsigned kOthers = (kTurns - 1) * kUnit;  // the bits that say whose turn it is
     const unsigned x = static_cast<unsigned>(label - first_class);
     return (x & kOthers) == 0 && x < static_cast<unsigned>(own * kTurns);
   }
-  // Which of this lane's classes the label is, -1 where none.
+  // The place of the label among this lane's classes; -1: it is none of them.
   __device__ __forceinline__ int index_of(int label) const {
     static_assert(kTurns == 1 || kTurns >= kUnit, "so that x / kTurns is the first class of its unit");
     const unsigned x = static_cast<unsigned>(label - first_class), j = kTurns == 1 ? x : x / kTurns | x % kUnit;
@@ -73,7 +73,7 @@ struct TileLane : LaneOfVoxel {
 
  private:
   struct Units {
-    int each, longer;  // so many a group, and so many groups with one more
+    int each, longer;  // units of a group, and groups with one unit more
 
     __device__ __forceinline__ Units(int classes, int log_lanes) {
       const int units = classes / kUnit, log_groups = log_lanes - kTurns / 2;  // 0, 1 or 2 fewer
@@ -88,9 +88,9 @@ struct TileLane : LaneOfVoxel {
   };
 };
 
-// A lane's pack of logits, and its gradient in their place. The lanes of all warps that share voxels bring what lies
-// side by side in pieces of 16 bytes. kAhead: there are two tiles, and the next voxels and their labels are brought
-// while a thread works on these.
+// A lane's pack of logits; their gradient takes their place. The lanes of all warps that share voxels bring memory in
+// pieces of 16 bytes. kAhead: there are two tiles, and the next voxels and labels are brought while a thread works on
+// these.
 template <typename T, int kClasses, int kTurns, bool kAhead>
 struct PackInTile {
   using A = Compute<T>;
@@ -101,9 +101,9 @@ struct PackInTile {
   static constexpr int kPiece = kPack<T>, kPieces = (kClasses * kSplitVoxels + kPiece - 1) / kPiece;
   static constexpr int kUnit = Lane::kUnit;
 
-  T* none;  // a place of this thread's in the place of a class that it does not have
+  T* none;  // this thread's own place, for a class that it does not have
   T* tile;
-  T* other;  // kAhead: the next one's
+  T* other;  // kAhead: the next tile
   unsigned char* label_slots;
   int classes;
 
@@ -125,8 +125,8 @@ struct PackInTile {
       if (labels.whole()) labels.expect(at < v.voxels ? at : 0, label_slots);
     }
   }
-  // What is loaded is there for all lanes that share voxels. next: to be expected then, -1 for none. True: all labels
-  // are of classes.
+  // Afterwards the logits are there for all lanes that share voxels. next: the voxels to bring next; -1: none. True:
+  // all labels are classes.
   __device__ __forceinline__ bool load(const Volume& v, const T* rows, const Labels& row, const Lane& lane, int64_t at,
                                        int64_t next, int (&labels)[kSplitVoxels], A (&of_target)[kSplitVoxels],
                                        bool& bad) {
@@ -150,7 +150,7 @@ struct PackInTile {
     });
     return all_known;
   }
-  // After take, where nothing is put back and stored: the tile may be filled again.
+  // After take, where no gradient is put back and stored: the tile may be filled again.
   __device__ __forceinline__ void release(const Lane& lane) const {
     if constexpr (!kAhead) synchronise(lane);
   }
@@ -172,7 +172,7 @@ struct PackInTile {
       if (lane.template has<kClasses>(j)) store_shared(own + Lane::offset_of(j), unit);
     }
   }
-  // After put, which knows nothing of labels: their gradients in the place of what it has put there.
+  // After put, which does not know the labels: writes their gradients over those of put.
   __device__ __forceinline__ void put_targets(const T (&gradient)[kSplitVoxels], const int (&labels)[kSplitVoxels],
                                               const Lane& lane) const {
     asm volatile("" : : : "memory");  // words of another type have been written there
@@ -192,11 +192,11 @@ struct PackInTile {
   }
 
  private:
-  // The first voxel of the tile in which the lane's are from `at` on.
+  // The first voxel of the tile that holds the lane's voxels from `at` on.
   __device__ __forceinline__ int64_t first_of_tile(const Lane& lane, int64_t at) const {
     return at - lane.slot * kSplitVoxels;
   }
-  // One number, to which each piece adds its offset.
+  // One number. Each piece adds its offset to it.
   __device__ __forceinline__ int64_t address_of_tile(const T* rows, const Lane& lane, int64_t at) const {
     return recomputed(reinterpret_cast<int64_t>(rows + first_of_tile(lane, at) * classes));
   }
@@ -206,8 +206,8 @@ struct PackInTile {
       begin_copy<16, false>(to + place, reinterpret_cast<const T*>(address + offset));
     });
   }
-  // Calls f(offset, place) for the pieces that a thread brings: in bytes, from the tile's beginning in the volume, and
-  // where it is in shared memory.
+  // Calls f(offset, place) for the pieces that a thread brings. offset: in bytes, from the tile's beginning in the
+  // volume. place: in shared memory.
   template <typename F>
   __device__ __forceinline__ void for_each_piece_of_thread(const Volume& v, const Lane& lane, int64_t at, F&& f) const {
     const int64_t left = v.voxels - first_of_tile(lane, at);
@@ -215,8 +215,8 @@ struct PackInTile {
     const int total = static_cast<int>(static_cast<unsigned>(inside) / kPiece) * classes;
     const int threads = kWarp << lane.shape.log_warps;
     const int thread = opaque(static_cast<int>(threadIdx.x)) & (threads - 1);
-    // Which row, by a multiplication: all are small. Where a row's pieces are an odd number there is nothing between
-    // two.
+    // The row, by a multiplication: all numbers are small. Where a row has an odd number of pieces there is no gap
+    // between two rows.
     const RowOfTile row(classes, sizeof(T));
     const unsigned inverse = row.stride > row.pieces ? (1u << 20) / static_cast<unsigned>(row.pieces) + 1 : 0u;
 #pragma unroll
@@ -226,7 +226,8 @@ struct PackInTile {
       if (i < total) f(static_cast<unsigned>(i) * 16, (i + static_cast<int>(of_row)) * kPiece);
     }
   }
-  // The logits of classes j on, a unit, from where a lane's own begin of each voxel; -inf where there are none.
+  // The logits of classes j and after, one unit, from the place where the lane's own classes of each voxel begin; -inf
+  // where there are none.
   static __device__ __forceinline__ void load_unit(const T* const (&of_voxel)[kSplitVoxels], int j, bool there,
                                                    Logits<T, kSplitVoxels>* of_class) {
     T none[kUnit];
@@ -261,7 +262,7 @@ struct PackInTile {
       for (int i = 0; i < kUnit; ++i) of_class[i] = logits_of(values[i]);
     }
   }
-  // Where the lane's classes begin, of its voxel number k: one number, to which ptxas adds the classes' as constants.
+  // Where the lane's classes of its voxel k begin: one number. ptxas adds the offsets of the classes as constants.
   __device__ __forceinline__ T* own_classes(int k, const Lane& lane) const {
     const RowOfTile row(classes, sizeof(T));
     const int of_row = row.packs == 1 ? 0 : lane.slot & 1, number = lane.slot >> (row.packs - 1);
@@ -277,7 +278,7 @@ struct PackInTile {
   }
 };
 
-// kTurns: as with_split_labels has it.
+// kTurns: see with_interleaved_classes.
 template <int kClasses, int kTurns>
 using LaneFor = std::conditional_t<(kTurns > 0), TileLane<kUnitOf<kClasses>, (kTurns > 0 ? kTurns : 1)>, SplitLane>;
 

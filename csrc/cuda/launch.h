@@ -38,7 +38,7 @@ struct Plan {
   static constexpr int kThreads = 256;
 };
 
-// out: of the gradient pass; null: the count pass. multiprocessors: of the device.
+// out: the gradient, for the gradient pass; null: the count pass. multiprocessors: of the device.
 Plan make_plan(const Volume& volume, const GradientView* out, int multiprocessors);
 
 // partial[sample][program][column][C] for the columns of enum Count, float (double for double logits). *finished
@@ -50,7 +50,7 @@ struct TableArguments {
   const void* partial;  // as above, or null: `counts` holds the sums already
   bool partial_is_double;
   bool begins_early;   // its launch may begin while the count pass, launched right before, is still running
-  bool rehearses;      // and then goes through its instructions once before it waits: see table_kernel
+  bool rehearses;      // it goes through its instructions once before it waits: see table_kernel
   unsigned* finished;  // blocks that have summed their part of partial; 0
   int programs;
   double* counts;  // [N][C][columns], written from partial
@@ -70,6 +70,25 @@ struct GradientArguments {
 };
 void launch_gradient_pass(const Volume& volume, const Plan& plan, const GradientArguments& arguments,
                           cudaStream_t stream);
+
+// How a pass with regions is cut up.
+struct RegionPlan {
+  Blocks blocks;
+  int tile_voxels;   // of a tile in shared memory
+  int copies;        // of the table of a block, for as many groups of its warps
+  int shared_bytes;  // of a block
+  int64_t table_size;
+  int64_t tables() const { return int64_t{blocks.programs} * copies; }  // of a sample
+};
+RegionPlan make_region_plan(const RegionVolume& volume, bool gradient, int multiprocessors);
+
+// tables: zeros, table_size of them for each sample and table. counts: [sample][R][C][columns + 1].
+void launch_region_count_pass(const RegionVolume& volume, const RegionPlan& plan, double* tables, double* counts,
+                              cudaStream_t stream);
+// coefficients: [sample][R][C][2 or 4], times the upstream gradient. memory: four numbers of the computation's type for
+// each of their rows.
+void launch_region_gradient_pass(const RegionVolume& volume, const RegionPlan& plan, const double* coefficients,
+                                 void* memory, const GradientView& out, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace tversky_kernels

@@ -56,18 +56,18 @@ bool is_double(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double;
 }
 
-// With so few classes the count pass's blocks end too close together for a rehearsal of the table.
+// With so few classes the blocks of the count pass end too close together for a rehearsal of the table.
 constexpr int64_t kFewClasses = 4;
 
-// The count pass, and the table: one launch each. a.counts: null where they are wanted for the table alone.
+// The count pass and the table, one launch each. a.counts: null where only the table needs them.
 void run_forward(const Tensor& logits, const Volume& v, TableArguments a) {
   const Device device(logits);
   const bool any = v.samples * v.voxels > 0;
   const Plan plan = any ? make_plan(v, nullptr, device.multiprocessors) : Plan{};
   a.programs = any ? plan.blocks.programs : 1;  // where there is nothing to count, one block of zeros a sample
   a.partial_is_double = is_double(logits);
-  // One allocation: counts (an even number, so that 16 bytes at once can be read of what follows), partial sums and
-  // TableArguments::finished, in doubles.
+  // One allocation, in doubles: counts (an even number, so that the memory behind them can be read by 16 bytes),
+  // partial sums, and TableArguments::finished.
   const int64_t all_counts = v.samples * v.count_columns() * v.classes, values = a.programs * all_counts;
   const int64_t counts = a.counts == nullptr ? (all_counts + 1) / 2 * 2 : 0,
                 partial = a.partial_is_double ? values : (values + 1) / 2;
@@ -138,12 +138,40 @@ struct Cuda {
   }
 };
 
+struct CudaRegions {
+  static void count(const RegionVolume& r, Check, const Tensor& counts) {
+    if (counts.numel() == 0) return;
+    const Device device(counts);
+    const RegionPlan plan = make_region_plan(r, false, device.multiprocessors);
+    const std::vector<int64_t> shape{r.volume.samples * plan.tables() * plan.table_size};
+    const Tensor tables = torch::stable::new_zeros(counts, shape, ScalarType::Double);
+    launch_region_count_pass(r, plan, tables.mutable_data_ptr<double>(), counts.mutable_data_ptr<double>(),
+                             device.stream);
+    device.check_launch();
+  }
+
+  static Tensor new_gradient(const Tensor& logits) { return Cuda::new_gradient(logits); }
+
+  static void gradient(const RegionVolume& r, const Tensor& coefficients, const Tensor& out) {
+    const Device device(out);
+    const RegionPlan plan = make_region_plan(r, true, device.multiprocessors);
+    const std::vector<int64_t> shape{r.volume.samples * r.count * r.volume.classes * kAllCoefficients};
+    const Tensor memory =
+        torch::stable::new_empty(coefficients, shape, is_double(out) ? ScalarType::Double : ScalarType::Float);
+    const GradientView view{out.mutable_data_ptr(), out.stride(0), out.stride(1), *single_stride(out, 2)};
+    launch_region_gradient_pass(r, plan, coefficients.const_data_ptr<double>(), memory.mutable_data_ptr(), view,
+                                device.stream);
+    device.check_launch();
+  }
+};
+
 }  // namespace
 }  // namespace cuda
 }  // namespace tversky_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(TK_NAMESPACE, TK_DISPATCH_KEY, m) {
   tversky_kernels::Operators<tversky_kernels::cuda::Cuda>::implement(m);
+  tversky_kernels::RegionOperators<tversky_kernels::cuda::CudaRegions>::implement(m);
 }
 
 #if !defined(TK_CUDA_ON_HOST)
@@ -153,7 +181,7 @@ STABLE_TORCH_LIBRARY_IMPL(TK_NAMESPACE, TK_DISPATCH_KEY, m) {
 extern "C" __attribute__((visibility("default"))) const char* tversky_kernels_cuda_code() {
   return TK_STRING(TK_CUDA_CODE);
 }
-// Of the CUDA that compiled this library, and the newest that the driver here runs; 0 where it does not say.
+// The CUDA that compiled this library, and the newest that the driver here runs; 0 where the driver does not say.
 extern "C" __attribute__((visibility("default"))) void tversky_kernels_cuda_versions(int* own, int* drivers) {
   *own = CUDART_VERSION;
   if (cudaDriverGetVersion(drivers) != cudaSuccess) *drivers = 0;

@@ -13,7 +13,7 @@ __device__ __forceinline__ Probability<A> sigmoid(A z) {
   return logistic(z < A(0), e, reciprocal(A(1) + e));
 }
 
-// -log sigmoid(z) and -log(1 - sigmoid(z)), each a common part and one of these
+// -log sigmoid(z) and -log(1 - sigmoid(z)): each is a common part and one of these.
 template <typename A>
 __device__ __forceinline__ A sigmoid_log_common(A z) {
   return log_one_plus_small(exponential(-magnitude(z)));
@@ -44,8 +44,8 @@ __device__ __forceinline__ bool is_hard(const Volume& v, A g) {
   return v.cross_entropy != CrossEntropy::kSmoothed && (!v.dense || g == A(0) || g == A(1));
 }
 
-// S (1 - p) of a class, from its exponential e and S - 1, S being the sum of all. Of the largest, whose e is 1, nothing
-// cancels; of another e is a part of S - 1.
+// S (1 - p) of a class, from its exponential e and S - 1, where S is the sum of all. For the largest, whose e is 1,
+// nothing cancels. Any other e is a part of S - 1.
 template <typename A>
 __device__ __forceinline__ A unscaled_complement(A e, A beyond_one) {
   return (A(1) - e) + beyond_one;
@@ -66,7 +66,7 @@ __device__ __forceinline__ Probability<A> channel_probability(A x) {
   return {x, A(1) - x};
 }
 
-// Whether a value of a dense target is outside [0, 1] (NaN is), and the same where targets are checked.
+// Whether a value of a dense target is outside [0, 1] (NaN is); and the same only where targets are checked.
 template <typename A>
 __device__ __forceinline__ bool is_outside(A g) {
   return !(g >= A(0) && g <= A(1));
@@ -158,11 +158,10 @@ __device__ __forceinline__ A channel_gradient(const Volume& v, const Coefficient
   return dz;
 }
 
-// ---- A sigmoid's channels with the most common options: overlaps that are products, no weights, a cross-entropy
-// without smoothing or with the focal exponent 2. Which options there are is asked once for a thread's voxels instead
-// of for each.
+// ---- The channels of a sigmoid with the most common options: overlaps that are products, no weights, a cross-entropy
+// without smoothing, and no focal exponent but 2. The options are looked at once for all voxels of a thread.
 
-// Whether a kernel may be of these, and a launch is.
+// Whether a kernel can have these options, and whether a launch has them.
 template <Activation kActivation, typename A>
 constexpr bool kMayBePlain = kActivation == Activation::kSigmoid && sizeof(A) == 4;
 __device__ __forceinline__ bool has_plain_channels(const Volume& v) {
@@ -170,8 +169,8 @@ __device__ __forceinline__ bool has_plain_channels(const Volume& v) {
          (v.cross_entropy == CrossEntropy::kNone || v.focal_gamma == 0 || v.focal_gamma == 2);
 }
 
-// And whether these voxels are: none has a logit so large that e^-z, or a product with 0, is no number; and with a
-// focal exponent targets are 0 or 1.
+// Whether these voxels allow it: no logit is so large that e^-z, or its product with 0, is no number; and with a focal
+// exponent all targets are 0 or 1.
 template <typename A, int kVoxels, typename Z>
 __device__ __forceinline__ bool are_plain(const Z& z, const A (&g)[kVoxels], bool focal) {
   A largest = A(0), between = A(0);
@@ -193,8 +192,8 @@ struct PlainSigmoid : Probability<A> {
     this->complement = e * this->p;
   }
 };
-// And -log of what the target says: -log(max(p, 1 - p)) + max(z, 0) - g z, of which nothing cancels in one
-// multiply-add.
+// And -log of the probability of the target: -log(max(p, 1 - p)) + max(z, 0) - g z. One multiply-add, in which nothing
+// cancels.
 template <typename A>
 struct PlainSigmoidWithLog : PlainSigmoid<A> {
   A minus_log;
@@ -263,7 +262,7 @@ __device__ __forceinline__ void plain_channel_gradient(const Volume& v, const Co
   }
 }
 
-// The targets of neighbouring voxels in one channel, their labels (only kUncounted means something) and weights. True:
+// The targets of neighbouring voxels in one channel, their labels (only kUncounted has a meaning) and weights. True:
 // all voxels count.
 template <typename A, int kVoxels>
 __device__ __forceinline__ bool load_channel(const Volume& v, int64_t sample, int64_t c, int64_t voxel, A (&g)[kVoxels],

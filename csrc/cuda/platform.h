@@ -43,8 +43,8 @@ struct Accumulation<double> {
 template <typename T>
 using Compute = typename Accumulation<T>::Type;
 
-// e^x for x <= 80, mostly <= 0. Its error is 2 + |x| ulp: large where e^x is small, and then it is added to 1. Tests
-// bound the result. A value below the smallest normal number is 0; __expf would take four more instructions.
+// e^x for x <= 80, mostly <= 0. The error is 2 + |x| ulp: it is large where e^x is small and is added to 1. Tests bound
+// the result. A value below the smallest normal number is 0. __expf would take four more instructions.
 constexpr float kLog2E = 1.4426950408889634f;
 __device__ __forceinline__ float power_of_two(float x) {
 #if defined(TK_CUDA_ON_HOST)
@@ -63,8 +63,8 @@ __device__ __forceinline__ double exponential(double x) {
   return x < -708.3964185322641 ? 0.0 : exp(x);
 }
 
-// e^(x - top) by one instruction less, times a factor near 1 that is the same for all x of one top, which a softmax
-// cancels. scaled_top: of scale_top.
+// e^(x - top) by one instruction less, times a factor near 1. The factor is the same for all x of one top, so a softmax
+// cancels it. scaled_top: of scale_top.
 __device__ __forceinline__ float scale_top(float top) {
   return top * kLog2E;
 }
@@ -78,7 +78,7 @@ __device__ __forceinline__ double exponential_below(double x, double scaled_top)
   return exponential(x - scaled_top);
 }
 
-// One instruction, unlike a comparison and a selection; not NaN where only one is, but then the exponentials are.
+// One instruction; a comparison and a selection are two. Not NaN where only one is, but then the exponentials are NaN.
 __device__ __forceinline__ float larger(float a, float b) {
   return fmaxf(a, b);
 }
@@ -127,7 +127,7 @@ __device__ __forceinline__ uint32_t larger_pair(BFloat16, uint32_t a, uint32_t b
 #endif
 }
 
-// The first or second of them.
+// The first or second number of a pair.
 __device__ __forceinline__ float half_of_pair(Half, uint32_t pair, bool second) {
   return static_cast<float>(Half(static_cast<unsigned short>(second ? pair >> 16 : pair & 0xffff), Half::from_bits()));
 }
@@ -141,7 +141,7 @@ __device__ __forceinline__ float half_of_pair(BFloat16, uint32_t pair, bool seco
   return __uint_as_float(bits);
 #endif
 }
-// The first halves, or the second ones, of two pairs as a pair.
+// The first halves, or the second halves, of two pairs as a pair.
 __device__ __forceinline__ uint32_t halves_of_pairs(uint32_t a, uint32_t b, bool second) {
 #if defined(TK_CUDA_ON_HOST)
   return second ? (b & 0xffff0000u) | a >> 16 : b << 16 | (a & 0xffffu);
@@ -218,8 +218,8 @@ struct FocalPower {
   }
 };
 
-// x, in a way that the compiler does not see through. So it computes values that follow from x again, instead of
-// keeping them: registers are few, and predicates fewer.
+// x, by a way that the compiler does not see through. So it computes values that follow from x again instead of keeping
+// them: registers are few, and predicates fewer.
 __device__ __forceinline__ int recomputed(int x) {
   asm("" : "+r"(x));
   return x;
@@ -237,7 +237,7 @@ __device__ __forceinline__ float recomputed(float x) {
   return x;
 }
 
-// The opposite: x stays in its register instead of being made again.
+// The opposite: x stays in its register and is not computed again.
 __device__ __forceinline__ int64_t kept(int64_t x) {
 #if !defined(TK_CUDA_ON_HOST)
   asm volatile("" : "+l"(x));
@@ -276,7 +276,7 @@ __device__ __forceinline__ void let_next_launch_begin() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-// Until all that the launch before has written is there.
+// Waits until all results of the launch before are there.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" : : : "memory");
@@ -303,9 +303,9 @@ void allow_shared_bytes([[maybe_unused]] Kernel kernel, int bytes) {
 #endif
 }
 
-// Begins to copy 4, 8 or 16 bytes from global to shared memory, where both are aligned so; for the calling thread they
-// are there after wait_for_copies. kShared: other threads copy the same, so that it is to stay in the L1 cache, as
-// smaller ones always do.
+// Begins to copy 4, 8 or 16 bytes from global to shared memory; both must be aligned to that size. The calling thread
+// can read them after wait_for_copies. kShared: other threads copy the same bytes, so they should stay in the L1 cache.
+// Smaller copies always do.
 template <int kBytes, bool kShared>
 __device__ __forceinline__ void begin_copy(void* shared, const void* global) {
 #if defined(TK_CUDA_ON_HOST)
@@ -330,8 +330,8 @@ __device__ __forceinline__ void wait_for_copies() {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// x, in a way that no compiler sees through, not even ptxas: values that follow from it are not computed before a loop
-// and kept. All lanes of the warp must call.
+// x, by a way that no compiler sees through, not even ptxas: values that follow from x are not computed before a loop
+// and kept. All lanes of the warp must call it.
 __device__ __forceinline__ int opaque(int x) {
   return __shfl_sync(kFullWarp, x, static_cast<int>(threadIdx.x) % kWarp);
 }

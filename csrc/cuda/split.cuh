@@ -213,7 +213,7 @@ __device__ __forceinline__ void sum_over_lanes(float (&values)[kValues], const L
   over_warps<kPlace>(values, lane, combine);
 }
 
-// Calls f(j, row) for a lane's classes, row: the logits of its voxels from `at` on.
+// Calls f(j, row) for the classes of a lane. row: the logits of its voxels from `at` on.
 template <int kClasses, typename T, typename F>
 __device__ __forceinline__ void for_each_row(const Volume& v, const T* rows, const SplitLane& lane, int64_t at, F&& f) {
   const T* row = rows + lane.first_class * v.logits.class_stride + at;
@@ -233,8 +233,8 @@ __device__ __forceinline__ void fill_without_class(Logits<T, kVoxels>& z) {
   z = logits_of(values);
 }
 
-// A lane's logits of its voxels from `at` on; -inf where there is no such class. Lanes beyond the last voxel read
-// others.
+// A lane's logits of its voxels from `at` on; -inf where there is no such class. Lanes beyond the last voxel read other
+// voxels.
 template <typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void load_split(const Volume& v, const T* rows, const SplitLane& lane, int64_t at,
                                            Logits<T, kVoxels> (&z)[kClasses]) {
@@ -246,7 +246,7 @@ __device__ __forceinline__ void load_split(const Volume& v, const T* rows, const
                          [&](int j, const T* row) { z[j] = load_logits<T, kVoxels>(row); });
 }
 
-// The gradient of a lane's logits, where load_split found them.
+// The gradient of a lane's logits, to the places where load_split has read them.
 template <typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void store_split(const Volume& v, const GradientView& out, int64_t sample,
                                             const SplitLane& lane, int64_t at,
@@ -260,23 +260,23 @@ __device__ __forceinline__ void store_split(const Volume& v, const GradientView&
   }
 }
 
-// Calls f(at) for the packs of each lane in the block's share, kSplitVoxels from `at` on; the lanes of all warps
-// that share voxels together, also where some are beyond the last voxel.
+// Calls f(at) for the packs of each lane in the block's share, kSplitVoxels voxels from `at` on. The lanes of all warps
+// that share voxels go together, also where some are beyond the last voxel.
 template <Order kOrder, typename F>
 __device__ __forceinline__ void for_each_pack(const Share& share, const LaneOfVoxel& lane, F&& f) {
   const int of_group = lane.slots * kSplitVoxels;
   for_each_piece<kOrder>(share, lane.group() * of_group, [&](int64_t first) { f(first + lane.slot * kSplitVoxels); });
 }
 
-// The same with f(at, next): where the lane's next pack begins, -1 where there is none. expect(at): once before, of the
-// first one.
+// The same with f(at, next). next: where the lane's next pack begins; -1: there is none. Calls expect(at) once before,
+// with the first pack.
 template <Order kOrder, typename E, typename F>
 __device__ __forceinline__ void for_each_pack_ahead(const Share& share, const LaneOfVoxel& lane, E&& expect, F&& f) {
   const int of_group = lane.slots * kSplitVoxels;
   for_each_piece_ahead<kOrder>(share, lane.group() * of_group, lane.slot * kSplitVoxels, expect, f);
 }
 
-// The labels of a lane's voxels, kUncounted beyond the last one. True: all are of classes.
+// The labels of a lane's voxels, kUncounted beyond the last one. True: all are classes.
 template <Reads kReads, int kVoxels>
 __device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRow<kReads, kVoxels>& row, int64_t at,
                                                   int (&labels)[kVoxels], bool& bad) {
@@ -284,7 +284,7 @@ __device__ __forceinline__ bool load_split_labels(const Volume& v, const LabelRo
   for (int k = 0; k < kVoxels; ++k) labels[k] = kUncounted;
   return at < v.voxels && row.load(at, labels, bad);
 }
-// The same where they were brought ahead to these slots, if they could be.
+// The same from the slots to which the labels were copied ahead, if they were.
 template <int kVoxels>
 __device__ __forceinline__ bool take_split_labels(const Volume& v, const LabelRow<Reads::kSameSize, kVoxels>& row,
                                                   unsigned char* slots, int64_t at, int (&labels)[kVoxels], bool& bad) {
@@ -318,9 +318,9 @@ struct PackInRegisters {
   using A = Compute<T>;
   using Labels = LabelRow<Reads::kSameSize, kSplitVoxels>;
   static constexpr Targets kTargets = !kAhead ? Targets::kUntold : kKeepsTargets ? Targets::kStay : Targets::kTaken;
-  static constexpr bool kPutsTargets = false;  // put takes them among the others
+  static constexpr bool kPutsTargets = false;  // put writes them in the place of the others
 
-  T* slots;  // [classes + 1][threads] packs, the first of no class; and Labels' from there on
+  T* slots;  // [classes + 1][threads] packs, the first for no class; then the labels' slots
   Logits<T, kSplitVoxels> z[kClasses];
   Packed<T, kSplitVoxels> dz[kClasses];
 
@@ -330,7 +330,7 @@ struct PackInRegisters {
       Logits<T, kSplitVoxels> none;
       fill_without_class(none);
 #pragma unroll
-      for (int j = -1; j < kClasses; ++j) {  // of a class that there is not, once and for all
+      for (int j = -1; j < kClasses; ++j) {  // for a class that does not exist, once for the whole pass
         if (j < 0 || !lane.has<kClasses>(j)) memcpy(slot(j), none.elements, sizeof none.elements);
       }
     }
@@ -346,7 +346,7 @@ struct PackInRegisters {
       if (labels.whole()) labels.expect(inside, label_slots());
     }
   }
-  // next: to be expected then, -1 for none. True: all labels are of classes.
+  // next: the pack to copy ahead; -1: none. True: all labels are classes.
   __device__ __forceinline__ bool load(const Volume& v, const T* rows, const Labels& row, const SplitLane& lane,
                                        int64_t at, int64_t next, int (&labels)[kSplitVoxels],
                                        A (&of_target)[kSplitVoxels], bool& bad) {
@@ -388,7 +388,7 @@ struct PackInRegisters {
   }
 };
 
-// As weigh, also of voxels beyond the last one.
+// As weigh, also for voxels beyond the last one.
 template <Reads kReads, typename A, int kVoxels>
 __device__ __forceinline__ bool weigh_split(const Volume& v, int64_t sample, int64_t at, int (&labels)[kVoxels],
                                             A (&weights)[kVoxels], bool all_count, bool& bad) {
@@ -539,8 +539,8 @@ __device__ __forceinline__ void load_split_targets(const Volume& v, const SplitL
   weigh_split<Reads::kResampled>(v, sample, at, labels, weights, false, bad);
 }
 
-// Softmax of a lane's classes: calls keep(j, k, z_top - z, exponential), inf and 0 where there is no such class; and
-// the voxel's sums over all lanes.
+// Softmax of a lane's classes. Calls keep(j, k, z_top - z, exponential), with inf and 0 where there is no such class.
+// Returns the voxel's sums over all lanes.
 template <Combine kWay, typename A, typename T, int kClasses, int kVoxels, typename F>
 __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClasses], const SplitLane& lane,
                                              A (&beyond_one)[kVoxels], F&& keep) {
@@ -564,13 +564,13 @@ __device__ __forceinline__ void top_of_split(const Logits<T, kVoxels> (&z)[kClas
   for (int k = 0; k < kVoxels; ++k) beyond_one[k] = TopSums<A>{sums[k], sums[kVoxels + k]}.beyond_one();
 }
 
-// The values of a dense target of a sample as a lane reads them, of the logits' size: see Plan::dense.
+// The values of a sample's dense target as a lane reads them. The target has the logits' size: see Plan::by_products.
 template <int kVoxels>
 struct DenseRows {
   const Volume& v;
   const SplitLane& lane;
   int64_t start;  // of the sample
-  int whole;      // bytes of a value where they come in whole loads; else 0
+  int whole;      // bytes of a value where whole loads read them; else 0
 
   __device__ __forceinline__ DenseRows(const Volume& volume, const SplitLane& lane_, int64_t sample)
       : v(volume), lane(lane_), start(sample * volume.target.sample_stride), whole(0) {
@@ -649,7 +649,7 @@ struct DenseRows {
       for (int k = 0; k < kVoxels; ++k) g[k] = to_compute<A>(values.values[k]);
     }
   }
-  // Calls f with a number as large as a value that comes ahead.
+  // Calls f with a number as large as a value that is copied ahead.
   template <typename F>
   __device__ __forceinline__ void with_words(F&& f) const {
     if (whole == 1) {
@@ -756,8 +756,8 @@ struct SplitBlockSums {
   A* memory;
   const LaneOfVoxel& lane;
 
-  // From the values of each thread: over the slots of a warp, in a fixed order; NaN where a thread is bad. All threads
-  // must call, and synchronise before they read.
+  // From the values of each thread: summed over the slots of a warp, in a fixed order; NaN where a thread is bad. All
+  // threads must call it, and synchronise before they read.
   __device__ __forceinline__ void store(A (&values)[kValues], bool bad) const {
 #pragma unroll
     for (int i = 0; i < kValues; ++i) values[i] = bad ? static_cast<A>(NAN) : values[i];

@@ -1,6 +1,6 @@
-// The family "split_labels": the classes of a voxel split over lanes (split.cuh), or, where they lie side by side, by
-// way of a tile (interleaved.cuh). Softmax and labels: 5 to 144 classes, with squared errors 3 to 128. float32 and half
-// precision.
+// The family "split_labels": the classes of a voxel split over lanes (split.cuh) or, where they lie side by side,
+// through a tile (interleaved.cuh). Softmax and labels: 5 to 144 classes, with squared errors 3 to 128. float32 and
+// half precision.
 #include <algorithm>
 
 #include "coefficients.cuh"
@@ -14,13 +14,13 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// The most lanes that share a voxel, and the most classes of a lane. A lane may have a ninth class instead of twice the
-// lanes, because 8, 16 or 32 organs and a background are common. With squared errors it may not.
+// The most lanes that share a voxel, and the most classes of a lane. A lane may have a ninth class, because 8, 16 or 32
+// organs and a background are common; that costs less than twice the lanes. With squared errors it may not.
 constexpr int kMostLanes = 16, kMostOfLane = 9, kMostOfLaneSquared = 8;
 
-// Calls f with the most classes of a lane as a constant; every lane has all of them but the last two at least.
-// kSquared: one lane for three and four classes too, which without squares have kernels of their own, and no nine.
-// These and kSmoothed have no five and seven: they are rarer, and every kernel takes time to compile.
+// Calls f with the most classes of a lane as a constant. Every lane has all of them but the last two at least.
+// kSquared: one lane also for three and four classes, which have kernels of their own without squares; and no nine
+// classes. Squares and kSmoothed have no five and no seven: they are rarer, and every kernel takes time to compile.
 template <bool kSquared, bool kSmoothed, typename F>
 void with_split_classes(int64_t classes, int lanes, F&& f) {
   constexpr bool kRare = kSquared || kSmoothed;
@@ -37,9 +37,9 @@ void with_split_classes(int64_t classes, int lanes, F&& f) {
   if (classes <= lanes * 8) return f(std::integral_constant<int, 8>{});
   if constexpr (!kSquared) return f(std::integral_constant<int, kMostOfLane>{});
 }
-// The same where the classes of a voxel lie side by side: f(classes, turns). turns: so many lanes take units of classes
-// in turn (TileLane), so that few lanes of a warp meet in a bank. Even numbers are for even numbers of classes: pairs
-// of these are whole words at every voxel. Of odd numbers a lane has all but the last three at least.
+// The same where the classes of a voxel lie side by side: f(classes, turns). So many lanes take units of classes in
+// turn (TileLane), so that few lanes of a warp meet in a bank. Even numbers are for even numbers of classes: then two
+// classes are a whole word at every voxel. With odd numbers a lane has all but the last three classes at least.
 template <typename F>
 void with_interleaved_classes(int64_t classes, int lanes, F&& f) {
   const bool even = classes % 2 == 0;
@@ -62,7 +62,7 @@ void with_split_labels(const Volume& v, const Plan& plan, F&& f) {
     if (!plan.interleaved) {
       with_split_classes<kSquared, kSmoothed>(
           v.classes, plan.lanes, [&](auto classes) { f(classes, ce, squared, std::integral_constant<int, 0>{}); });
-    } else if constexpr (!kSquared && !kSmoothed) {  // for which there is no plan
+    } else if constexpr (!kSquared && !kSmoothed) {  // there is no plan for it
       with_interleaved_classes(v.classes, plan.lanes,
                                [&](auto classes, auto turns) { f(classes, ce, squared, turns); });
     }
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     }
   });
 
-  A values[kValues], log_sums = A(0);  // of smoothing, the same for every class; they were summed by label
+  A values[kValues], log_sums = A(0);  // for smoothing, the same for every class; they were summed by label
   if constexpr (kSmoothed) {
 #pragma unroll 1
     for (int j = -1; j < kClasses; ++j) log_sums += of_label.last(j);
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   };
   if (kTurns == 0) take_background();
   const A smoothing_of_all = kSmoothed ? sum_of_smoothing(of_class, classes) : A(0);
-  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  bool bad = false;  // the count pass has reported it, and the coefficients are NaN then
   const LabelRow<Reads::kSameSize, kSplitVoxels> target_row(v, share.sample * v.target.sample_stride);
   using Pack = PackOf<T, kClasses, kTurns, kAhead<T, true>>;
   Pack pack(tiles, v, lane);
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
     Packed<T, kVoxels> dz[kClasses];
     T at_target[kVoxels];
     weighed_pack<Reads::kSameSize>(v, lane, share.sample, at, pack, labels, all_known, z, of_target, weights, bad);
-    if (kTurns > 0) take_background();  // from shared memory again, as registers are few
+    if (kTurns > 0) take_background();  // from shared memory again, because registers are few
     A others[kClasses][kVoxels], totals[3 * kVoxels];
     SoftmaxSums<A> sums[kVoxels];
     softmax_of_split<false, Pack::kTargets>(z, labels, of_target, lane, others, sums, [](int, int, A) {});
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
       sums[k] = {totals[2 * kVoxels + k], totals[k]};
       const int label = labels[k], target = Pack::kPutsTargets ? -1 : recomputed(lane.index_of(label));
       const A inverse = reciprocal(sums[k].target + sums[k].others);
-      const A weight = weights[k];  // 0 where the voxel does not count, and so is the gradient
+      const A weight = weights[k];  // 0 where the voxel does not count; the gradient is 0 then
       A weighted_others = totals[kVoxels + k], u_target = of_class[label].foreground;
       if constexpr (kSquared) {
         weighted_others *= inverse;  // the slopes were made of exponentials
@@ -271,11 +271,11 @@ bool plan_of(const Volume& v, const GradientView* out, Plan& plan) {
                      v.voxels % (16 / static_cast<int>(sizeof(T))) == 0;
   if (plan.lanes == 0 || !(plan.interleaved || can_be_read(v, sizeof(T), plan.voxels))) return false;
   int64_t values = kAllCoefficients * (v.classes + 1);  // of Compute<T>, in shared memory
-  int packs = 0;                                        // bytes there for tiles or for packs that are brought ahead
+  int packs = 0;                                        // bytes there for tiles, or for packs that are copied ahead
   with_split_labels(v, plan, [&](auto of_lane, auto, auto, auto turns) {
     constexpr int kClasses = decltype(of_lane)::value;
     if (out == nullptr) values = cross_entropy ? label_sum_values<true>(kClasses) : label_sum_values<false>(kClasses);
-    // Tiles, or a pack of each class; and a place of no class.
+    // Tiles, or a pack of each class; and a place for no class.
     const int labels = bytes_of(v.target.type) * kSplitVoxels * Plan::kThreads;
     if (decltype(turns)::value > 0) {
       const RowOfTile row(static_cast<int>(v.classes), sizeof(T));
@@ -300,7 +300,7 @@ bool plan_split_labels(const Volume& v, const GradientView* out, Plan& plan) {
 
 int blocks_split_labels(const Volume& v, const Plan& plan, bool gradient, int64_t pieces) {
   if (!gradient) return is_half(v) ? 2 : 4;
-  // Some ten pieces a block, more where a block has more to begin with.
+  // About ten pieces for each block, more where a block has more anyway.
   const int64_t of_block = plan.warps > 1 ? 16 : 10;
   return static_cast<int>(std::clamp<int64_t>(pieces / of_block / 2 * 2, gradient_blocks(v), 48));
 }

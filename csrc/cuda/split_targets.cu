@@ -1,6 +1,6 @@
-// The family "split_targets": a softmax whose every class has a target of its own, split over lanes as in split.cuh.
-// Dense targets of the logits' size whose part is made of products have kernels of their own, up to 160 classes; those
-// for the rest ask for every option at every logit, up to 128. float32 and half precision.
+// The family "split_targets": a softmax where every class has a target of its own, split over lanes as in split.cuh.
+// Dense targets of the logits' size whose overlaps are products have kernels of their own, up to 160 classes. The
+// kernels for the rest look at every option for every logit, up to 128 classes. float32 and half precision.
 #include <algorithm>
 
 #include "coefficients.cuh"
@@ -15,8 +15,8 @@ namespace {
 
 // The most lanes that share a voxel, and the most classes of one.
 constexpr int kMostLanesGeneral = 32, kMostOfLaneGeneral = 4, kMostOfLaneDense = 5;
-// kAhead of a dense target and its logits, and blocks of a multiprocessor there: of two classes, which take few
-// registers, so many that others work while some wait.
+// kAhead for a dense target and its logits, and blocks of a multiprocessor. Two classes take few registers: so many
+// blocks run that some work while others wait.
 template <typename T, int kClasses, bool kGradient>
 constexpr bool kDenseAhead = kClasses > 2 && kAhead<T, kGradient>;
 template <int kClasses, bool kGradient>
@@ -39,7 +39,7 @@ void with_dense_split_classes(int64_t classes, int lanes, F&& f) {
   f(std::integral_constant<int, kMostOfLaneDense>{});
 }
 
-// The counts of a block whose threads have those of each of a lane's classes.
+// The counts of a block whose threads have the counts of their lane's classes.
 template <int kColumns, typename A, int kClasses>
 __device__ __forceinline__ void store_split_sums(const GeneralSums<A> (&counts)[kClasses], bool bad,
                                                  const SplitLane& lane, int classes, A* memory, A* out) {
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   store_split_sums<kColumns>(counts, bad, lane, classes, lane.beyond_exchange<A>(memory), out);
 }
 
-// A target of its own for every class, by products: see Plan::dense.
+// A target of its own for every class, by products: see Plan::by_products.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, false>)
     dense_split_count_pass_kernel(const Volume v, Compute<T>* __restrict__ partial, unsigned* finished,
@@ -141,14 +141,14 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, false>)
       for (int k = 0; k < kVoxels; ++k) {
         const A z0 = z[0].at(k), z1 = z[1].at(k), weight = weights[k];
         const A d = two_class_logit(z0, z1, larger(z0, z1)), e = exponential(-magnitude(d));
-        const Probability<A> p = logistic(d < A(0), e, reciprocal(A(1) + e));  // of the second
+        const Probability<A> p = logistic(d < A(0), e, reciprocal(A(1) + e));  // of the second class
         const A second = p.p * weight, first = p.complement * weight;
         add(0, g[0][k], first, second);
         add(1, g[1][k], second, first);
         if (kCrossEntropy) {
           const A common = log_one_plus_small(e);
           weight_sum += weight;
-          // Without g it may be infinite, and is not wanted.
+          // Without g it may be infinite, and must not be added.
           if (g[0][k] != A(0)) counts[0].ce += (g[0][k] * weight) * (common + larger(d, A(0)));
           if (g[1][k] != A(0)) counts[1].ce += (g[1][k] * weight) * (common + larger(-d, A(0)));
         }
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, false>)
       A e[kClasses][kVoxels], beyond_one[kVoxels];
       top_of_split<Combine::kSteps>(z, lane, beyond_one, [&](int j, int k, A below_top, A exponential_of) {
         e[j][k] = exponential_of;
-        // -log p = below_top + log S; without g it may be infinite, and is not wanted.
+        // -log p = below_top + log S. Without g it may be infinite, and must not be added.
         if (kCrossEntropy && g[j][k] != A(0)) counts[j].ce += (g[j][k] * weights[k]) * below_top;
       });
 #pragma unroll
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   for (int j = 0; j < kClasses; ++j) {
     if (lane.has<kClasses>(j)) u[j] = of_class[lane.class_of(j)];
   }
-  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  bool bad = false;  // the count pass has reported it, and the coefficients are NaN then
   const bool focal = kCrossEntropy && v.focal_gamma != 0;
   for_each_pack<Order::kForward>(share, lane, [&](int64_t at) {
     Logits<T, kVoxels> z[kClasses];
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kSplitBlocks)
   });
 }
 
-// A target of its own for every class, by products: see Plan::dense.
+// A target of its own for every class, by products: see Plan::by_products.
 template <typename T, int kClasses, bool kCrossEntropy>
 __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, true>)
     dense_split_gradient_pass_kernel(const Volume v, const GradientArguments a, const Blocks blocks,
@@ -273,13 +273,13 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, true>)
     u_background[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].background : A(0);
     u_foreground[j] = lane.has<kClasses>(j) ? of_class[lane.class_of(j)].foreground : A(0);
   }
-  const auto ce_of = [&](int j) {  // from shared memory, as registers are few
+  const auto ce_of = [&](int j) {  // from shared memory, because registers are few
     return lane.has<kClasses>(j) ? of_class[lane.class_of(j)].ce : A(0);
   };
   const auto slope_of = [&](int j, A target) {  // p does not decide it
     return overlap_slope(Probability<A>{}, target, u_background[j], u_foreground[j], OverlapForm::kProduct);
   };
-  bool bad = false;  // the count pass has told of it, and the coefficients are NaN then
+  bool bad = false;  // the count pass has reported it, and the coefficients are NaN then
   DensePack<T, kClasses, kDenseAhead<T, kClasses, true>> pack(
       reinterpret_cast<unsigned char*>(coefficients + classes + 1), targets, lane);
   const auto expect = [&](int64_t at) { pack.expect(v, rows, targets, lane, at); };
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(Plan::kThreads, kDenseBlocks<kClasses, true>)
         dz[1].values[k] = static_cast<T>(dz_1);
       }
     } else {
-      // Five classes of a lane and a cross-entropy leave no registers for steps.
+      // With five classes in a lane and a cross-entropy there are no registers left for steps.
       constexpr Combine kWay = kCrossEntropy && kClasses == kMostOfLaneDense ? Combine::kLoop : Combine::kSteps;
       A e[kClasses][kVoxels], beyond_one[kVoxels];
       top_of_split<kWay>(z, lane, beyond_one, [&](int j, int k, A, A exponential_of) { e[j][k] = exponential_of; });
@@ -386,8 +386,8 @@ bool plan_of(const Volume& v, const GradientView* out, Plan& plan) {
     with_dense_split_classes(v.classes, plan.lanes, [&](auto of_lane) {
       constexpr int kClasses = decltype(of_lane)::value;
       if (!(out == nullptr ? kDenseAhead<T, kClasses, false> : kDenseAhead<T, kClasses, true>)) return;
-      const int bytes = bytes_of(v.target.type) <= 4 ? bytes_of(v.target.type) : 0;  // others do not come ahead
-      // The sums come where the packs have been.
+      const int bytes = bytes_of(v.target.type) <= 4 ? bytes_of(v.target.type) : 0;  // the others are not copied ahead
+      // The sums take the place of the packs.
       const int sums = out == nullptr ? static_cast<int>(values * sizeof(Compute<T>)) : 0;
       packs = std::max(0, kClasses * (static_cast<int>(sizeof(T)) + bytes) * kSplitVoxels * Plan::kThreads - sums);
     });

@@ -1,5 +1,5 @@
-// The table on CUDA: partial sums of all blocks in, loss and coefficients out. Every block sums some columns, and the
-// one that is the last to finish goes on with the table.
+// The table on CUDA: from the partial sums of all blocks to loss and coefficients. Every block sums some columns, and
+// the block that ends last goes on with the table.
 #include "launch.h"
 #include "voxels.cuh"
 
@@ -9,10 +9,11 @@ namespace {
 
 // So few threads and registers that a block fits beside one of the count pass.
 constexpr int kTableThreads = 384, kTableWarps = kTableThreads / kWarp;
-// Columns of the partial sums that one of several blocks adds up: 32 bytes of each row, which memory hands out at once.
+// Columns of the partial sums that one of several blocks adds up: 32 bytes of each row, the least that memory hands
+// out.
 constexpr int kTogether = 8;
 
-// Of x > 0. By logarithm, for pow is a call, around which the registers would be spilled.
+// For x > 0. By logarithms: pow is a call, for which registers would be spilled.
 struct Power {
   __device__ double operator()(double x, double y) const { return exp(log(x) * y); }
 };
@@ -23,7 +24,8 @@ struct Alone {
   int vector;   // values that a thread reads at once
   int lanes;    // a power of two: threads that put a column's sums together
 
-  // Bytes of partial sums that one block reads before several have told each other what they have (on an H100).
+  // The most bytes of partial sums that one block reads. For more, several blocks read and tell each other their sums
+  // (on an H100).
   static constexpr int64_t kMostBytes = 48 * 1024;
 
   __host__ Alone(int64_t samples, int64_t programs, int64_t row, int64_t element_size)
@@ -33,7 +35,7 @@ struct Alone {
     const int most = static_cast<int>(16 / element_size);
     if (of_sample % most == 0) vector = most;
     if (samples * of_sample * element_size > kMostBytes * vector / most) return;
-    // As many threads as always read the same columns.
+    // As many threads as make each of them always read the same columns.
     int64_t period = row;
     for (int v = vector; v > 1 && period % 2 == 0; v /= 2) period /= 2;
     threads = static_cast<int>(kTableThreads / samples / period * period);
@@ -115,7 +117,7 @@ __device__ void sum_columns(const TableArguments& a, int programs, double* sums)
   __syncthreads();
 }
 
-// Whether all other blocks have written their counts, which this one may read then.
+// Whether all other blocks have written their counts. This block may read them then.
 __device__ bool is_last_block(const TableArguments& a, double* sums) {
   bool& last = *reinterpret_cast<bool*>(sums);
   if (threadIdx.x == 0) {  // for all threads of the block, by the barriers
@@ -171,8 +173,8 @@ __device__ void row_counts(const TableArguments& a, const double* counts, int r,
   }
 }
 
-// NaN in one of a class's overlap counts is NaN in all: a voxel of another class adds nothing to its tp. counts: as
-// row_counts takes them.
+// Where one of the overlap counts of a class is NaN, all of them become NaN: a voxel of another class adds nothing to
+// its tp. counts: see row_counts.
 __device__ void spread_nan(const TableArguments& a, const double* counts) {
   const int columns = a.table.columns(), items = static_cast<int>(a.table.samples * a.table.classes);
 #pragma unroll 1
@@ -192,8 +194,9 @@ __device__ double inverse_or_zero(double x) {
 // The sums over all classes that make the loss, before the mean.
 enum LossSum { kTversky, kTverskyClasses, kCrossEntropySum, kDivisor, kLossSums };
 
-// The coefficients of a row and class, before the mean; where the loss is not reduced, its own, to which the mean
-// cross-entropy of its row is added. What the class adds to the sums is added. stores: the loss that is not reduced.
+// The coefficients of a row and class, before the mean. Where the loss is not reduced, the coefficients are the row's
+// own, and the mean cross-entropy of the row is added to them. Adds the class's part to the sums. stores: the loss that
+// is not reduced.
 __device__ void evaluate(const TableArguments& a, const double* counts, int item, bool stores,
                          double (&sums)[kLossSums], double (&u)[kAllCoefficients]) {
   const Table& t = a.table;
@@ -238,7 +241,7 @@ __device__ void evaluate(const TableArguments& a, const double* counts, int item
   if (none && stores && c >= first_class) store_loss(a, int64_t{r} * t.kept() + c - first_class, value);
 }
 
-// From the counts to the loss and the coefficients. counts: as row_counts takes them. stores: whether the results are.
+// From the counts to the loss and the coefficients. counts: see row_counts. stores: whether the results are written.
 __device__ void make_table(const TableArguments& a, const double* counts, bool stores, double* sums) {
   const Table& t = a.table;
   const int items = static_cast<int>(t.rows * t.classes), width = t.coefficient_columns();
@@ -275,9 +278,9 @@ __device__ void make_table(const TableArguments& a, const double* counts, bool s
   }
 }
 
-// A launch that rehearses goes through everything twice. The first time, while the count pass still runs, it reads no
-// partial sums (with several blocks: whatever the counts' memory holds) and stores nothing. So the instructions and the
-// other data are in the caches the second time (2 us less on an H100).
+// A launch that rehearses goes through everything twice. The first time is while the count pass still runs: it reads no
+// partial sums (with several blocks it reads whatever the memory of the counts holds) and stores nothing. The second
+// time the instructions and the other data are in the caches (2 us less on an H100).
 __global__ void __launch_bounds__(kTableThreads, 2) table_kernel(const TableArguments a, const Alone alone) {
   TK_SHARED(memory);
   double* sums = reinterpret_cast<double*>(memory);

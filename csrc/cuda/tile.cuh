@@ -38,8 +38,8 @@ __device__ __forceinline__ void for_each_tile(const Share& share, int tile_voxel
   });
 }
 
-// Calls f(c, voxel) for the elements of a tile that a thread takes, kUnroll at a time: neighbouring threads take
-// neighbours in memory, classes of a voxel or voxels of a class. It divides at its start only.
+// Calls f(c, voxel) for the elements of a tile that a thread takes, kUnroll at a time. Neighbouring threads take
+// neighbours in memory: classes of a voxel, or voxels of a class. It divides only at its start.
 template <int kUnroll, typename F>
 __device__ __forceinline__ void for_each_element(int classes, int tile_voxels, bool class_is_inner, F&& f) {
   const int size = class_is_inner ? classes : tile_voxels, total = classes * tile_voxels;
@@ -57,14 +57,15 @@ __device__ __forceinline__ void for_each_element(int classes, int tile_voxels, b
   }
 }
 
-// log2 of a power of two; for the tiles' sizes, so that nothing is divided by them.
+// log2 of a power of two. With it nothing is divided by the size of a tile.
 __device__ __forceinline__ int log2_of(int size) {
   int log = 0;
   while ((1 << log) < size) ++log;
   return log;
 }
 
-// Whether a tile's `count` voxels from `at` on can be read or written in whole packs. The same for the whole block.
+// Whether a tile's `count` voxels from `at` on can be read or written in whole packs. The answer is the same for the
+// whole block.
 template <typename T>
 __device__ __forceinline__ bool in_packs(const T* at, int64_t class_stride, int64_t voxel_stride, int count,
                                          int tile_voxels) {
@@ -72,7 +73,7 @@ __device__ __forceinline__ bool in_packs(const T* at, int64_t class_stride, int6
          reinterpret_cast<uintptr_t>(at) % 16 == 0 && class_stride % kPack<T> == 0;
 }
 
-// As load_tile, in packs, several of each thread under way at once.
+// As load_tile, in packs. Each thread has several packs under way at once.
 template <typename T>
 __device__ void load_tile_in_packs(const T* at, int64_t class_stride, int classes, Compute<T>* tile, int tile_stride,
                                    int tile_voxels) {
@@ -153,8 +154,8 @@ __device__ A largest_of_voxel(const A* tile, const TileLayout& layout, A* reduct
   return top;
 }
 
-// Replaces each of kValues values that a voxel's threads bring by their sum over the groups, in all of them. reduction:
-// [kValues][groups][tile_voxels], free to be used again afterwards. All threads must call.
+// Replaces each of the kValues values of the threads of a voxel by its sum over the groups, in all of them. reduction:
+// [kValues][groups][tile_voxels], free to be used again afterwards. All threads must call it.
 template <typename A, int kValues>
 __device__ void sum_over_groups(A (&values)[kValues], const TileLayout& layout, A* reduction, int tile_voxels,
                                 const TileThread& t) {
@@ -174,9 +175,9 @@ __device__ void sum_over_groups(A (&values)[kValues], const TileLayout& layout, 
   __syncthreads();
 }
 
-// Replaces the tile's logits by their exponentials over the voxel's largest, 0 at the target and where the voxel does
-// not count, and returns the sums of the calling thread's voxel and its largest logit. reduction:
-// [2][groups][tile_voxels]. All threads must call.
+// Replaces the tile's logits by their exponentials over the largest of the voxel; by 0 at the target and where the
+// voxel does not count. Returns the sums of the calling thread's voxel and its largest logit. reduction:
+// [2][groups][tile_voxels]. All threads must call it.
 template <typename A>
 __device__ SoftmaxSums<A> softmax_of_tile(A* tile, const TileLayout& layout, const int* labels, A* reduction,
                                           int classes, int tile_voxels, const TileThread& t, A& top) {

@@ -1,5 +1,5 @@
-// The family "tiled": a tile of voxels of all classes in shared memory (tile.cuh), for what the others leave: any
-// size, layout and type, and as many classes as there is room for.
+// The family "tiled": a tile of voxels of all classes in shared memory (tile.cuh). It takes what the others leave: any
+// size, layout and type, and as many classes as fit.
 #include "coefficients.cuh"
 #include "counting.cuh"
 #include "dispatch.h"
@@ -12,7 +12,7 @@ namespace tversky_kernels {
 namespace cuda {
 namespace {
 
-// Of the kernels in tiles only those for a target of its own for every class have squares.
+// Of the tiled kernels only those for a target of its own for every class have squares.
 inline bool takes_general_tiles(const Volume& v) {
   return v.is_general() || v.overlap == OverlapForm::kSquared;
 }
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       }
       __syncthreads();
     }
-    // A class a thread; where there are threads enough, several share a class's voxels.
+    // A thread for each class. Where there are enough threads, several share the voxels of a class.
     for (int i = thread; i < classes * layout.halves; i += Plan::kThreads) {
       const int c = i % classes, half = i / classes;
       A tp = 0, fp = 0, fn = 0, ce = 0, voxels = 0;
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const Coefficients<A>* u = fill_coefficients<kCrossEntropy>(v, a, share.sample, coefficients);
 
   for_each_tile<Order::kForward>(share, tile_voxels, [&](int64_t begin, int count) {
-    // Bad labels and weights: the count pass has told of them, and the coefficients are NaN then.
+    // Bad labels and weights: the count pass has reported them, and the coefficients are NaN then.
     load_general_tile<T>(v, rows, share.sample, begin, count, tile, targets, layout.tile_stride, tile_voxels, labels,
                          weights);
     if (kActivation == Activation::kSoftmax) {
@@ -376,7 +376,7 @@ void plan_of(const Volume& v, const GradientView* out, Plan& plan) {
   const int64_t classes = v.classes;
   const auto bytes = [&](int voxels) {
     const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
-    // The most that any of the tiled kernels keeps, see there.
+    // The most memory that any of the tiled kernels has, see there.
     const int64_t tiles = takes_general_tiles(v) ? 2 : 1;
     const int64_t table =
         out != nullptr ? kAllCoefficients * (classes + 1) : v.count_columns() * classes * layout.halves;
@@ -403,7 +403,7 @@ void count_tiled(const CountLaunch& launch) {
   with_tiled(launch.v, [&](auto element, auto activation, auto ce) {
     using T = decltype(element);
     constexpr Activation kActivation = decltype(activation)::value;
-    // The kernels for labels have the cross-entropy of a softmax alone.
+    // The kernels for labels have a cross-entropy only with a softmax.
     constexpr bool kCrossEntropy = decltype(ce)::value && kActivation == Activation::kSoftmax;
     if (takes_general_tiles(launch.v)) {
       launch.template run<T>(general_count_pass_kernel<T, kActivation>, launch.plan.voxels);
@@ -417,7 +417,7 @@ void gradient_tiled(const GradientLaunch& launch) {
   with_tiled(launch.v, [&](auto element, auto activation, auto ce) {
     using T = decltype(element);
     constexpr Activation kActivation = decltype(activation)::value;
-    // Without an activation it is not asked for, and the kernels for labels have that of a softmax alone.
+    // Without an activation there is no cross-entropy, and the kernels for labels have one only with a softmax.
     constexpr bool kGeneral = decltype(ce)::value && kActivation != Activation::kNone;
     constexpr bool kCrossEntropy = decltype(ce)::value && kActivation == Activation::kSoftmax;
     if (takes_general_tiles(launch.v)) {

@@ -24,17 +24,17 @@ using Word = std::conditional_t<
     std::conditional_t<kBytes == 8, uint2,
                        std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
 
-// Voxels of one class that 16 bytes hold, the widest access there is.
+// Voxels of one class in 16 bytes, the widest access there is.
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);
 
-// The widest word that bytes of this number can be moved by.
+// The widest word for a move of this number of bytes.
 constexpr int word_bytes(int bytes) {
   return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes;
 }
 
-// Accesses as wide as the values together, 16 bytes at most. The stores are intrinsics, because the compiler splits
-// plain stores into their members; they stream, because the gradient is not read again soon.
+// Accesses as wide as all values together, 16 bytes at most. The stores are intrinsics, because the compiler splits
+// plain stores into their members. They stream past the cache, because the gradient is not read again soon.
 template <typename T, int kCount>
 __device__ __forceinline__ void load_words(const T* p, T (&values)[kCount]) {
   constexpr int kBytes = sizeof(T) * kCount, kWord = word_bytes(kBytes);
@@ -64,8 +64,8 @@ __device__ __forceinline__ void store_packed(T* p, const Packed<T, kCount>& valu
   store_words(p, values.values);
 }
 
-// Logits of one class of neighbouring voxels. Half-precision logits stay in pairs, as they lie in memory: instructions
-// that take two at once would otherwise need the pairs to be put together again.
+// Logits of one class of neighbouring voxels. Half-precision logits stay in pairs, as in memory: otherwise the pairs
+// would have to be put together again for instructions that take two numbers at once.
 template <typename T, int kVoxels>
 struct Logits {
   static constexpr bool kPairs = sizeof(T) == 2 && kVoxels % 2 == 0;
@@ -142,11 +142,11 @@ __device__ __forceinline__ void store_classes(T* rows, int64_t class_stride, int
   }
 }
 
-// The same, copied ahead: expect begins a copy to this thread's place in shared memory, and after wait_for_copies take
+// The same, copied ahead. expect begins a copy to this thread's place in shared memory; after wait_for_copies take
 // reads it.
 template <bool kInterleaved, typename T, int kClasses, int kVoxels>
 struct ClassesAhead {
-  // As they are read: one piece of memory, or one of each class.
+  // As they are read: one piece of memory, or one for each class.
   static constexpr int kPieces = kInterleaved ? 1 : kClasses, kOfPiece = kVoxels * kClasses / kPieces;
   static constexpr int kWord = word_bytes(static_cast<int>(sizeof(T)) * kOfPiece);
   static constexpr int kOfWord = kWord / static_cast<int>(sizeof(T)), kWords = kOfPiece / kOfWord;
@@ -197,7 +197,8 @@ __device__ __forceinline__ void store_shared(T* p, const Packed<T, kCount>& valu
 // One label as a class index, kUncounted where the voxel does not count; sets bad where it is out of range.
 template <typename L>
 __device__ __forceinline__ int checked_label(const Volume& v, L label, bool& bad) {
-  // As unsigned numbers, those below 0 are large. Most labels have 32 bits at most, and no comparison needs more.
+  // As unsigned numbers, negative labels are large. Most labels have 32 bits at most; only longer ones need a longer
+  // comparison.
   using Number = std::conditional_t<sizeof(L) == 8, uint64_t, uint32_t>;
   const bool known = static_cast<Number>(label) < static_cast<Number>(v.classes + v.first_label);
   if (v.has_ignore_index && static_cast<int64_t>(label) == v.ignore_index) return kUncounted;
@@ -206,7 +207,7 @@ __device__ __forceinline__ int checked_label(const Volume& v, L label, bool& bad
 }
 
 // The same for neighbouring voxels: kUncounted where a voxel does not count; sets bad where a label is out of range.
-// True: all labels are classes. One or two comparisons a label find that out; other labels are rare.
+// True: all labels are classes. That takes one or two comparisons a label; other labels are rare.
 template <typename L, int kVoxels>
 __device__ __forceinline__ bool checked_labels(const Volume& v, const L (&values)[kVoxels], int (&labels)[kVoxels],
                                                bool& bad) {
@@ -233,7 +234,8 @@ __device__ __forceinline__ bool checked_labels(const Volume& v, const L (&values
   return false;
 }
 
-// Calls f(k, value) for kCount values one stride apart, from number `first` of p on, in as few loads as they allow.
+// Calls f(k, value) for kCount values, one stride apart, from number `first` of p on. It takes as few loads as
+// possible.
 template <typename X, int kCount, typename F>
 __device__ __forceinline__ void load_row(const X* p, int64_t first, int64_t stride, F&& f) {
   const X* here = p + first;
@@ -252,8 +254,8 @@ __device__ __forceinline__ void load_row(const X* p, int64_t first, int64_t stri
   for (int k = 0; k < kCount; ++k) f(k, p[(first + k) * stride]);
 }
 
-// Which targets and weights a kernel reads: only those of the logits' size; or resampled ones too, below 2^31 voxels;
-// or all, with 64-bit divisions. Each step costs registers.
+// Which targets and weights a kernel reads: only those of the logits' size; also resampled ones, below 2^31 voxels; or
+// all, with 64-bit divisions. Each step costs registers.
 enum class Reads { kSameSize, kResampled, kAny };
 
 // The offsets of neighbouring voxels in a volume that is resampled.
@@ -281,7 +283,7 @@ __device__ __forceinline__ void source_offsets(const Resampling& r, int64_t voxe
   }
 }
 
-// Calls f with a value of the type of labels, which is not one byte without a sign.
+// Calls f with a value of the type of labels that are not unsigned bytes.
 template <typename F>
 __device__ __forceinline__ auto with_other_label_type(ElementType type, F&& f) {
   switch (type) {
@@ -291,7 +293,7 @@ __device__ __forceinline__ auto with_other_label_type(ElementType type, F&& f) {
     default: return f(int64_t{});
   }
 }
-// The same of any; a bool is read as uint8.
+// The same for all types; a bool is read as uint8.
 template <typename F>
 __device__ __forceinline__ auto with_label_type(ElementType type, F&& f) {
   if (type == ElementType::kUint8 || type == ElementType::kBool) return f(uint8_t{});
@@ -301,8 +303,8 @@ __device__ __forceinline__ auto with_label_type(ElementType type, F&& f) {
 // The labels of a sample as a thread reads them, kVoxels neighbouring ones at once.
 template <Reads kReads, int kVoxels>
 struct LabelRow {
-  // Whether they are read in whole loads, and whether they are bytes. Bytes are asked for first: to find any other type
-  // takes longer than to read bytes.
+  // Whether whole loads read them, and whether they are bytes. Bytes are looked for first: to find another type takes
+  // longer than to read bytes.
   enum Kind { kSingle, kBytes, kWhole };
 
   const Volume& v;
@@ -358,8 +360,8 @@ struct LabelRow {
     }
   }
 
-  // The same through shared memory, where whole(): expect begins the copy, and after wait_for_copies take reads it.
-  // slots: [16-byte pieces][threads of a block], or smaller pieces.
+  // The same through shared memory, where whole(). expect begins the copy; after wait_for_copies take reads it. slots:
+  // [16-byte pieces][threads of a block], or smaller pieces.
   __device__ __forceinline__ void expect(int64_t voxel, unsigned char* slots) const {
     with_type_of_whole([&](auto element) {
       using L = decltype(element);
@@ -426,8 +428,8 @@ __device__ __forceinline__ A to_compute(X x) {
   }
 }
 
-// Values of a weight or dense target, one stride apart: from number `first` of x.data + start on. kWide: in as few
-// loads as they allow, which takes registers in every kernel that may do so.
+// Values of a weight or dense target, one stride apart, from number `first` of x.data + start on. kWide: in as few
+// loads as possible. That takes registers in every kernel that can do it.
 template <typename X, bool kWide, typename A, int kCount>
 __device__ __forceinline__ void load_values_of(const VoxelView& x, int64_t start, int64_t first, int64_t stride,
                                                A (&values)[kCount]) {
@@ -445,7 +447,7 @@ __device__ __forceinline__ void load_values(const VoxelView& x, int64_t start, i
   with_element_type(x.type,
                     [&](auto element) { load_values_of<decltype(element), kWide>(x, start, first, stride, values); });
 }
-// The same from anywhere.
+// The same from any places.
 template <typename A, int kCount>
 __device__ __forceinline__ void load_values_at(const VoxelView& x, int64_t start, const int64_t (&at)[kCount],
                                                A (&values)[kCount]) {
@@ -457,8 +459,8 @@ __device__ __forceinline__ void load_values_at(const VoxelView& x, int64_t start
   });
 }
 
-// The weights of neighbouring voxels, 1 where none are given, and 0 where one does not count; a voxel of weight 0 does
-// not, and one below 0 or NaN is bad. all_count: no label is kUncounted so far. True: all voxels count.
+// The weights of neighbouring voxels: 1 where there are none, 0 where a voxel does not count. A voxel of weight 0 does
+// not count. A weight below 0 or NaN is bad. all_count: no label is kUncounted so far. True: all voxels count.
 template <Reads kReads, typename A, int kVoxels>
 __device__ __forceinline__ bool weigh(const Volume& v, int64_t sample, int64_t voxel, int (&labels)[kVoxels],
                                       A (&weights)[kVoxels], bool all_count, bool& bad) {
@@ -486,7 +488,7 @@ __device__ __forceinline__ bool weigh(const Volume& v, int64_t sample, int64_t v
   return false;
 }
 
-// The labels, kUncounted where a voxel does not count, and weights, 0 there, of neighbouring voxels. True: all count.
+// The labels (kUncounted where a voxel does not count) and weights (0 there) of neighbouring voxels. True: all count.
 template <Reads kReads, typename A, int kVoxels>
 __device__ __forceinline__ bool load_voxels(const Volume& v, const LabelRow<kReads, kVoxels>& row, int64_t sample,
                                             int64_t voxel, int (&labels)[kVoxels], A (&weights)[kVoxels], bool& bad) {
@@ -494,8 +496,8 @@ __device__ __forceinline__ bool load_voxels(const Volume& v, const LabelRow<kRea
   return weigh<kReads>(v, sample, voxel, labels, weights, all_known, bad);
 }
 
-// The logits of voxels that do not count, which may be anything, as 0; those of half precision in pairs, for to put
-// single ones back would take instructions also where all count.
+// Sets the logits of voxels that do not count, which may be anything, to 0. Those of half precision in pairs: to put
+// single ones back would take instructions also where all voxels count.
 template <typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void clear_uncounted(Logits<T, kVoxels> (&z)[kClasses], const int (&labels)[kVoxels]) {
   if constexpr (Logits<T, kVoxels>::kPairs) {
@@ -521,7 +523,7 @@ __device__ __forceinline__ void clear_uncounted(Logits<T, kVoxels> (&z)[kClasses
 // The largest of a thread's classes.
 template <typename A, typename T, int kClasses, int kVoxels>
 __device__ __forceinline__ void largest_of_thread(const Logits<T, kVoxels> (&z)[kClasses], A (&top)[kVoxels]) {
-  if constexpr (Logits<T, kVoxels>::kPairs) {  // before they are converted
+  if constexpr (Logits<T, kVoxels>::kPairs) {  // before the conversion
     Logits<T, kVoxels> largest = z[0];
 #pragma unroll
     for (int c = 1; c < kClasses; ++c) {
@@ -542,12 +544,12 @@ __device__ __forceinline__ void largest_of_thread(const Logits<T, kVoxels> (&z)[
   }
 }
 
-// For exponential_below, whose factor is near 1 only where a voxel's largest logit is not huge: whether one is, for
-// then it is taken off first.
+// For exponential_below, whose factor is near 1 only where the largest logit of a voxel is not huge. Where one is, it
+// is taken off first.
 template <typename T, typename A, int kVoxels>
 __device__ __forceinline__ bool any_huge(const A (&top)[kVoxels]) {
   bool any = false;
-  if constexpr (!std::is_same_v<T, Half>) {  // which has none
+  if constexpr (!std::is_same_v<T, Half>) {  // which has no huge numbers
     constexpr A kHuge = 1 << 20;
 #pragma unroll
     for (int k = 0; k < kVoxels; ++k) any |= magnitude(top[k]) > kHuge;
@@ -564,11 +566,11 @@ __device__ __forceinline__ void take_off(Logits<T, kVoxels> (&z)[kClasses], A (&
   }
 }
 
-// A block's share of the work: of one sample, the pieces from begin to last, a step apart; those that others have lie
-// between.
+// A block's share of the work: the pieces of one sample from begin to last, a step apart. The pieces between belong to
+// other blocks.
 struct Share {
   int64_t sample;
-  int64_t program;      // which of the sample's blocks
+  int64_t program;      // the number of this block among the sample's blocks
   int64_t begin, last;  // voxel at which the piece starts
   int64_t end;          // of the group's voxels
   int64_t step;
@@ -602,7 +604,7 @@ __device__ __forceinline__ ChannelShare channel_share_of_block(const Volume& v, 
   return {share, channel};
 }
 
-// Calls f(at) for what is `offset` voxels into each of the block's pieces, where the volume does not end before.
+// Calls f(at) for the place `offset` voxels into each of the block's pieces, unless the volume ends before it.
 template <Order kOrder, typename F>
 __device__ __forceinline__ void for_each_piece(const Share& share, int offset, F&& f) {
   const int64_t first = share.begin + offset;
@@ -615,8 +617,8 @@ __device__ __forceinline__ void for_each_piece(const Share& share, int offset, F
   }
 }
 
-// The same with f(at, next): where this thread's next piece begins, -1 where there is none. expect(at): once before, of
-// the first one. in_piece: what is added to both.
+// The same with f(at, next). next: where this thread's next piece begins; -1: there is none. Calls expect(at) once
+// before, with the first piece. in_piece: added to both.
 template <Order kOrder, typename E, typename F>
 __device__ __forceinline__ void for_each_piece_ahead(const Share& share, int offset, int in_piece, E&& expect, F&& f) {
   const int64_t first = share.begin + offset;
@@ -635,7 +637,7 @@ __device__ __forceinline__ void for_each_piece_ahead(const Share& share, int off
   }
 }
 
-// Calls f(at) for the voxels that a thread has to itself, kVoxels from `at` on.
+// Calls f(at) for the voxels that belong to one thread alone, kVoxels from `at` on.
 template <Order kOrder, int kVoxels, typename F>
 __device__ __forceinline__ void for_each_own(const Share& share, F&& f) {
   for_each_piece<kOrder>(share, static_cast<int>(threadIdx.x) * kVoxels, f);

@@ -1,5 +1,5 @@
-// Checks of the operators' arguments. Python has checked what users pass and said it in its own words; these guard the
-// kernels' memory against direct calls of torch.ops.
+// Checks of the operators' arguments. Python has checked the user's arguments and has its own messages. These checks
+// guard the memory of the kernels against direct calls of torch.ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -32,8 +32,8 @@ inline void check_range(const char* name, int64_t value, int64_t most) {
   STD_TORCH_CHECK(value >= 0 && value <= most, name, ": expected 0 to ", most, ", got ", value);
 }
 
-// (N, *spatial) or, with classes, (N, C, *spatial), for logits (N, C, *spatial); the spatial sizes may be others for 1
-// to 3 dimensions, from which the nearest voxels are taken. one_for_all: there is one channel for all classes.
+// (N, *spatial) or, with classes, (N, C, *spatial), for logits (N, C, *spatial). With 1 to 3 dimensions the spatial
+// sizes may differ; the nearest voxels are read then. one_for_all: one channel serves all classes.
 inline void check_volume(const char* name, const Tensor& x, const Tensor& logits, bool with_classes,
                          bool one_for_all = false) {
   const int64_t first = with_classes ? 2 : 1, spatial = logits.dim() - 2;
@@ -102,7 +102,7 @@ inline void check_region_coefficients(const Tensor& coefficients, const Tensor& 
   check_device("coefficients", coefficients, logits);
 }
 
-// How a pass reads the volumes: the operators' arguments, as they come.
+// How a pass reads the volumes: the operators' arguments as they come.
 struct PassOptions {
   int64_t activation;
   std::optional<int64_t> ignore_index;
@@ -112,7 +112,7 @@ struct PassOptions {
   bool nearest_exact;
 };
 
-// What both passes read.
+// The arguments that both passes read.
 inline void check_inputs(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& voxel_weight,
                          const PassOptions& a) {
   check_logits(logits);

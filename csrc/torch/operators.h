@@ -161,7 +161,7 @@ struct Operators {
     Backend::gradient(volume, contiguous(grad_loss), contiguous(coefficients), out);
   }
 
-  // Asked first, because torch's own way goes through the dispatcher.
+  // is_contiguous is asked first: torch's own function goes through the dispatcher.
   static Tensor contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 };
 

@@ -31,7 +31,7 @@ inline std::optional<int64_t> single_stride(const Tensor& x, int64_t first) {
   return stride;
 }
 
-// Whether the elements fill a block of memory, each one place of its own.
+// Whether the elements fill a block of memory, each with a place of its own.
 inline bool is_dense(const Tensor& x) {
   if (x.numel() == 0) return true;
   std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
@@ -105,7 +105,7 @@ inline Tensor readable(const Tensor& x, int64_t first, const Tensor& logits) {
   return same_sizes(x, first, logits) ? walkable(x, first) : x;
 }
 
-// Owns what the views of a Volume point to. The one place where the arguments of a pass are checked.
+// Owns the tensors to which the views of a Volume point. The only place where the arguments of a pass are checked.
 struct VolumeTensors {
   Tensor logits, target;
   std::optional<Tensor> weight;

@@ -271,6 +271,20 @@ T exchange(unsigned mask, T value, unsigned source) {
   return value;
 }
 
+// The same with work(lane, value) for all lanes of the mask.
+template <typename T, typename F>
+void exchange_all(unsigned mask, T value, F&& work) {
+  const Block& block = *current_block();
+  const Thread& self = *current_thread();
+  const uint64_t* slots = &block.exchanged[(self.index / kWarpSize * 2 + self.operations % 2) * kWarpSize];
+  exchange(mask, value, self.index);
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if ((mask >> lane & 1) == 0) continue;
+    std::memcpy(&value, &slots[lane], sizeof value);
+    work(lane, value);
+  }
+}
+
 // A barrier of the lanes of the mask, and of what they read and write.
 inline void synchronise_warp(unsigned mask) {
   current_thread()->orders = true;
@@ -485,6 +499,20 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   return emulation::exchange(mask, value, static_cast<unsigned>(lane));
+}
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  unsigned lanes = 0;
+  emulation::exchange_all(mask, value, [&](unsigned lane, bool x) { lanes |= static_cast<unsigned>(x) << lane; });
+  return lanes;
+}
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value) {
+  unsigned lanes = 0;
+  emulation::exchange_all(mask, value, [&](unsigned lane, T x) { lanes |= static_cast<unsigned>(x == value) << lane; });
+  return lanes;
+}
+inline int __ffs(int x) {
+  return __builtin_ffs(x);
 }
 template <typename T>
 void __stcs(T* p, T value) {

@@ -698,6 +698,17 @@ class PtxKernel {
       emit([d = index_of(i.operand(0)), a = source(i.operand(1)), wide = i.type() == "b64"](Frame& f) {
         f.registers[d] = static_cast<uint64_t>(std::popcount(wide ? a(f) : static_cast<uint32_t>(a(f))));
       });
+    } else if (i.name == "brev.b32") {
+      emit([d = index_of(i.operand(0)), a = source(i.operand(1))](Frame& f) {
+        uint32_t reversed = 0;
+        for (unsigned k = 0; k < 32; ++k) reversed |= static_cast<uint32_t>(a(f) >> k & 1) << (31 - k);
+        f.registers[d] = reversed;
+      });
+    } else if (i.name == "bfind.shiftamt.u32") {  // how far to the left the highest one can go
+      emit([d = index_of(i.operand(0)), a = source(i.operand(1))](Frame& f) {
+        const auto x = static_cast<uint32_t>(a(f));
+        f.registers[d] = x == 0 ? ~uint32_t(0) : static_cast<uint32_t>(std::countl_zero(x));
+      });
     } else if (i.name == "prmt.b32") {
       of_three_words(i, [](uint32_t a, uint32_t b, uint32_t selector) {
         uint32_t result = 0;
@@ -767,6 +778,14 @@ class PtxKernel {
           const auto x = exchange(static_cast<unsigned>(mask(f)), static_cast<uint32_t>(a(f)), lane);
           if (mask(f) >> lane & 1) result += sums ? x : static_cast<uint32_t>(x != 0) << lane;
         }
+        f.registers[d] = result;
+      });
+    } else if (i.name == "match.any.sync.b32") {
+      emit([=, d = index_of(i.operand(0)), a = source(i.operand(1)), mask = source(i.operand(2))](Frame& f) {
+        const auto own = static_cast<uint32_t>(a(f));
+        uint32_t result = 0;
+        exchange_all(static_cast<unsigned>(mask(f)), own,
+                     [&](unsigned lane, uint32_t x) { result |= static_cast<uint32_t>(x == own) << lane; });
         f.registers[d] = result;
       });
     } else {

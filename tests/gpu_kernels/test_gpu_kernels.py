@@ -45,9 +45,9 @@ def kernel_loss(logits, target, voxel_weight=None, **options):
 
 
 def kernel_ce_loss(logits, target, voxel_weight=None, **options):
-    weight = None if voxel_weight is None else voxel_weight.to(DEVICE)
-    options = {"voxel_weight": weight, "backend": BACKEND, **options}
-    return tk.tversky_ce_loss(logits.to(DEVICE), target.to(DEVICE), **options).to(logits.device)
+    options = {"voxel_weight": voxel_weight, **options}
+    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return tk.tversky_ce_loss(logits.to(DEVICE), target.to(DEVICE), backend=BACKEND, **options).to(logits.device)
 
 
 def check(logits, target, function=kernel_loss, **options):
@@ -702,18 +702,18 @@ def test_head(classes, options, dtype, monkeypatch):
         assert relative(x.cpu(), y) <= 1.02 * relative(y.to(dtype), y) + 2e-6
 
 
-@pytest.mark.skipif(BACKEND != "triton", reason="the CUDA kernels take no regions")
+REGION_OPTIONS = [
+    (2, {}),
+    (3, {"label_smoothing": 0.1, "focal_gamma": 2.0, "ignore_index": 1}),
+    (5, {"squared": True, "alpha": 0.5, "beta": 0.5}),
+    (3, {"activation": "sigmoid"}),
+    (4, {"activation": "sigmoid", "focal_gamma": 1.5}),
+    (33, {}),
+]
+
+
 @pytest.mark.parametrize("by_class", [False, True])
-@pytest.mark.parametrize(
-    ("classes", "options"),
-    [
-        (2, {}),
-        (3, {"label_smoothing": 0.1, "focal_gamma": 2.0, "ignore_index": 1}),
-        (5, {"squared": True, "alpha": 0.5, "beta": 0.5}),
-        (3, {"activation": "sigmoid"}),
-        (33, {}),
-    ],
-)
+@pytest.mark.parametrize(("classes", "options"), REGION_OPTIONS)
 def test_regions(classes, options, by_class):
     """Runs of one region and voxels of many, against the reference."""
     logits, target = inputs(2, classes, (6, 7, 9))
@@ -723,10 +723,93 @@ def test_regions(classes, options, by_class):
         torch.randint(-1, 5, shape),
     ):
         ids = regions.unsqueeze(1).expand(shape) if by_class and regions.dim() == 4 else regions
-        how = {"num_regions": 5, "reduction": "none", **options}
-        loss, gradient = loss_and_gradient(
-            lambda z, t, how=how, ids=ids: kernel_ce_loss(z, t, regions=ids.to(DEVICE), **how), logits, target
-        )
-        true_loss, true = loss_and_gradient(tk.reference.tversky_ce_loss, logits.double(), target, regions=ids, **how)
-        assert relative(loss, true_loss) <= 2e-6
-        assert relative(gradient, true) <= 2e-6
+        check(logits, target, function=kernel_ce_loss, regions=ids, num_regions=5, reduction="none", **options)
+
+
+@pytest.mark.parametrize("dtype", LOGITS_DTYPES, ids=str)
+@pytest.mark.parametrize(("classes", "regions"), [(1, 2), (2, 1), (2, 300), (7, 40), (20, 3), (140, 7)])
+def test_regions_of_any_number_and_type(classes, regions, dtype):
+    activation = "sigmoid" if classes == 1 else "softmax"
+    logits, target = inputs(2, classes, (6, 5, 11), dtype)
+    target = target if classes > 1 else torch.randint(0, 2, target.shape)
+    ids = torch.randint(0, regions, target.shape, dtype=torch.int16)
+    how = {"regions": ids, "num_regions": regions, "activation": activation}
+    check(logits, target, function=kernel_ce_loss, **how)
+
+
+def test_regions_of_any_layout():
+    """channels_last, dense targets, weights, every second voxel, and over the logits."""
+    logits, target = inputs(2, 3, (6, 4, 10))
+    ids = torch.randint(-1, 4, target.shape)
+    weight = torch.rand(target.shape)
+    how = {"num_regions": 4, "function": kernel_ce_loss}
+    check(logits.contiguous(memory_format=torch.channels_last_3d), target, regions=ids, **how)
+    check(logits, torch.rand(logits.shape), regions=ids, soft_label=True, voxel_weight=weight, **how)
+    check(logits[..., ::2], target[..., ::2], regions=ids[..., ::2], **how)
+    fresh = loss_and_gradient(kernel_ce_loss, logits, target, regions=ids, num_regions=4)[1]
+    z = logits.to(DEVICE).requires_grad_()
+    kernel_ce_loss(z * 1, target, regions=ids, num_regions=4, inplace_backward=True).backward()
+    torch.testing.assert_close(z.grad.cpu(), fresh, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_regions_of_another_size(by_class):
+    """As deep supervision has them: the nearest voxel's region."""
+    logits, _ = inputs(2, 3, (4, 5, 6))
+    _, target = inputs(2, 3, (8, 9, 12))
+    ids = torch.randint(-1, 4, (2, 3, 8, 9, 12) if by_class else target.shape)
+    how = {"loss": "tversky_ce", "num_regions": 4}
+    true_loss, true = loss_and_gradient(
+        lambda z: tk.deep_supervision_loss([z], target, regions=ids, backend="reference", **how), logits.double()
+    )
+    there = {"target": target.to(DEVICE), "regions": ids.to(DEVICE), "backend": BACKEND}
+    loss, gradient = loss_and_gradient(lambda z: tk.deep_supervision_loss([z], **there, **how), logits.to(DEVICE))
+    assert relative(loss.cpu(), true_loss) <= 1e-6
+    assert relative(gradient.cpu(), true) <= 1e-6
+
+
+def test_what_is_in_no_region_may_be_anything():
+    logits, target = inputs(2, 3, (5, 40))
+    ids = torch.randint(-1, 3, target.shape)
+    logits.movedim(1, -1)[ids < 0] = float("nan")
+    how = {"regions": ids, "num_regions": 3}
+    loss, gradient = loss_and_gradient(kernel_ce_loss, logits, target, **how)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+    assert (gradient.movedim(1, -1)[ids < 0] == 0).all()
+
+
+def test_a_region_out_of_range_gives_nan():
+    logits, target = inputs(2, 3, (5, 40))
+    ids = torch.zeros_like(target)
+    ids[0, 3, 7] = 2
+    found = tk.overlap_counts(
+        logits.to(DEVICE), target.to(DEVICE), regions=ids.to(DEVICE), num_regions=2, backend=BACKEND, check_target=False
+    )
+    assert torch.isnan(found.tp[0]).any()
+    assert torch.isfinite(found.tp[1]).all()
+
+
+def test_regions_of_many_blocks():
+    """Neighbouring slabs, and voxels at random, over more tiles than there are blocks."""
+    space = (10, 40, 50) if WHERE == "interpreter" else (40, 60, 70)  # which takes half a minute otherwise
+    logits, target = inputs(1, 2, space)
+    for ids in (torch.arange(target.numel()).view(target.shape) // 3001, torch.randint(-1, 56, target.shape)):
+        check(logits, target, function=kernel_ce_loss, regions=ids, num_regions=56)
+
+
+@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "options"),
+    [(c, o) for c, o in [*REGION_OPTIONS, (150, {"label_smoothing": 0.2})] if o.get("activation") is None],
+)
+def test_annotated(classes, options, regional):
+    logits, target = inputs(2, classes, (6, 7, 9))
+    annotated = torch.rand(2, classes, generator=torch.Generator().manual_seed(classes)) < 0.6
+    annotated[:, 0] = True
+    annotated[1, classes - 1] = False  # one at the least
+    for n in range(2):
+        target[n][~annotated[n][target[n].long()]] = 0
+    logits[0, :, 0, 0] *= 60
+    how = {"regions": torch.randint(-1, 4, target.shape), "num_regions": 4} if regional else {}
+    check(logits, target, function=kernel_ce_loss, annotated=annotated, **how, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from processes import ROOT, TORCH, run, run_kernels_of
 
-FAMILIES = ("few", "split_labels", "split_targets", "channels", "tiled")
+FAMILIES = ("few", "split_labels", "split_targets", "channels", "tiled", "regions")
 SOURCES = (*FAMILIES, "families", "table", "operators")
 
 

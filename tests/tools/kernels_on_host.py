@@ -21,6 +21,6 @@ def use(where: str) -> str:
     use.library = library  # what it defines goes with it
     torch.ops.load_library(where)
     host = torch.ops.tversky_kernels_cuda_on_host
-    passes = {name: getattr(host, name) for name in _ops.NAMES}
+    passes = {name: getattr(host, name) for name in (*_ops.NAMES, *_ops.REGION_NAMES)}
     _ops.OPERATORS["cpu"] = _ops.OPERATORS["cpu"]._replace(**passes)
     return "cpu"
