@@ -202,6 +202,12 @@ def test_triton_is_taken_for_label_smoothing_of_many_logits_by_kernels_for_any_t
     assert _backends.faster_by_triton(case, case, facts["dense"]) is expected
 
 
+@pytest.mark.parametrize(("logits", "expected"), [(2**24, True), (2**24 - 1, False)])
+def test_triton_is_taken_for_regions_of_many_logits(logits, expected):
+    case = types.SimpleNamespace(is_cuda=True, numel=lambda: logits)
+    assert _backends.faster_by_triton(case, None, False, regional=True) is expected
+
+
 def test_a_named_backend_never_falls_back():
     dense = torch.nn.functional.one_hot(TARGET, 3).movedim(-1, 1).float().requires_grad_()
     with pytest.raises(ValueError, match="backend: 'cpu' does not compute the gradient of a target"):

@@ -90,7 +90,9 @@ def _on_backend(logits, checked, function, how, check_target, backend):
     volumes, plan, regions = checked.volumes, checked.plan, checked.regions
     differentiable_target = volumes.target.requires_grad and torch.is_grad_enabled()
     unsupported = "the gradient of a target" if differentiable_target else None
-    triton_first = _backends.faster_by_triton(logits, plan.options, volumes.dense)
+    # Triton's kernels do not merge classes: that would take torch's operators and another tensor.
+    regional = regions is not None and not reference.marginalises(checked)
+    triton_first = _backends.faster_by_triton(logits, plan.options, volumes.dense, regional)
     chosen = _backends.choose(backend, logits.device, unsupported, triton_first, _backends.beyond_cuda(logits))
     if chosen == "reference" or (
         _is_transformed() and _only_by_reference(logits, volumes.voxel_weight, checked.class_parameters)

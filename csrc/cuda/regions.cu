@@ -85,8 +85,10 @@ __device__ __forceinline__ bool is_merged(const uint8_t* merged, int c) {
 template <typename A>
 __device__ bool load_regions(const RegionVolume& r, int64_t sample, int64_t begin, int count, const RegionTile<A>& t) {
   bool bad = false;
-  for (int i = threadIdx.x; i < t.id_rows * t.voxels; i += Plan::kThreads) {
-    const int c = i / t.voxels, k = i - c * t.voxels;
+  const int log_voxels = log2_of(t.voxels);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < t.id_rows << log_voxels; i += Plan::kThreads) {
+    const int c = i >> log_voxels, k = i - (c << log_voxels);
     int64_t id = k < count ? 0 : -1;
     if (k < count && r.regions.data != nullptr) {
       const int64_t at = sample * r.regions.sample_stride + c * r.regions.class_stride + r.regions.offset(begin + k);
@@ -95,9 +97,12 @@ __device__ bool load_regions(const RegionVolume& r, int64_t sample, int64_t begi
       });
     }
     bad |= id >= r.count;
-    t.id(i) = id < 0 || id >= r.count ? -1 : static_cast<int>(id);
+    const int region = id < 0 || id >= r.count ? -1 : static_cast<int>(id);
+    t.id(i) = region;
+    if (t.id_rows == 1 && region < 0) t.label(k) = kUncounted;
   }
   __syncthreads();
+  if (t.id_rows == 1) return bad;
   for (int k = threadIdx.x; k < t.voxels; k += Plan::kThreads) {
     bool in_any = false;
 #pragma unroll 1
@@ -364,7 +369,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   const auto* of_sample = coefficients + share.sample * r.count * classes;
   const auto coefficients_of = [&](int c, int k) {
     Coefficients<A> u{A(0), A(0), A(0), A(0)};
-    const int64_t region = t.region(c, k);
+    const int region = t.region(c, k);
     if (region < 0) return u;
     const auto of_row = load_packed<A, kAllCoefficients>(of_sample[region * classes + c].values);
     u.background = of_row.values[kBackground];
@@ -465,6 +470,8 @@ void plan_tile(const RegionVolume& r, RegionPlan& plan) {
   constexpr int kSharedBytes = 46 * 1024;      // a block gets so much without a request for more
   constexpr int kMostSharedBytes = 96 * 1024;  // and by asking, on every card
   const int64_t classes = r.volume.classes;
+  STD_TORCH_CHECK(r.count * classes <= INT32_MAX, "num_regions: expected at most ", INT32_MAX / classes, ", got ",
+                  r.count);
   STD_TORCH_CHECK(classes < kMostSharedBytes, "logits: the CUDA kernels have no room for ", classes, " classes");
   const auto bytes = [&](int voxels) {
     return RegionTile<A>(nullptr, static_cast<int>(classes), r.by_class ? static_cast<int>(classes) : 1, voxels)

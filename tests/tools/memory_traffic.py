@@ -36,7 +36,11 @@ CASES = [
     *((3, d, {"activation": "sigmoid", "dense": True, "ce": True}) for d in (F, B)),
     *((3, d, {"activation": "sigmoid", "dense": True, "ce": True, "focal_gamma": 2.0}) for d in (F, B)),
     *((14, d, {"odd": True}) for d in (F, B)),
+    *((c, F, {"regions": how}) for c in (2, 4, 14) for how in ("one", "slabs", "random")),
+    (14, F, {"annotated": True}),
 ]
+#: Of a volume that is cut into slabs, or whose voxels are in regions at random.
+NUM_REGIONS = 60
 
 
 class Row(NamedTuple):
@@ -62,6 +66,15 @@ def count(backend: str, traffic: str, classes: int, dtype: torch.dtype, options:
     if options.pop("dense", False):
         target = torch.nn.functional.one_hot(target, classes).movedim(-1, 1).contiguous()
     target = target.to(options.pop("target", torch.uint8))
+    if how := options.pop("regions", None):
+        ids = torch.arange(target.numel()) * NUM_REGIONS // target.numel()
+        if how == "random":
+            ids = torch.randint(0, NUM_REGIONS, ids.shape, generator=generator)
+        options |= {"regions": (0 * ids if how == "one" else ids).to(torch.uint8).view_as(target)}
+        options["num_regions"] = 1 if how == "one" else NUM_REGIONS
+    if options.pop("annotated", False):
+        options["annotated"] = torch.arange(classes)[None] < classes // 2
+        target %= classes // 2
     loss = functional.tversky_ce_loss if options.pop("ce", False) else functional.tversky_loss
     open(traffic, "w").close()
     loss(logits.requires_grad_(), target, backend=backend, **options).backward()
@@ -71,7 +84,7 @@ def count(backend: str, traffic: str, classes: int, dtype: torch.dtype, options:
             kernel, kind, *numbers = line.rstrip("\n").split("\t")
             found.setdefault(kernel, {})[kind] = tuple(map(int, numbers))
     rows = []
-    wanted = logits.nbytes + target.nbytes
+    wanted = logits.nbytes + target.nbytes + getattr(options.get("regions"), "nbytes", 0)
     for kernel, kinds in found.items():
         name = re.search(r"([a-z_]*(?:count|gradient)(?:_pass)?_kernel)", kernel)
         if name is None:  # the table
@@ -109,7 +122,7 @@ def main() -> None:
                 continue
             for row in count(backend, file.name, classes, dtype, options):
                 about = " ".join(
-                    str(v if k in ("target", "activation") else k).split(".")[-1] for k, v in options.items()
+                    str(v if k in ("target", "activation", "regions") else k).split(".")[-1] for k, v in options.items()
                 )
                 written = "" if row.written is None else f"{row.written:.3f}"
                 print(
