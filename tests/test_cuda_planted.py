@@ -137,7 +137,7 @@ PLANTED = {
     "a soft target has the focal factor of a hard one": ("own_targets.cuh", "between == A(0)", "between >= A(0)"),
     "a region has another one's sums": ("regions.cu", "if (found != region_) flush();", ";"),
     "the last region's sums are forgotten": ("regions.cu", "      sums.flush();\n", ""),
-    "a voxel in no region counts": ("regions.cu", "if (!in_any) t.label(k) = kUncounted;", ""),
+    "a voxel in no region counts": ("regions.cu", "if (t.id_rows == 1 && region < 0) t.label(k) = kUncounted;", ""),
     "a block's table is left out": ("regions.cu", "s < kSlices; ++s", "s < kSlices - 1; ++s"),
     "a merged class keeps its probability": ("regions.cu", "if (c > 0) z = static_cast<A>(-INFINITY);", ""),
     "a merged class has no part of the gradient": ("regions.cu", "(c == 0 || is_merged(merged, c))", "c == 0"),
