@@ -148,9 +148,10 @@ def _obstacle(backend: str, device: torch.device, unsupported: str | None, by_cu
 def faster_by_triton(logits: torch.Tensor, options, dense: bool, regional: bool = False) -> bool:
     """Whether triton is the faster one of the two on a GPU for this case (docs/performance.md).
 
-    With regions, by the instructions of the compiled kernels: a quarter to a tenth of cuda's. Measured: label smoothing
-    of class indices where cuda takes its kernels for any target, and 1.9 to 3.6 times as long, which is with a focal
-    exponent or squares, of more than 144 classes, of other layouts, and of sizes that whole loads do not allow.
+    With regions, by the instructions of the compiled kernels: where neighbours are in one region, cuda's take three to
+    seven times as many. By measurement, with label smoothing of class indices where cuda takes its kernels for any
+    target, and 1.9 to 3.6 times as long: with a focal exponent or squares, of more than 144 classes, of other layouts,
+    and of sizes that whole loads do not allow.
     """
     if not logits.is_cuda or logits.numel() < MANY_LOGITS:
         return False

@@ -107,10 +107,8 @@ __global__ void __launch_bounds__(Plan::kThreads, kCrossEntropy ? 2 : kChannelBl
 // Calls f(type, activation).
 template <typename F>
 void with_channels(const Volume& v, F&& f) {
-  with_logits_type(v.logits.type, [&](auto element) {
-    with_activation(v.activation, [&](auto activation) {
-      if constexpr (decltype(activation)::value != Activation::kSoftmax) f(element, activation);
-    });
+  with_type_and_activation(v, [&](auto element, auto activation) {
+    if constexpr (decltype(activation)::value != Activation::kSoftmax) f(element, activation);
   });
 }
 

@@ -55,5 +55,13 @@ void with_activation(Activation activation, F&& f) {
   }
 }
 
+// Calls f(type, activation).
+template <typename F>
+void with_type_and_activation(const Volume& v, F&& f) {
+  with_logits_type(v.logits.type, [&](auto element) {
+    with_activation(v.activation, [&](auto activation) { f(element, activation); });
+  });
+}
+
 }  // namespace cuda
 }  // namespace tversky_kernels

@@ -97,6 +97,16 @@ struct GeneralSums {
     if (v.cross_entropy == CrossEntropy::kSmoothed) smoothing += term * weight;
     voxels += v.sums_label_weights() ? g * weight : weight;
   }
+  // The same from z_top - z. log_sum: read with a cross-entropy.
+  __device__ __forceinline__ void add_below_top(const Volume& v, A below_top, A beyond_one, const A& log_sum, A g,
+                                                A weight, bool cross_entropy) {
+    const Probability<A> p = dense_probability(below_top, beyond_one, reciprocal(A(1) + beyond_one));
+    if (cross_entropy) {
+      add<true>(v, p, below_top + log_sum, g, weight);
+    } else {
+      add<false>(v, p, A(0), g, weight);
+    }
+  }
   // A channel by itself, from its logit.
   template <Activation kActivation>
   __device__ __forceinline__ void add_channel(const Volume& v, A x, A g, A weight) {
@@ -133,6 +143,29 @@ __device__ __forceinline__ A cross_entropy_slope(const Volume& v, const Coeffici
   A b = g * u.ce + u.smoothing;
   if (v.focal_gamma != 0) b *= focal_slope(p, minus_log_p, static_cast<A>(v.focal_gamma), FocalPower{});
   return b;
+}
+
+// A class's part of rest_u, top_u and the sum of b, which the gradient of a softmax needs of all classes. log_sum: read
+// with a cross-entropy.
+template <typename A>
+__device__ __forceinline__ void add_slopes(const Volume& v, const Coefficients<A>& u, const Probability<A>& p,
+                                           A below_top, const A& log_sum, A g, bool cross_entropy, A (&sums)[3]) {
+  const A slope = overlap_slope(p, g, u.background, u.foreground, v.overlap);
+  sums[0] += below_top == A(0) ? A(0) : p.p * slope;
+  sums[1] += below_top == A(0) ? slope : A(0);
+  if (cross_entropy) sums[2] += cross_entropy_slope(v, u, p, g, below_top + log_sum);
+}
+
+// dL/dz of a class of a softmax. log_sum and b_all: read with a cross-entropy.
+template <typename A>
+__device__ __forceinline__ A class_gradient(const Volume& v, const Coefficients<A>& u, const Probability<A>& p,
+                                            A below_top, const A& log_sum, A g, const DenseSoftmaxGradient<A>& gradient,
+                                            const A& b_all, bool cross_entropy) {
+  A dz = gradient.overlap(p.p, overlap_slope(p, g, u.background, u.foreground, v.overlap));
+  if (cross_entropy) {
+    dz += softmax_cross_entropy_gradient(p, cross_entropy_slope(v, u, p, g, below_top + log_sum), b_all);
+  }
+  return dz;
 }
 
 // dL/dz of a channel by itself.

@@ -247,13 +247,9 @@ __device__ __forceinline__ GeneralSums<A> counts_of_voxel(const Volume& v, const
   bad |= is_bad_target(v, g);
   GeneralSums<A> sums;
   if constexpr (kActivation == Activation::kSoftmax) {
-    const Probability<A> p = dense_probability(x, t.beyond_one(k), reciprocal(A(1) + t.beyond_one(k)));
     // Of a merged class only TP + FN is asked for, which tells whether it is a label.
-    if (v.cross_entropy != CrossEntropy::kNone && !is_part) {
-      sums.template add<true>(v, p, x + t.log_sum(k), g, t.weight(k));
-    } else {
-      sums.template add<false>(v, p, A(0), g, t.weight(k));
-    }
+    const bool cross_entropy = v.cross_entropy != CrossEntropy::kNone && !is_part;
+    sums.add_below_top(v, x, t.beyond_one(k), t.log_sum(k), g, t.weight(k), cross_entropy);
   } else {
     sums.template add_channel<kActivation>(v, x, g, t.weight(k));
   }
@@ -383,7 +379,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   };
 
   for_each_tile<Order::kForward>(share, tile_voxels, [&](int64_t begin, int count) {
-    // Values out of range: the count pass has told of them, and the coefficients are NaN then.
+    // Values out of range: the count pass has reported them, and the coefficients are NaN then.
     load_region_tile<T, kActivation>(r, merged, rows, share.sample, begin, count, t);
     if constexpr (kActivation == Activation::kSoftmax) {
       A sums[3] = {A(0), A(0), A(0)};  // rest_u, top_u and the sum of b
@@ -391,13 +387,9 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         const int k = thread.voxel;
         for (int c = thread.group; c < classes; c += t.layout.groups) {
           if (is_merged(merged, c)) continue;
-          const A below_top = t.logit(c, k), g = t.target(c, k);
-          const Probability<A> p = probability(below_top, k);
-          const Coefficients<A> u = coefficients_of(c, k);
-          const A slope = overlap_slope(p, g, u.background, u.foreground, v.overlap);
-          sums[0] += below_top == A(0) ? A(0) : p.p * slope;
-          sums[1] += below_top == A(0) ? slope : A(0);
-          if (cross_entropy) sums[2] += cross_entropy_slope(v, u, p, g, below_top + t.log_sum(k));
+          const A below_top = t.logit(c, k);
+          add_slopes(v, coefficients_of(c, k), probability(below_top, k), below_top, t.log_sum(k), t.target(c, k),
+                     cross_entropy, sums);
         }
       }
       sum_over_groups(sums, t.layout, t.reduction(), tile_voxels, thread);
@@ -415,14 +407,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       const A x = t.logit(c, k), g = t.target(c, k);
       const Coefficients<A> u = coefficients_of(c, k);
       if constexpr (kActivation == Activation::kSoftmax) {
-        const Probability<A> p = probability(x, k);
         const DenseSoftmaxGradient<A> gradient{t.shift(k), t.excess(k)};
-        A dz = gradient.overlap(p.p, overlap_slope(p, g, u.background, u.foreground, v.overlap));
-        if (cross_entropy) {
-          const A b = cross_entropy_slope(v, u, p, g, x + t.log_sum(k));
-          dz += softmax_cross_entropy_gradient(p, b, t.b_all(k));
-        }
-        return dz;
+        return class_gradient(v, u, probability(x, k), x, t.log_sum(k), g, gradient, t.b_all(k), cross_entropy);
       } else if (cross_entropy) {
         return channel_gradient<kActivation, kActivation == Activation::kSigmoid>(v, u, x, g);
       } else {
@@ -447,14 +433,6 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
   });
 }
 
-// Calls f(type, activation).
-template <typename F>
-void with_region_types(const Volume& v, F&& f) {
-  with_logits_type(v.logits.type, [&](auto element) {
-    with_activation(v.activation, [&](auto activation) { f(element, activation); });
-  });
-}
-
 // Copies of a block's table: the fewest for which three quarters of the warps have work.
 int copies_of(int64_t classes) {
   int copies = 1;
@@ -467,21 +445,17 @@ int copies_of(int64_t classes) {
 
 template <typename A>
 void plan_tile(const RegionVolume& r, RegionPlan& plan) {
-  constexpr int kSharedBytes = 46 * 1024;      // a block gets so much without a request for more
-  constexpr int kMostSharedBytes = 96 * 1024;  // and by asking, on every card
   const int64_t classes = r.volume.classes;
   STD_TORCH_CHECK(r.count * classes <= INT32_MAX, "num_regions: expected at most ", INT32_MAX / classes, ", got ",
                   r.count);
-  STD_TORCH_CHECK(classes < kMostSharedBytes, "logits: the CUDA kernels have no room for ", classes, " classes");
   const auto bytes = [&](int voxels) {
     return RegionTile<A>(nullptr, static_cast<int>(classes), r.by_class ? static_cast<int>(classes) : 1, voxels)
         .bytes();
   };
-  plan.tile_voxels = 256;
-  while (plan.tile_voxels > 1 && bytes(plan.tile_voxels) > kSharedBytes) plan.tile_voxels /= 2;
+  // More classes than bytes of shared memory would overflow its sizes.
+  plan.tile_voxels = classes < INT16_MAX ? fitting_tile(Plan::kThreads, bytes) : 0;
+  STD_TORCH_CHECK(plan.tile_voxels > 0, "logits: the CUDA kernels have no room for ", classes, " classes");
   plan.shared_bytes = static_cast<int>(bytes(plan.tile_voxels));
-  STD_TORCH_CHECK(plan.shared_bytes <= kMostSharedBytes, "logits: the CUDA kernels have no room for ", classes,
-                  " classes");
 }
 
 dim3 blocks_for(int64_t rows) {
@@ -514,7 +488,7 @@ void launch_region_count_pass(const RegionVolume& r, const RegionPlan& plan, dou
   const Volume& v = r.volume;
   const unsigned blocks = static_cast<unsigned>(v.samples * plan.blocks.programs);
   if (v.voxels > 0) {
-    with_region_types(v, [&](auto element, auto activation) {
+    with_type_and_activation(v, [&](auto element, auto activation) {
       const auto kernel = region_count_pass_kernel<decltype(element), decltype(activation)::value>;
       allow_shared_bytes(kernel, plan.shared_bytes);
       TK_LAUNCH((kernel), dim3(blocks), dim3(Plan::kThreads), plan.shared_bytes, stream, r, tables, plan.blocks,
@@ -531,7 +505,7 @@ void launch_region_gradient_pass(const RegionVolume& r, const RegionPlan& plan, 
   const Volume& v = r.volume;
   const unsigned blocks = static_cast<unsigned>(v.samples * plan.blocks.programs);
   const int64_t rows = v.samples * r.count * v.classes;
-  with_region_types(v, [&](auto element, auto activation) {
+  with_type_and_activation(v, [&](auto element, auto activation) {
     using T = decltype(element);
     auto* table = static_cast<Packed<Compute<T>, kAllCoefficients>*>(memory);
     TK_LAUNCH((region_coefficients_kernel<Compute<T>>), blocks_for(rows), dim3(Plan::kThreads), 0, stream, coefficients,

@@ -17,6 +17,17 @@ struct TileLayout {
       : tile_stride(voxels + 1), groups(threads / voxels), halves(threads >= 2 * classes ? threads / classes : 1) {}
 };
 
+// The largest tile, of at most so many voxels, that fits into a block's shared memory. bytes(voxels): of a tile.
+// Returns its voxels; 0: not even one voxel fits.
+template <typename F>
+int fitting_tile(int most, const F& bytes) {
+  constexpr int kSharedBytes = 46 * 1024;      // a block gets so much without a request for more
+  constexpr int kMostSharedBytes = 96 * 1024;  // and by asking, on every card
+  int voxels = most;
+  while (voxels > 1 && bytes(voxels) > kSharedBytes) voxels /= 2;
+  return bytes(voxels) <= kMostSharedBytes ? voxels : 0;
+}
+
 // A thread's place in a tiled block: the voxel and the share of its classes that it works on. Group 0 has one thread a
 // voxel; threads that are left over do not work.
 struct TileThread {

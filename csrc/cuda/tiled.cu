@@ -172,12 +172,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         const A x = tile[c * layout.tile_stride + k], g = targets[c * layout.tile_stride + k];
         bad |= is_bad_target(v, g);
         if constexpr (kActivation == Activation::kSoftmax) {
-          const Probability<A> p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
-          if (cross_entropy) {
-            of_class.template add<true>(v, p, x + log_sum[k], g, weights[k]);
-          } else {
-            of_class.template add<false>(v, p, A(0), g, weights[k]);
-          }
+          of_class.add_below_top(v, x, beyond_one[k], log_sum[k], g, weights[k], cross_entropy);
         } else {
           of_class.template add_channel<kActivation>(v, x, g, weights[k]);
         }
@@ -322,10 +317,7 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
         for (int c = t.group; c < classes; c += layout.groups) {
           const A below_top = tile[c * layout.tile_stride + t.voxel], g = targets[c * layout.tile_stride + t.voxel];
           const Probability<A> p = dense_probability(below_top, beyond_one[t.voxel], inverse);
-          const A slope = overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap);
-          sums[0] += below_top == A(0) ? A(0) : p.p * slope;
-          sums[1] += below_top == A(0) ? slope : A(0);
-          if (kCrossEntropy) sums[2] += cross_entropy_slope(v, u[c], p, g, below_top + log_sum[t.voxel]);
+          add_slopes(v, u[c], p, below_top, log_sum[t.voxel], g, kCrossEntropy, sums);
         }
       }
       sum_over_groups(sums, layout, reduction, tile_voxels, t);
@@ -345,11 +337,8 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
       A dz;
       if constexpr (kActivation == Activation::kSoftmax) {
         const Probability<A> p = dense_probability(x, beyond_one[k], reciprocal(A(1) + beyond_one[k]));
-        const DenseSoftmaxGradient<A> gradient{shift[k], excess[k]};
-        dz = gradient.overlap(p.p, overlap_slope(p, g, u[c].background, u[c].foreground, v.overlap));
-        if (kCrossEntropy) {
-          dz += softmax_cross_entropy_gradient(p, cross_entropy_slope(v, u[c], p, g, x + log_sum[k]), b_all[k]);
-        }
+        dz = class_gradient(v, u[c], p, x, log_sum[k], g, DenseSoftmaxGradient<A>{shift[k], excess[k]}, b_all[k],
+                            kCrossEntropy);
       } else {
         dz = channel_gradient<kActivation, kCrossEntropy>(v, u[c], x, g);
       }
@@ -362,17 +351,13 @@ __global__ void __launch_bounds__(Plan::kThreads, 2)
 // Calls f(type, activation, has_cross_entropy).
 template <typename F>
 void with_tiled(const Volume& v, F&& f) {
-  with_logits_type(v.logits.type, [&](auto element) {
-    with_activation(v.activation, [&](auto activation) {
-      with_bool(v.cross_entropy != CrossEntropy::kNone, [&](auto ce) { f(element, activation, ce); });
-    });
+  with_type_and_activation(v, [&](auto element, auto activation) {
+    with_bool(v.cross_entropy != CrossEntropy::kNone, [&](auto ce) { f(element, activation, ce); });
   });
 }
 
 template <typename T>
 void plan_of(const Volume& v, const GradientView* out, Plan& plan) {
-  constexpr int kSharedBytes = 46 * 1024;      // a block gets so much without a request for more
-  constexpr int kMostSharedBytes = 96 * 1024;  // and by asking, on every card
   const int64_t classes = v.classes;
   const auto bytes = [&](int voxels) {
     const TileLayout layout(static_cast<int>(classes), voxels, Plan::kThreads);
@@ -383,10 +368,8 @@ void plan_of(const Volume& v, const GradientView* out, Plan& plan) {
     const int64_t reals = tiles * classes * layout.tile_stride + table + 3 * layout.groups * voxels + 6 * voxels;
     return reals * static_cast<int64_t>(sizeof(Compute<T>)) + (voxels + 2) * static_cast<int64_t>(sizeof(int));
   };
-  plan.voxels = 128;
-  while (plan.voxels > 1 && bytes(plan.voxels) > kSharedBytes) plan.voxels /= 2;
-  STD_TORCH_CHECK(bytes(plan.voxels) <= kMostSharedBytes, "logits: the CUDA kernels have no room for ", classes,
-                  " classes");
+  plan.voxels = fitting_tile(128, bytes);
+  STD_TORCH_CHECK(plan.voxels > 0, "logits: the CUDA kernels have no room for ", classes, " classes");
   plan.shared_bytes = static_cast<int>(bytes(plan.voxels));
 }
 

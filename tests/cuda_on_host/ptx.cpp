@@ -761,37 +761,36 @@ class PtxKernel {
       read_matrices(i);
     } else if (i.name == "redux.sync.min.s32" || i.name == "redux.sync.max.s32") {
       const bool least = i.name == "redux.sync.min.s32";
-      emit([=, d = index_of(i.operand(0)), a = source(i.operand(1)), mask = source(i.operand(2))](Frame& f) {
-        int32_t result = least ? INT32_MAX : INT32_MIN;
-        for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-          const auto x = exchange(static_cast<unsigned>(mask(f)), static_cast<uint32_t>(a(f)), lane);
-          if (!(mask(f) >> lane & 1)) continue;
-          result = least ? std::min(result, static_cast<int32_t>(x)) : std::max(result, static_cast<int32_t>(x));
-        }
-        f.registers[d] = static_cast<uint32_t>(result);
+      over_lanes(i, least ? INT32_MAX : INT32_MIN, [=](uint32_t& result, unsigned, uint32_t, uint32_t x) {
+        const auto a = static_cast<int32_t>(result), b = static_cast<int32_t>(x);
+        result = static_cast<uint32_t>(least ? std::min(a, b) : std::max(a, b));
       });
-    } else if (i.name == "redux.sync.add.s32" || i.name == "vote.sync.ballot.b32") {
-      const bool sums = i.is("redux");
-      emit([=, d = index_of(i.operand(0)), a = source(i.operand(1)), mask = source(i.operand(2))](Frame& f) {
-        uint32_t result = 0;
-        for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-          const auto x = exchange(static_cast<unsigned>(mask(f)), static_cast<uint32_t>(a(f)), lane);
-          if (mask(f) >> lane & 1) result += sums ? x : static_cast<uint32_t>(x != 0) << lane;
-        }
-        f.registers[d] = result;
+    } else if (i.name == "redux.sync.add.s32") {
+      over_lanes(i, 0, [](uint32_t& result, unsigned, uint32_t, uint32_t x) { result += x; });
+    } else if (i.name == "vote.sync.ballot.b32") {
+      over_lanes(i, 0, [](uint32_t& result, unsigned lane, uint32_t, uint32_t x) {
+        result |= static_cast<uint32_t>(x != 0) << lane;
       });
     } else if (i.name == "match.any.sync.b32") {
-      emit([=, d = index_of(i.operand(0)), a = source(i.operand(1)), mask = source(i.operand(2))](Frame& f) {
-        const auto own = static_cast<uint32_t>(a(f));
-        uint32_t result = 0;
-        exchange_all(static_cast<unsigned>(mask(f)), own,
-                     [&](unsigned lane, uint32_t x) { result |= static_cast<uint32_t>(x == own) << lane; });
-        f.registers[d] = result;
+      over_lanes(i, 0, [](uint32_t& result, unsigned lane, uint32_t own, uint32_t x) {
+        result |= static_cast<uint32_t>(x == own) << lane;
       });
     } else {
       return false;
     }
     return true;
+  }
+
+  // d, a, mask: work(d so far, lane, own a, its a) for every lane of the mask.
+  template <typename F>
+  void over_lanes(const Instruction& i, int32_t first, F work) {
+    emit([=, d = index_of(i.operand(0)), a = source(i.operand(1)), mask = source(i.operand(2))](Frame& f) {
+      const auto own = static_cast<uint32_t>(a(f));
+      auto result = static_cast<uint32_t>(first);
+      exchange_all(static_cast<unsigned>(mask(f)), own,
+                   [&](unsigned lane, uint32_t x) { work(result, lane, own, x); });
+      f.registers[d] = result;
+    });
   }
 
   void read_mov(const Instruction& i) {
